@@ -1,0 +1,176 @@
+"""Options and environment. No other module reads ``os.environ``.
+
+Environment variables:
+
+=====================  ====================================================================
+``TESSEL_DEBUG``       0 to 4, the default of ``Options.debug``
+``TESSEL_DUMP``        a directory, the default of ``Options.dump_dir``
+``TESSEL_CACHE_DIR``   where the cache lives; else ``$XDG_CACHE_HOME/tessel`` or ``~/.cache/tessel``
+=====================  ====================================================================
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import TesselError, check, did_you_mean
+
+__all__ = ["Options", "cache_dir", "debug_level"]
+
+_DEBUG_MAX = 4
+# Annotation text (annotations are strings here) -> the types a value may have.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "str | None": (str, type(None)),
+}
+
+
+def cache_dir() -> Path:
+    """The per-user cache directory, as a path that may not exist yet.
+
+    ``TESSEL_CACHE_DIR`` wins, then ``$XDG_CACHE_HOME/tessel``, then ``~/.cache/tessel``. A relative
+    ``XDG_CACHE_HOME`` is ignored, as its specification asks.
+    """
+    own = os.environ.get("TESSEL_CACHE_DIR")
+    if own:
+        return Path(own).expanduser()
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(xdg) if os.path.isabs(xdg) else Path("~/.cache").expanduser()
+    return base / "tessel"
+
+
+def debug_level() -> int:
+    """The level in ``TESSEL_DEBUG``, 0 when it is not set.
+
+    1 prints the time each pass takes, 2 adds the plan, 3 the IR before and after each pass, 4 the
+    generated kernels.
+
+    Raises:
+        TesselError: the variable is not a whole number from 0 to 4.
+    """
+    text = os.environ.get("TESSEL_DEBUG", "").strip()
+    if not text:
+        return 0
+    check(
+        text.isdecimal() and int(text) <= _DEBUG_MAX,
+        lambda: f"TESSEL_DEBUG: expected a whole number from 0 to {_DEBUG_MAX}, got {text!r}",
+    )
+    return int(text)
+
+
+def _dump_dir() -> str | None:
+    return os.environ.get("TESSEL_DUMP") or None
+
+
+def _choice(*values: str) -> Any:
+    """A field that takes one of ``values``; the first is the default."""
+    return field(default=values[0], metadata={"choices": values})
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compile. Frozen and hashable; ``dataclasses.replace`` makes a changed copy.
+
+    >>> Options(matmul="library").matmul
+    'library'
+    >>> Options.of({"fussion": False})
+    Traceback (most recent call last):
+        ...
+    tessel.errors.TesselError: options: unknown name 'fussion'; did you mean 'fusion'? known: attention, ...
+
+    Raises:
+        TesselError: a value has the wrong type or is not one of the known ones; the message names the
+            field, what it got and what it takes.
+    """
+
+    matmul: Literal["auto", "template", "library"] = _choice("auto", "template", "library")
+    """Who multiplies matrices: ``"template"`` Tessel's own kernel, ``"library"`` torch's (cuBLAS, oneDNN),
+    ``"auto"`` whichever the target is known to run faster."""
+
+    attention: Literal["auto", "template", "library"] = _choice("auto", "template", "library")
+    """Who computes scaled dot-product attention; the same three values as ``matmul``."""
+
+    fusion: bool = True
+    """Join operators into kernels. False gives one kernel an operator: slower, and useful to find out
+    whether a difference comes from fusion."""
+
+    cuda_graphs: bool = False
+    """Record a call once and replay it afterwards, where the shapes are static and the device has CUDA
+    graphs. Outputs then live in memory that the next call overwrites."""
+
+    deterministic: bool = False
+    """Use only kernels that give the same bits on every run (no atomic additions in any order)."""
+
+    rng: Literal["eager"] = _choice("eager")
+    """Where random numbers come from. ``"eager"``, the only value now: dropout and the like are library
+    calls drawn in eager's order, so that the same seed gives eager's bits."""
+
+    debug: int = field(default_factory=debug_level)
+    """0 to 4, what to print while compiling; see :func:`debug_level`. Default: ``TESSEL_DEBUG``."""
+
+    dump_dir: str | None = field(default_factory=_dump_dir)
+    """Directory that generated sources are written to. Default: ``TESSEL_DUMP``; None means ``kernels``
+    in :func:`cache_dir`. :meth:`source_dir` resolves it."""
+
+    recompile_limit: int | None = None
+    """How many times one function may be compiled again for new shapes before it runs eagerly, at least 1.
+    None keeps torch's own limit. Reaching it is said in a warning."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            choices = f.metadata.get("choices")
+            if choices is not None:
+                ok, want = isinstance(value, str) and value in choices, " or ".join(map(repr, choices))
+            else:
+                types = _TYPES[str(f.type)]
+                # bool is an int to Python, but debug=True is a slip
+                ok = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+                want = str(f.type).replace("|", "or")
+            if not ok:
+                raise TesselError(_wrong(f.name, want, value))
+        check(
+            0 <= self.debug <= _DEBUG_MAX,
+            lambda: _wrong("debug", f"an int from 0 to {_DEBUG_MAX}", self.debug),
+        )
+        check(
+            self.recompile_limit is None or self.recompile_limit >= 1,
+            lambda: _wrong("recompile_limit", "an int of at least 1, or None", self.recompile_limit),
+        )
+        check(self.dump_dir != "", lambda: _wrong("dump_dir", "a directory name, or None", self.dump_dir))
+
+    @staticmethod
+    def of(x: Options | Mapping[str, Any] | None) -> Options:
+        """``x`` as Options: None gives the defaults, a mapping is checked name by name.
+
+        >>> Options.of({"fusion": False}).fusion
+        False
+
+        Raises:
+            TesselError: an unknown name (with the nearest known one), a bad value, or another type.
+        """
+        if x is None:
+            return Options()
+        if isinstance(x, Options):
+            return x
+        if not isinstance(x, Mapping):
+            raise TesselError(f"options: expected Options, a mapping or None, got {type(x).__name__}: {x!r}")
+        names = [f.name for f in fields(Options)]
+        for name in x:
+            if name not in names:
+                raise TesselError(f"options: unknown name {name!r}; {did_you_mean(name, names)}")
+        return Options(**x)
+
+    def source_dir(self) -> Path:
+        """The directory that generated sources are written to, which may not exist yet."""
+        return Path(self.dump_dir).expanduser() if self.dump_dir else cache_dir() / "kernels"
+
+
+def _wrong(name: str, want: str, value: object) -> str:
+    return f"options: {name}: expected {want}, got {value!r} ({type(value).__name__})"
