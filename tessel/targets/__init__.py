@@ -1,0 +1,62 @@
+"""The devices that Tessel knows: one frozen record each, in one explicit table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from ..errors import TesselError, did_you_mean
+from .amd import AMD
+from .cpu import INTERPRET, host_cpu
+from .nvidia import NVIDIA
+from .target import Level, Limits, Target
+
+__all__ = ["TARGETS", "Level", "Limits", "Target", "get_target", "match_device"]
+
+
+def _table(targets: Iterable[Target]) -> Mapping[str, Target]:
+    table: dict[str, Target] = {}
+    for target in targets:
+        if target.name in table:
+            raise TesselError(f"two targets are called {target.name!r}")
+        table[target.name] = target
+    return MappingProxyType(table)
+
+
+TARGETS: Mapping[str, Target] = _table((host_cpu(), INTERPRET, *NVIDIA, *AMD))
+"""Name -> record."""
+
+
+def get_target(name: str) -> Target:
+    """The record called ``name``, as ``tessel targets`` lists them.
+
+    >>> get_target("h100").units
+    132
+    >>> get_target("h10")
+    Traceback (most recent call last):
+        ...
+    tessel.errors.TesselError: unknown target 'h10'; did you mean 'h100'? known: a100, ...
+
+    Raises:
+        TesselError: there is no such target.
+    """
+    if not isinstance(name, str) or name not in TARGETS:
+        raise TesselError(f"unknown target {name!r}; {did_you_mean(name, TARGETS)}")
+    return TARGETS[name]
+
+
+def match_device(device_name: str) -> Target | None:
+    """The GPU record for a name as the driver gives it, or None when none is known.
+
+    >>> match_device("NVIDIA H100 80GB HBM3").name
+    'h100'
+    >>> match_device("NVIDIA GeForce GT 710") is None
+    True
+    """
+    words = device_name.replace("-", " ").split()
+    for target in TARGETS.values():
+        for known in target.device_names if target.gpu_target else ():
+            want = known.split()
+            if any(words[i : i + len(want)] == want for i in range(len(words))):
+                return target
+    return None
