@@ -1,0 +1,112 @@
+"""The ``tessel`` command. A refused request prints one line and exits with 2."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from .errors import TesselError
+from .targets import TARGETS, Target, get_target
+
+__all__ = ["main"]
+
+_PIPE_WIDTH = 160  # columns when the output is not a terminal
+
+
+class _Refused(click.ClickException):
+    exit_code = 2
+
+
+class _Group(click.Group):
+    """A group whose commands may raise TesselError."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TesselError as e:
+            raise _Refused(str(e)) from e
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tessel")
+def main() -> None:
+    """Compile PyTorch models to fused Triton kernels, and see what was done and why."""
+
+
+@main.command()
+@click.option("--show", metavar="NAME", help="Every number of one target, with its source.")
+def targets(show: str | None) -> None:
+    """List the devices that Tessel knows."""
+    console = _console()
+    console.print(_one(get_target(show)) if show else _all())
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--target", default="auto", show_default=True, help="auto, cpu, cuda, or a name from `tessel targets`."
+)
+@click.option("--batch", type=click.IntRange(min=1), help="Rows in a batch (hf: 1).")
+@click.option("--seq", type=click.IntRange(min=1), help="Tokens in a row (hf: 16).")
+@click.option("--dtype", help="float32, bfloat16, float16 or float64 (hf: float32).")
+@click.option("--layers", type=click.IntRange(min=1), help="Layers to build (hf: 2).")
+def explain(
+    model: str, target: str, batch: int | None, seq: int | None, dtype: str | None, layers: int | None
+) -> None:
+    """Compile MODEL and print what became of it: passes, kernels, what fused, what fell back and why.
+
+    MODEL is file.py:function or package.module:function, where the function returns (module, args) or
+    (module, args, kwargs), or hf:<model type> for a small transformers model with random weights.
+    """
+    if target not in ("auto", "cuda"):
+        get_target(target)  # refuse a wrong name before the model is built
+    import tessel  # the public face, and torch with it: only where it is needed
+
+    from .models import load_model
+
+    module, args, kwargs = load_model(model, batch=batch, seq=seq, dtype=dtype, layers=layers)
+    if target != "auto":
+        module = tessel.compile(module, target=target)
+    click.echo(str(tessel.explain(module, *args, **kwargs)))
+
+
+def _console() -> Console:
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    return console
+
+
+def _all() -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "vendor", "arch"):
+        table.add_column(heading)
+    for heading in ("units", "shared/block", "memory", "bandwidth", "bf16"):
+        table.add_column(heading, justify="right")
+    for t in TARGETS.values():
+        shown = {key: text for key, text, _ in t.rows()}
+        columns = (
+            "units",
+            "limits.shared_bytes_per_block",
+            "levels.memory.capacity_bytes",
+            "levels.memory.bandwidth_bytes_per_s",
+            "flops.bf16",
+        )
+        table.add_row(t.name, t.vendor, t.arch, *(shown.get(c, "-") for c in columns))
+    return table
+
+
+def _one(t: Target) -> Table:
+    table = Table(box=None, pad_edge=False, title=f"{t.name}: {t.vendor} {t.arch}", title_justify="left")
+    table.add_column("number", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("source", overflow="fold")
+    for row in t.rows():
+        table.add_row(*row)
+    if t.features:
+        table.add_row("features", str(len(t.features)), " ".join(t.features))
+    return table
