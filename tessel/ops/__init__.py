@@ -1,0 +1,43 @@
+"""The operators: one table entry each, all in ``OPS``.
+
+>>> str(OPS["exp"].doc), OPS["matmul"].kind
+('', 'contract')
+"""
+
+from __future__ import annotations
+
+from .activation import ACTIVATION
+from .attention import ATTENTION
+from .backward import BACKWARD
+from .common import table
+from .dims import Dims, Factor, Piece, Window, dims_of, factor_sizes
+from .effect import EFFECT
+from .elementwise import ELEMENTWISE
+from .generate import GENERATE
+from .index import INDEX
+from .library import LIBRARY
+from .loss import LOSS
+from .matmul import MATMUL
+from .norm import NORM
+from .random import RANDOM
+from .reduce import REDUCE
+from .view import VIEW
+
+OPS = table(
+    ELEMENTWISE.values(),
+    REDUCE.values(),
+    MATMUL.values(),
+    ATTENTION.values(),
+    VIEW.values(),
+    INDEX.values(),
+    GENERATE.values(),
+    ACTIVATION.values(),
+    NORM.values(),
+    LOSS.values(),
+    LIBRARY.values(),
+    BACKWARD.values(),
+    RANDOM.values(),
+    EFFECT.values(),
+)
+
+__all__ = ["OPS", "Dims", "Factor", "Piece", "Window", "dims_of", "factor_sizes"]
