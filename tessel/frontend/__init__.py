@@ -1,0 +1,1 @@
+"""From PyTorch to the IR: capture (AOTAutograd, ``torch.export``) and import."""

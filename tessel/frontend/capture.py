@@ -1,0 +1,206 @@
+"""From a model to imported graphs: through AOTAutograd (a Dynamo backend) or through ``torch.export``.
+
+``aot`` is for a Dynamo backend: it hands every graph (inference, forward, backward), already imported, to
+a function that compiles it. ``export_graph`` gives the one inference graph of a model without running it;
+meta tensors do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+
+from ..errors import check
+from . import compat
+from .composites import keep_composites
+from .decomp import decompositions, for_export
+from .importer import Imported, import_graph
+from .locs import qualified_name
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """What is known of a captured graph beside its nodes.
+
+    Attributes:
+        kind: ``inference``, ``forward`` (it saves tensors for the backward) or ``backward``.
+        static_inputs: positions of inputs whose storage stays the same from call to call.
+        fake_inputs: the example inputs, fake tensors and symbolic sizes.
+    """
+
+    kind: str
+    static_inputs: tuple[int, ...] = ()
+    fake_inputs: tuple[Any, ...] = ()
+
+    @property
+    def is_inference(self) -> bool:
+        return self.kind == "inference"
+
+    @property
+    def is_backward(self) -> bool:
+        return self.kind == "backward"
+
+
+# compile_graph(imported, info) -> callable taking one list of inputs and returning a list of outputs.
+CompileGraph: TypeAlias = Callable[[Imported, GraphInfo], Callable[[list[Any]], Sequence[Any]]]
+
+
+def aot(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: CompileGraph) -> Callable[..., Any]:
+    """Compile a Dynamo graph with AOTAutograd.
+
+    Args:
+        gm: the graph module a Dynamo backend receives; composites in it are rewritten in place.
+        example_inputs: as the backend receives them.
+        compile_graph: called once a graph. The callable it returns gets one list, in the order of
+            ``imported.graph.inputs`` without those of role ``constant``, and may clear the list.
+
+    Returns:
+        What a Dynamo backend has to return.
+    """
+    keep_composites(gm)
+    names = _input_names(gm)
+
+    def compiler(kind: str) -> Callable[..., Any]:
+        def compile_fx(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            static = _static_positions(graph, kind)
+            roles = _roles(graph, names, static)
+            imported = import_graph(graph, name=kind, roles=roles)
+            info = GraphInfo(kind, static, tuple(inputs))
+            return compat.boxed(compile_graph(imported, info))
+
+        return compile_fx
+
+    return compat.aot_autograd(  # type: ignore[no-any-return]
+        fw_compiler=compiler("forward"),
+        bw_compiler=compiler("backward"),
+        inference_compiler=compiler("inference"),
+        partition_fn=compat.min_cut_rematerialization_partition,
+        decompositions=decompositions(),
+        keep_inference_input_mutations=True,
+    )(gm, example_inputs)
+
+
+def _input_names(gm: fx.GraphModule) -> list[tuple[str, str] | None]:
+    """Name and role of each input of a Dynamo graph; None for what is no parameter or buffer."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    return [qualified_name(compat.dynamo_source(n)) for n in placeholders]
+
+
+def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in graph.graph.nodes if n.op == "placeholder"]
+
+
+def _captured_position(node: fx.Node) -> int | None:
+    """Which argument of the Dynamo graph a placeholder of an AOTAutograd graph is."""
+    found = compat.input_index(node)
+    if found is None and node.name.startswith("primals_"):
+        found = int(node.name.removeprefix("primals_")) - 1
+    if found is None and node.name.startswith("arg") and node.name.endswith("_1"):
+        middle = node.name[3:-2]
+        found = int(middle) if middle.isdigit() else None
+    return found
+
+
+def _static_positions(graph: fx.GraphModule, kind: str) -> tuple[int, ...]:
+    static = set(compat.static_input_indices())
+    if kind != "backward":
+        return tuple(sorted(static))
+    # Saved parameters keep the number they had in the forward graph.
+    found = []
+    for i, node in enumerate(_placeholders(graph)):
+        if node.name.startswith("primals_") and _captured_position(node) in static:
+            found.append(i)
+    return tuple(found)
+
+
+def _roles(
+    graph: fx.GraphModule, names: list[tuple[str, str] | None], static: tuple[int, ...]
+) -> dict[int, tuple[str, str]]:
+    roles: dict[int, tuple[str, str]] = {}
+    for i, node in enumerate(_placeholders(graph)):
+        at = _captured_position(node)
+        known = names[at] if at is not None and at < len(names) else None
+        if known is not None and isinstance(node.meta.get("val"), torch.Tensor):
+            roles[i] = known
+        elif i in static:
+            roles[i] = (node.name, "param")
+    return roles
+
+
+# ---------------------------------------------------------------- export
+
+
+def export_graph(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic: Any = None,
+) -> Imported:
+    """The inference graph of a model, with symbolic sizes where ``dynamic`` says so.
+
+    Args:
+        model: a module; its tensors may be on the meta device.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+        dynamic: ``dynamic_shapes`` as ``torch.export`` takes it; None for fixed sizes.
+
+    Returns:
+        The imported graph. Parameters and buffers are inputs with their qualified names and the roles
+        ``param`` and ``buffer``; the user's inputs follow, flattened. Buffers and inputs that the model
+        writes to are effects.
+    """
+    kind = type(model).__name__
+    check(isinstance(model, torch.nn.Module), lambda: f"export needs an nn.Module, got {kind}")
+    given = dict(kwargs or {})
+    program = torch.export.export(model, tuple(args), given, dynamic_shapes=dynamic, strict=False)
+    program = program.run_decompositions(for_export())
+    return import_program(program)
+
+
+def import_program(program: torch.export.ExportedProgram) -> Imported:
+    """The IR of an exported program whose operators are already decomposed (see ``for_export``)."""
+    signature = program.graph_signature
+    roles: dict[int, tuple[str, str]] = {}
+    constants: dict[str, Any] = {}
+    for i, spec in enumerate(signature.input_specs):
+        kind, target = spec.kind.name, spec.target
+        if kind == "PARAMETER":
+            roles[i] = (str(target), "param")
+        elif kind == "BUFFER":
+            roles[i] = (str(target), "buffer")
+        elif kind == "CONSTANT_TENSOR":
+            roles[i] = (str(target), "constant")
+            constants[str(target)] = program.constants[str(target)]
+    imported = import_graph(program.graph_module, name="inference", roles=roles)
+    return _with_effects(imported, program, constants)
+
+
+def _with_effects(
+    imported: Imported, program: torch.export.ExportedProgram, constants: dict[str, Any]
+) -> Imported:
+    """Outputs that stand for mutations become effects; constants get their tensors."""
+    graph = imported.graph
+    by_name = {n.attrs["name"]: n for n in graph.inputs}
+    placeholders = _placeholders(program.graph_module)
+    position = {n.name: i for i, n in enumerate(placeholders)}
+    outputs: list[Any] = []
+    effects = list(graph.effects)
+    for value, spec in zip(graph.outputs, program.graph_signature.output_specs, strict=True):
+        kind, target = spec.kind.name, spec.target
+        if kind == "BUFFER_MUTATION":
+            effects.append((by_name[str(target)], value))
+        elif kind == "USER_INPUT_MUTATION":
+            effects.append((graph.inputs[position[str(target)]], value))
+        elif kind != "TOKEN":
+            outputs.append(value)
+    graph = graph.replace(outputs=tuple(outputs), effects=tuple(effects))
+    return Imported(
+        graph, {**imported.constants, **constants}, imported.fallbacks, imported.hints, imported.device
+    )
+
+
+__all__ = ["CompileGraph", "GraphInfo", "aot", "export_graph", "import_program"]

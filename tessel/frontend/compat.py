@@ -1,0 +1,142 @@
+"""Every private or moving torch name that the frontend needs, in one place.
+
+Supported: torch 2.11 to 2.15. A name that changed between those releases is resolved here once, so
+that the rest of the frontend reads as if torch had one stable interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, detect_fake_mode
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental import symbolic_shapes
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "aot_autograd",
+    "aot_module_simplified",
+    "autocast_disabled",
+    "boxed",
+    "core_decompositions",
+    "detect_fake_mode",
+    "disable_dynamo",
+    "dynamo_source",
+    "export_decompositions",
+    "input_index",
+    "min_cut_rematerialization_partition",
+    "size_hints",
+    "static_input_indices",
+    "unbacked_bindings",
+]
+
+
+def boxed(fn: Callable[..., Any]) -> Callable[[list[Any]], Any]:
+    """Mark a callable as taking one list, which it may clear so that inputs are freed early."""
+    fn._boxed_call = True  # type: ignore[attr-defined]
+    return fn
+
+
+def core_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Torch's core decompositions of functional operators that AOTAutograd itself leaves whole."""
+    from torch import _decomp
+
+    named = getattr(_decomp, "_core_aten_decompositions_post_autograd", None)
+    table = named() if named is not None else _decomp.core_aten_decompositions()
+    return dict(table)
+
+
+def more_decompositions(ops: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
+    """Torch's decompositions of the given operators, where it has any."""
+    from torch._decomp import get_decompositions
+
+    return dict(get_decompositions(ops))
+
+
+def export_decompositions() -> Any:
+    """The table that ``ExportedProgram.run_decompositions`` uses by default; entries may be popped."""
+    from torch.export import default_decompositions
+
+    return default_decompositions()
+
+
+def static_input_indices() -> tuple[int, ...]:
+    """Positions of the inputs whose storage stays the same from call to call (parameters, buffers).
+
+    Only known while AOTAutograd compiles a forward or inference graph; empty otherwise.
+    """
+    context = TracingContext.try_get()
+    meta = getattr(context, "fw_metadata", None)
+    return tuple(getattr(meta, "static_input_indices", None) or ())
+
+
+def input_index(placeholder: torch.fx.Node) -> int | None:
+    """Which argument of the captured graph a placeholder of an AOTAutograd graph stands for."""
+    return getattr(placeholder.meta.get("desc"), "idx", None)
+
+
+def dynamo_source(placeholder: torch.fx.Node) -> str:
+    """Where Dynamo read a graph input from, as text like ``L['self']._modules['fc']``; "" if unknown."""
+    arg = placeholder.meta.get("grapharg")
+    source = getattr(arg, "source", None)
+    if source is None:
+        source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return name() if callable(name) else str(name)
+
+
+def unbacked_bindings(node: torch.fx.Node) -> dict[Any, Any]:
+    """Symbols that a node introduces, each with the path into its result where the value is read."""
+    return dict(node.meta.get("unbacked_bindings") or {})
+
+
+def size_hints(mode_or_value: Any) -> dict[str, int]:
+    """What each symbolic size was in the example inputs, by the symbol's name.
+
+    Args:
+        mode_or_value: a fake mode, a SymInt, or anything with a ``shape_env``.
+    """
+    node = getattr(mode_or_value, "node", mode_or_value)
+    env = getattr(node, "shape_env", None)
+    if env is None:
+        return {}
+    # torch 2.13 renamed the table.
+    table = getattr(env, "backed_var_to_val", None)
+    if table is None:
+        table = getattr(env, "var_to_val", {})
+    hints = {}
+    for sym, value in table.items():
+        if getattr(value, "is_Integer", False):
+            hints[str(sym)] = int(value)
+    return hints
+
+
+def disable_dynamo(fn: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    """Keep Dynamo from tracing into ``fn`` when it runs inside a compiled region."""
+    return torch._dynamo.disable(fn, reason=reason)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def autocast_disabled() -> Iterator[None]:
+    """Skip the autocast dispatch keys: what an autocast kernel wraps around its own redispatch."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+    with torch._C._ExcludeDispatchKeyGuard(keys):
+        yield
+
+
+def free_unbacked(expr: Any) -> bool:
+    """Whether a torch size or expression mentions a symbol without a known example value."""
+    return bool(symbolic_shapes.free_unbacked_symbols(expr))
