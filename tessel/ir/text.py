@@ -125,6 +125,14 @@ def node_text(node: Node, names: Mapping[Value, str]) -> str:
     return f"{results} = {call}{loc_text(node.loc)}" if results else call + loc_text(node.loc)
 
 
+def describe(node: Node, names: Mapping[Value, str]) -> str:
+    """The node's line for messages: what has no text form does not get in the way."""
+    try:
+        return node_text(node, names)
+    except TesselError:
+        return f"{', '.join(names.get(v, '%?') for v in node.outs)} = {node.op.name}(...){loc_text(node.loc)}"
+
+
 def print_graph(graph: Graph) -> str:
     """The graph as text, ending in a newline.
 
@@ -152,6 +160,7 @@ def _print(graph: Graph, indent: str, lines: list[str]) -> None:
 
 __all__ = [
     "arg_text",
+    "describe",
     "dtype_text",
     "loc_text",
     "node_text",
