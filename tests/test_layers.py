@@ -25,9 +25,11 @@ LAYERS: tuple[set[str], ...] = (
     {"codegen"},
     {"runtime"},
     {"autotune"},
+    {"report_html"},
     {"report"},
     {"driver"},
     {"backend", "models"},
+    {"wrapper"},
     {"__init__"},  # the public face
     {"cli"},
     {"__main__"},

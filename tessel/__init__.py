@@ -1,0 +1,106 @@
+"""Tessel: PyTorch models to fused Triton kernels, and a record of what was done and why.
+
+import tessel
+
+fast = tessel.compile(model)         # nn.Module or function
+y = fast(x)                          # the same result; gradients too
+print(tessel.explain(model, x))      # what became of it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .backend import name_of
+from .config import Options
+from .driver import Session, resolve_target
+from .errors import TesselError
+from .report import Report
+from .targets import TARGETS
+from .wrapper import RecompileLimit, compile_function, explain_call
+
+__version__ = "0.1.0"
+__all__ = ["TARGETS", "Options", "RecompileLimit", "Report", "TesselError", "compile", "explain"]
+
+
+def compile(
+    fn: Callable[..., Any] | None = None,
+    *,
+    target: str = "auto",
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    quantize: Any = None,
+    plan: Any = None,
+    options: Options | Mapping[str, Any] | None = None,
+) -> Any:
+    """Compile a module or a function; without ``fn``, a decorator with these arguments.
+
+    The result is called like the original and gives the same values, gradients and exceptions. Nothing is
+    compiled before the first call. Of a module, attributes, parameters, ``state_dict``, ``train`` and ``eval``
+    are those of the module inside, as with ``torch.compile``.
+
+    Args:
+        fn: an ``nn.Module`` or any callable on tensors.
+        target: "auto" follows the inputs' device; "cpu", "cuda", "triton-interpret" (the generated Triton
+            kernels on the CPU, slow and exact) or a name that ``tessel targets`` lists.
+        dynamic: True keeps sizes symbolic from the first call, so that one compilation serves every size
+            from 2 on; False compiles again for every new size; None keeps a size symbolic once it changed.
+        fullgraph: raise instead of compiling in pieces where torch cannot capture everything at once.
+        quantize: not there yet; must be None.
+        plan: not there yet; must be None.
+        options: an ``Options``, or its fields as a mapping.
+
+    Returns:
+        The compiled module or function, or the decorator.
+
+    Raises:
+        TesselError: an argument that is wrong; the message says what to write instead. A compiled function
+            called with tensors on a device it was not compiled for raises it too.
+    """
+    for name, value in (("quantize", quantize), ("plan", plan)):
+        if value is not None:
+            raise TesselError(f"compile: {name}={value!r}: this version cannot {name} yet; leave {name} out")
+    target = resolve_target(target)
+    chosen = Options.of(options)
+    for name, flag, allowed in (
+        ("dynamic", dynamic, (None, True, False)),
+        ("fullgraph", fullgraph, (True, False)),
+    ):
+        if not any(flag is a for a in allowed):
+            raise TesselError(f"compile: {name}={flag!r}: expected {' or '.join(map(str, allowed))}")
+
+    def decorate(f: Callable[..., Any]) -> Any:
+        if not callable(f):
+            raise TesselError(
+                f"compile: expected an nn.Module or a function, got {type(f).__name__}: {f!r}; "
+                "arguments other than the function go by name"
+            )
+        session = Session(target, chosen, Report(name_of(f), target))
+        return compile_function(f, session, dynamic=dynamic, fullgraph=fullgraph)
+
+    return decorate if fn is None else decorate(fn)
+
+
+def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
+    """Compile a model, call it once and tell what was done: graphs, kernels, what fused, what fell back.
+
+    Buffers, gradients and the random state are left as they were. If the result depends on parameters, the
+    backward is compiled too.
+
+    Args:
+        model: an ``nn.Module`` or a function; or what ``compile`` returned, and then the report is the one
+            that it has been keeping since, recompiles included. Such a one may be given without arguments.
+        args, kwargs: what it is called with.
+
+    Returns:
+        A ``Report``: ``str()``, ``.html()``, ``.to_dict()``.
+
+    Raises:
+        TesselError: ``model`` is not callable.
+    """
+    if not callable(model):
+        raise TesselError(
+            f"explain: expected an nn.Module or a function, got {type(model).__name__}: {model!r}"
+        )
+    return explain_call(model, args, kwargs)

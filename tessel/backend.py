@@ -1,0 +1,88 @@
+"""The Dynamo backend: ``torch.compile(model, backend="tessel")`` finds it through an entry point.
+
+    torch.compile(model, backend="tessel", options={"target": "triton-interpret", "fusion": False})
+
+Options are the fields of ``tessel.Options`` and ``target``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .config import Options
+from .driver import Session, compile_graph, resolve_target
+from .errors import check
+from .frontend.capture import GraphInfo, aot
+from .frontend.dynamo import recompilation
+from .frontend.importer import Imported
+from .report import Recompile
+
+__all__ = ["Backend", "tessel"]
+
+
+class Backend:
+    """A Dynamo backend that belongs to one compiled function and records into its session."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **rest: Any) -> Callable[..., Any]:
+        session = self.session
+        again = recompilation()
+        if again is not None:
+            session.report.recompiles.append(Recompile(again.function, again.number, again.reason))
+
+        def compile_one(imported: Imported, info: GraphInfo) -> Callable[[list[Any]], list[Any]]:
+            return compile_graph(imported, info, session)
+
+        return aot(gm, example_inputs, compile_one)
+
+
+def tessel(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | Options | None = None,
+    **more: Any,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph; what ``torch.compile(..., backend="tessel")`` calls.
+
+    Args:
+        gm: the captured graph.
+        example_inputs: as Dynamo hands them over.
+        mode: ``None`` or ``"default"``: Tessel has no other modes.
+        options: fields of ``Options`` and ``target``, as a mapping; or ``Options``.
+
+    Raises:
+        TesselError: a mode, an option or a target that does not exist.
+    """
+    check(
+        mode in (None, "default"),
+        lambda: (
+            f'torch.compile(mode={mode!r}, backend="tessel"): Tessel has no modes. Leave mode out and say what '
+            'is wanted by options, for example options={"cuda_graphs": True} for "reduce-overhead"'
+        ),
+    )
+    given: Any = options
+    target = "auto"
+    if isinstance(options, Mapping):
+        given = {**options, **more}
+        target = given.pop("target", "auto")
+    elif more:
+        given = dict(more)
+        target = given.pop("target", "auto")
+        check(options is None, lambda: f"options given twice: {options!r} and {more!r}")
+    session = Session(resolve_target(target), Options.of(given))
+    return Backend(session)(gm, example_inputs)
+
+
+def name_of(fn: object) -> str:
+    """What to call a function or module in reports."""
+    if isinstance(fn, torch.nn.Module):
+        return type(fn).__name__
+    return getattr(fn, "__qualname__", None) or type(fn).__name__

@@ -1,0 +1,457 @@
+"""The host program: one Python function per graph that allocates, launches, calls torch and returns.
+
+    def forward(args):
+        x, weight = args
+        args.clear()
+        s0 = x.size(0)
+        # layer_norm, add   model.py:12 in layers.0
+        v3 = empty((s0, 128), (128, 1), f32)
+        k_norm((cdiv(s0, 4),), x, weight, v3, s0)
+        return [v3]
+
+The text is what runs: what it calls by name is listed in ``HostSource.names`` and supplied by the
+runtime. Values are called ``v<n>``, inputs ``a<n>``: no user's name reaches the text outside comments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+
+from ..errors import check
+from ..ir.node import Graph, Node, Value, values_in
+from ..ir.types import Dim, SymType, TensorType, dim_equal, symbols_of
+from .sizes import size_text
+from .views import view_text
+
+__all__ = ["Called", "HostSource", "Launch", "Storage", "render_host"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A generated kernel at one node.
+
+    Attributes:
+        name: what the program calls; kernels with the same code share it.
+        grid: the number of programs per grid axis, expressions over sizes.
+        params: the tensors in the order the kernel takes them: ``("in", operand)`` or ``("out", result)``.
+        sizes: the symbols it takes after the tensors.
+    """
+
+    name: str
+    grid: tuple[Dim, ...]
+    params: tuple[tuple[str, int], ...]
+    sizes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Called:
+    """A Python callable at one node: ``name(*args, **attrs)``.
+
+    Attributes:
+        name: what the program calls it.
+        fn: what runs.
+        attrs: keyword arguments.
+        owned: every tensor it returns is new memory that nothing else refers to.
+        names: keywords of the node's last arguments; the others go by position.
+        flat: it returns a nest of results, of which the tensors, in order, are the node's.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    owned: bool = False
+    names: tuple[str, ...] = ()
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What buffer planning decided.
+
+    Attributes:
+        reuse: a new value -> the dead value whose memory it takes over.
+        frees: position of a node -> values whose names are dropped after it.
+    """
+
+    reuse: Mapping[Value, Value] = field(default_factory=dict)
+    frees: Mapping[int, tuple[Value, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HostSource:
+    """Text of the host program, and everything it calls by name."""
+
+    name: str
+    text: str
+    names: Mapping[str, Any]
+
+
+class _Writer:
+    def __init__(self, graph: Graph, call: Callable[[Node], Called | Launch], storage: Storage) -> None:
+        self.graph = graph
+        self.call = call
+        self.storage = storage
+        self.lines: list[str] = []
+        self.names: dict[str, Any] = {}
+        self.value: dict[Value, str] = {}
+        self.count = 0
+        self.bound: set[str] = set()
+        self.checked = _strides_that_matter(graph)
+
+    # ------------------------------------------------------------ pieces of text
+
+    def line(self, text: str) -> None:
+        self.lines.append("    " + text)
+
+    def fresh(self, v: Value) -> str:
+        self.value[v] = f"v{self.count}"
+        self.count += 1
+        return self.value[v]
+
+    def bind(self, name: str, thing: Any) -> str:
+        """Make ``thing`` known to the program as ``name``; another thing of that name gets a number."""
+        wanted, n = name, 1
+        while name in self.names and self.names[name] is not thing:
+            n += 1
+            name = f"{wanted}_{n}"
+        self.names[name] = thing
+        return name
+
+    def literal(self, x: Any) -> str:
+        if isinstance(x, Value):
+            return self.value[x]
+        if isinstance(x, tuple | list):
+            inner = ", ".join(self.literal(y) for y in x)
+            return f"({inner},)" if len(x) == 1 else f"({inner})"
+        if isinstance(x, sympy.Basic):
+            return size_text(x)
+        if isinstance(x, float) and not math.isfinite(x):
+            return f'float("{x}")'
+        if x is None or isinstance(x, bool | int | float | str):
+            return repr(x)
+        if isinstance(x, torch.dtype):
+            return str(x)
+        if isinstance(x, torch.layout | torch.memory_format | complex):
+            return repr(x)
+        if isinstance(x, torch.device):
+            return f"torch.{x!r}"
+        return self.bind(f"c_{type(x).__name__.lower()}", x)
+
+    # ------------------------------------------------------------ the program
+
+    def header(self) -> None:
+        inputs = [n for n in self.graph.inputs if n.attrs.get("role") != "constant"]
+        held = [n for n in self.graph.inputs if n.attrs.get("role") == "constant"]
+        for i, node in enumerate(inputs):
+            self.value[node.out] = f"a{i}"
+        for i, node in enumerate(held):
+            self.value[node.out] = f"k{i}"
+        if inputs:
+            names = [self.value[i.out] for i in inputs]
+            for at in range(0, len(names), 16):  # short lines, and a comment where people look for a name
+                part = ", ".join(names[at : at + 16])
+                self.line(f"{part}{',' if len(names[at:]) == 1 else ''} = args[{at}:{at + 16}]")
+        self.line("args.clear()")
+        for name, text in bindings(self.graph, self.value):
+            self.line(f"{name} = {text}")
+            self.bound.add(name)
+        for node in inputs:
+            t = node.types[0]
+            if isinstance(t, TensorType) and node.attrs.get("role", "input") == "input" and t.rank:
+                name = self.value[node.out]
+                if any(node is target for target, _ in self.graph.effects):
+                    self.line(f"{name}_in = {name}")
+                self.line(f"if {name}.stride() != {self.literal(t.strides)}:")
+                self.line(f"    {name} = fit({name}, {self.literal(t.strides)})")
+
+    def write(self, at: int, node: Node, told: str) -> str:
+        """Write one node; returns the comment last written, so that it is not repeated."""
+        kind = node.op.kind
+        what = self.call(node) if kind != "view" and node.op.name not in _INLINE else None
+        comment = _comment(node)
+        if comment != told and comment:
+            self.line(f"# {comment}")
+        if kind == "view":
+            self.view(node)
+        elif node.op.name in _INLINE:
+            self.inline(node)
+        elif isinstance(what, Launch):
+            self.launch(node, what)
+        else:
+            assert isinstance(what, Called)
+            self.callable(node, what)
+        return comment or told
+
+    def view(self, node: Node) -> None:
+        source = node.args[0]
+        text, strides = view_text(node, self.value[source], self.literal)
+        if node.out in self.checked and not _same_strides(strides, node.type):
+            text = f"fit({text}, {self.literal(node.type.strides)})"
+        self.line(f"{self.fresh(node.out)} = {text}")
+
+    def inline(self, node: Node) -> None:
+        if node.op.name == "item":
+            name = node.attrs["symbol"]
+            self.line(f"{name} = {self.literal(node.args[0])}.item()")
+            self.bound.add(name)
+        else:  # assert_scalar
+            message = node.attrs.get("message") or "a condition of the program does not hold"
+            self.line(f"if not ({self.literal(node.args[0])}):")
+            self.line(f"    raise RuntimeError({message!r})")
+
+    def launch(self, node: Node, what: Launch) -> None:
+        outs = {}
+        for i, (v, t) in enumerate(zip(node.outs, node.types, strict=True)):
+            assert isinstance(t, TensorType)
+            old = self.storage.reuse.get(v)
+            layout = f"{self.literal(t.shape)}, {self.literal(t.strides)}, {self.literal(t.dtype)}"
+            if old is None:
+                text = f"empty({layout})"
+            elif old.type.dtype == t.dtype and _same_layout(old.type, t):
+                text = f"again({self.value[old]})"
+            else:
+                text = f"reuse({self.value[old]}, {layout})"
+            outs[i] = self.fresh(v)
+            self.line(f"{outs[i]} = {text}")
+        operands = list(values_in(node.args))
+        args = [self.value[operands[i]] if how == "in" else outs[i] for how, i in what.params]
+        grid = self.literal(what.grid)
+        self.line(f"{what.name}({', '.join([grid, *args, *what.sizes])})")
+
+    def callable(self, node: Node, what: Called) -> None:
+        name = self.bind(what.name, what.fn)
+        args = [self.literal(a) for a in node.args]
+        if what.names:
+            at = len(args) - len(what.names)
+            args[at:] = [f"{k}={a}" for k, a in zip(what.names, args[at:], strict=True)]
+        args += [f"{k}={self.literal(v)}" for k, v in what.attrs.items()]
+        text = f"{name}({', '.join(args)})"
+        if not node.types:
+            self.line(text)
+            return
+        outs = [self.fresh(v) for v in node.outs]
+        fits = [v in self.checked and isinstance(v.type, TensorType) and v.type.rank > 0 for v in node.outs]
+        if what.flat:
+            text = f"tensors_in({text})" + ("[0]" if len(outs) == 1 else "")
+        if len(outs) == 1 and fits[0] and not node.attrs.get("symbol"):
+            text, fits[0] = f"fit({text}, {self.literal(node.type.strides)})", False
+        self.line(f"{', '.join(outs)} = {text}")
+        if node.attrs.get("symbol"):
+            self.sizes_of_results(node, outs)
+        for v, out, wanted in zip(node.outs, outs, fits, strict=True):
+            if wanted:
+                self.line(f"{out} = fit({out}, {self.literal(v.type.strides)})")
+
+    def sizes_of_results(self, node: Node, outs: Sequence[str]) -> None:
+        """Symbols that stand for sizes only known now (``nonzero``)."""
+        for t, out in zip(node.types, outs, strict=True):
+            for i, d in enumerate(t.shape if isinstance(t, TensorType) else ()):
+                if isinstance(d, sympy.Symbol) and d.name not in self.bound:
+                    self.line(f"{d.name} = {out}.size({i})")
+                    self.bound.add(d.name)
+
+    def footer(self) -> None:
+        """Effects in order, then the results.
+
+        A result that is, or may share memory with, an input that an effect overwrites is copied
+        first: results are the values from before the effects.
+        """
+        targets = [node for node, _ in self.graph.effects]
+        safe: dict[Value, str] = {}
+
+        def before(v: Value, until: Sequence[Node]) -> str:
+            touched = self.aliased(v)
+            if v not in safe and any(t.out in touched for t in until):
+                safe[v] = f"{self.value[v]}_old"
+                self.line(f"{safe[v]} = {self.value[v]}.clone()")
+            return safe.get(v, self.value[v])
+
+        if targets:
+            for v in dict.fromkeys(values_in(self.graph.outputs)):
+                before(v, targets)
+            for i, (_, v) in enumerate(self.graph.effects):
+                before(v, targets[:i])
+        for node, v in self.graph.effects:
+            name = self.value[node.out]
+            has_original = node.attrs.get("role", "input") == "input" and node.type.rank
+            self.line(f"{name}{'_in' if has_original else ''}.copy_({safe.get(v, self.value[v])})")
+        results = [
+            safe[o] if isinstance(o, Value) and o in safe else self.literal(o) for o in self.graph.outputs
+        ]
+        self.line(f"return [{', '.join(results)}]")
+
+    def aliased(self, v: Value) -> set[Value]:
+        """The inputs whose memory a value may share."""
+        found: set[Value] = set()
+        seen: set[Value] = set()
+        stack = [v]
+        while stack:
+            v = stack.pop()
+            if v in seen:
+                continue
+            seen.add(v)
+            if v.op.kind == "input":
+                found.add(v)
+            elif v.op.kind == "view" or (v.op.kind != "kernel" and self.shares(v.node)):
+                stack.extend(v.node.operands)
+        return found
+
+    def shares(self, node: Node) -> bool:
+        if node.op.name in _INLINE:
+            return False
+        what = self.call(node)
+        return isinstance(what, Called) and not what.owned
+
+
+_INLINE = frozenset({"item", "assert_scalar"})
+
+
+def render_host(
+    graph: Graph,
+    call: Callable[[Node], Called | Launch],
+    storage: Storage | None = None,
+    about: Iterable[str] = (),
+) -> HostSource:
+    """The host program of a graph.
+
+    Args:
+        graph: kernels, views, library calls, effects: any node that ``call`` knows.
+        call: what to run at a node (not asked for views, ``item`` and ``assert_scalar``).
+        storage: reuse and frees; without it every value lives to the end of the call.
+        about: lines for the docstring.
+
+    Raises:
+        TesselError: a size symbol that no input tells.
+    """
+    w = _Writer(graph, call, storage or Storage())
+    w.header()
+    told = ""
+    for at, node in enumerate(graph.nodes):
+        told = w.write(at, node, told)
+        dead = [w.value[v] for v in w.storage.frees.get(at, ()) if v in w.value]
+        if dead:
+            w.line(f"del {', '.join(dead)}")
+    w.footer()
+    doc = "\n".join(line.replace("\\", "/").replace('"""', "'''") for line in about)
+    names = [f"    #   {w.value[n.out]}: {_safe(n.attrs['name'])} {n.types[0]}" for n in graph.inputs]
+    text = "\n".join(
+        [f'"""{doc}\n"""\n' if doc else "", f"def {_identifier(graph.name)}(args):", *names, *w.lines, ""]
+    ).lstrip("\n")
+    return HostSource(_identifier(graph.name), text, w.names)
+
+
+def bindings(graph: Graph, names: Mapping[Value, str]) -> list[tuple[str, str]]:
+    """How each size symbol of the graph is read from the inputs: ``[("s0", "a1.size(0)"), ...]``.
+
+    Raises:
+        TesselError: a symbol stands in no input in a form that can be solved for it.
+    """
+    wanted = _symbols(graph)
+    found: dict[str, str] = {}
+    places: list[tuple[Dim, str]] = []
+    for node in graph.inputs:
+        t, name = node.types[0], names[node.out]
+        if isinstance(t, SymType):
+            places.append((t.expr, name))
+    for node in graph.inputs:
+        t, name = node.types[0], names[node.out]
+        if isinstance(t, TensorType):
+            places += [(d, f"{name}.size({i})") for i, d in enumerate(t.shape)]
+    for node in graph.inputs:
+        t, name = node.types[0], names[node.out]
+        if isinstance(t, TensorType):
+            places += [(d, f"{name}.stride({i})") for i, d in enumerate(t.strides)]
+    for d, text in places:
+        if isinstance(d, sympy.Symbol) and d.name in wanted:
+            found.setdefault(d.name, text)
+    for d, text in places:  # 2*s0 + 1 = n
+        if isinstance(d, sympy.Basic) and len(d.free_symbols) == 1:
+            (s,) = d.free_symbols
+            slope = d.coeff(s)
+            if s.name in wanted and s.name not in found and slope.is_Integer and slope > 0:
+                rest = sympy.expand(d - slope * s)
+                if rest.is_Integer:
+                    found[s.name] = f"({text} - {int(rest)}) // {int(slope)}"
+    missing = sorted(wanted - found.keys())
+    check(
+        not missing,
+        lambda: (
+            f"graph {graph.name}: the sizes {', '.join(missing)} are used, but no input tells them; "
+            "pass them as arguments of the graph"
+        ),
+    )
+    return sorted(found.items())
+
+
+def _symbols(graph: Graph) -> set[str]:
+    used: set[str] = set()
+    born: set[str] = set()
+    known: set[str] = set()
+    for node in graph.inputs:
+        known |= node.symbols()
+    for node in (*graph.inputs, *graph.nodes):
+        used |= node.symbols()
+        if "symbol" in node.attrs and node.op.kind != "input":
+            born.add(str(node.attrs["symbol"]))
+            born |= (
+                symbols_of(
+                    d
+                    for t in node.types
+                    if isinstance(t, TensorType)
+                    for d in t.shape
+                    if isinstance(d, sympy.Symbol)
+                )
+                - known
+            )
+    used |= symbols_of(graph.outputs)
+    return used - born
+
+
+def _strides_that_matter(graph: Graph) -> set[Value]:
+    """Values whose strides someone relies on: kernels, views, results. Others may differ from their type."""
+    out: set[Value] = set(values_in(graph.outputs))
+    for node in graph.nodes:
+        if node.op.kind in ("kernel", "view"):
+            out.update(node.operands)
+    return out
+
+
+def _same_strides(got: Sequence[Dim] | None, want: TensorType) -> bool:
+    return got is not None and all(
+        dim_equal(a, b) or (isinstance(n, int) and n <= 1)
+        for a, b, n in zip(got, want.strides, want.shape, strict=True)
+    )
+
+
+def _same_layout(a: TensorType, b: TensorType) -> bool:
+    return (
+        a.rank == b.rank
+        and all(map(dim_equal, a.shape, b.shape))
+        and all(map(dim_equal, a.strides, b.strides))
+    )
+
+
+def _comment(node: Node) -> str:
+    loc = str(node.loc)
+    where = "" if loc.startswith("(no") else f"   {_safe(loc)}"
+    if node.op.kind == "kernel":
+        inside = list(dict.fromkeys(n.op.name for r in node.regions for n in r.nodes if n.op.kind != "view"))
+        shown = ", ".join(inside[:8]) + (", ..." if len(inside) > 8 else "")
+        return f"{shown}{where}"
+    return where.strip()
+
+
+def _safe(text: object) -> str:
+    """One printable ASCII line: what users call their things may hold anything."""
+    return str(text).encode("ascii", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _identifier(name: str) -> str:
+    text = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)
+    return text if text and not text[0].isdigit() else f"g_{text}"

@@ -1,0 +1,132 @@
+"""What Dynamo says about its own compilations: recompiles, limits, errors. Private names, as in compat.
+
+Supported: torch 2.11 to 2.15.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import exc
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._guards import CompileContext
+
+__all__ = [
+    "Again",
+    "DynamoError",
+    "LimitReached",
+    "NotCaptured",
+    "OptimizedModule",
+    "limit_listener",
+    "patcher",
+    "recompilation",
+]
+
+
+@dataclass(frozen=True)
+class Again:
+    """A compilation of a function that has been compiled before."""
+
+    function: str
+    number: int
+    reason: str
+
+
+def recompilation() -> Again | None:
+    """Inside a backend: which recompile this is and why; None for a first compile.
+
+    A graph after a graph break belongs to the frame's own resume function, so it is a first compile.
+    """
+    identity = CompileContext.current_compile_id()
+    number = getattr(identity, "frame_compile_id", None) or 0
+    if number == 0 or (getattr(CompileContext.try_get(), "attempt", 0) or 0) < 0:
+        return None
+    from torch._dynamo.utils import get_metrics_context
+
+    metrics = getattr(get_metrics_context(), "_metrics", {})
+    reason = str(metrics.get("recompile_reason") or "torch gives no reason")
+    return Again(_function(), number, reason)
+
+
+def _function() -> str:
+    """The function being compiled, as Dynamo knows it."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        code = InstructionTranslator.current_tx().f_code
+    except (AttributeError, LookupError):
+        return "(function)"
+    return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def patcher(**changes: Any) -> Callable[[], Callable[[], None]]:
+    """A cheap way to set Dynamo's configuration around a call: ``undo = patch(); ...; undo()``."""
+    make = getattr(dynamo_config, "_make_closure_patcher", None)
+    if make is not None:
+        return make(**changes)  # type: ignore[no-any-return]
+
+    def enter() -> Callable[[], None]:
+        context = dynamo_config.patch(**changes)
+        context.__enter__()
+        return lambda: context.__exit__(None, None, None)
+
+    return enter
+
+
+# ---------------------------------------------------------------- the recompile limit
+
+# Told when Dynamo gives up recompiling a function: fn(function, limit name, limit, reason).
+Listener = Callable[[str, str, int, str], None]
+_listening = threading.local()
+
+
+class _LimitFilter(logging.Filter):
+    """Hands Dynamo's record of a reached limit to whoever runs a compiled function in this thread."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        stack: list[Listener] = getattr(_listening, "stack", [])
+        if stack and "hit config." in str(record.msg) and isinstance(record.args, tuple):
+            name, limit, function, reason = record.args[:4]
+            stack[-1](str(function), str(name), int(limit), str(reason))  # type: ignore[call-overload]
+            return False  # said in our own words
+        # An operator that fails on fake tensors: eager's exception follows and says the same, shorter.
+        return not (stack and str(record.msg).startswith("failed while attempting to run meta"))
+
+
+_filter = _LimitFilter()
+
+
+@contextmanager
+def limit_listener(listener: Listener) -> Iterator[None]:
+    """Call ``listener`` if a recompile limit is reached inside."""
+    for name in ("torch._dynamo.convert_frame", "torch._subclasses.fake_tensor"):
+        logger = logging.getLogger(name)
+        if _filter not in logger.filters:
+            logger.addFilter(_filter)
+    stack = getattr(_listening, "stack", None)
+    if stack is None:
+        stack = _listening.stack = []
+    stack.append(listener)
+    try:
+        yield
+    finally:
+        stack.pop()
+
+
+# ---------------------------------------------------------------- errors
+
+# Everything that Dynamo raises itself: it could not trace, an operator failed on fake tensors, a backend failed.
+DynamoError = exc.TorchDynamoException
+LimitReached: tuple[type[Exception], ...] = tuple(
+    t
+    for t in (getattr(exc, "FailOnRecompileLimitHit", None), getattr(exc, "RecompileLimitExceeded", None))
+    if t
+)
+# Only raised to the caller with fullgraph=True.
+NotCaptured: tuple[type[Exception], ...] = (exc.Unsupported, exc.UserError)

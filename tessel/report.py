@@ -1,0 +1,273 @@
+"""What a compilation did and why: a record filled while compiling, shown as text, HTML or a dict.
+
+report = tessel.explain(model, x)
+print(report)                  # a page of text
+report.html()                  # one self-contained page
+report.to_dict()               # plain data, ready for json.dumps
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .ir.node import Graph
+from .report_html import page
+
+__all__ = ["Call", "Compilation", "Fused", "Kernel", "Pass", "Recompile", "Report"]
+
+
+@dataclass
+class Pass:
+    """One pass: its name, how long it took, and the graph after it (text made when asked for)."""
+
+    name: str
+    seconds: float
+    nodes: int
+    graph: Graph | None = None
+
+    @property
+    def text(self) -> str:
+        return str(self.graph) if self.graph is not None else ""
+
+
+@dataclass
+class Kernel:
+    """One generated kernel; ``sites`` are the places in the graph that launch it."""
+
+    name: str
+    family: str
+    file: str
+    source: str
+    sites: list[str] = field(default_factory=list)
+    language: str = "triton"
+
+
+@dataclass
+class Fused:
+    """One group that the fuse pass made: what is in it, the bytes it saves, and why it is one group."""
+
+    kernel: str
+    operators: list[str]
+    saved_bytes: int
+    why: str
+    where: str = ""
+
+
+@dataclass
+class Call:
+    """An operator that torch runs, with the reason that no kernel is generated for it."""
+
+    operator: str
+    where: str
+    reason: str
+
+
+@dataclass
+class Recompile:
+    """One more compilation of a function, and the guard that failed."""
+
+    function: str
+    number: int
+    reason: str
+
+
+@dataclass
+class Compilation:
+    """One graph, from capture to callable.
+
+    Attributes:
+        name: of the graph.
+        kind: ``inference``, ``forward`` or ``backward``.
+        target: the target it was compiled for.
+        captured: nodes that came from capture.
+        passes: in order, the import first.
+        kernels: distinct generated kernels.
+        launches: kernel launches in one call.
+        groups: what fused and why.
+        calls: library calls: operators that torch runs by choice or for want of a kernel.
+        fallbacks: operators that the importer could not express, with reasons.
+        bytes_before, bytes_after: distinct inputs and outputs of every operator before fusion, of every
+            kernel and library call after it, at the example sizes.
+        peak_bytes: most bytes of intermediate values alive at once, at the example sizes.
+        host: text of the host program; ``host_file`` where it lies.
+        seconds: from the captured graph to the callable.
+    """
+
+    name: str
+    kind: str = "inference"
+    target: str = ""
+    captured: int = 0
+    passes: list[Pass] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
+    launches: int = 0
+    groups: list[Fused] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    fallbacks: list[Call] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    peak_bytes: int = 0
+    host: str = ""
+    host_file: str = ""
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+class Report:
+    """Everything that happened to one compiled function."""
+
+    def __init__(self, name: str = "", target: str = "auto") -> None:
+        self.name = name
+        self.target = target
+        self.compilations: list[Compilation] = []
+        self.recompiles: list[Recompile] = []
+        self.notes: list[str] = []
+
+    # ------------------------------------------------------------ what people ask first
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """All distinct kernels of all graphs."""
+        return [k for c in self.compilations for k in c.kernels]
+
+    @property
+    def fallbacks(self) -> list[Call]:
+        """All operators that run as opaque calls, with reasons."""
+        return [f for c in self.compilations for f in c.fallbacks]
+
+    @property
+    def captured(self) -> int:
+        return sum(c.captured for c in self.compilations)
+
+    # ------------------------------------------------------------ shapes of it
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return {
+            "name": self.name,
+            "target": self.target,
+            "notes": list(self.notes),
+            "recompiles": [vars(r).copy() for r in self.recompiles],
+            "compilations": [_compilation_dict(c) for c in self.compilations],
+        }
+
+    def html(self) -> str:
+        """One HTML page that needs nothing else: styles inside, no scripts, no links."""
+        return page(self.to_dict())
+
+    def __str__(self) -> str:
+        out = [f"Tessel report: {self.name or '(function)'}, target {self.target}"]
+        if not self.compilations:
+            out.append("Nothing has been compiled yet: call the function once.")
+        for c in self.compilations:
+            out += ["", *_compilation_lines(c)]
+        out += ["", *_recompile_lines(self.recompiles)]
+        out += [f"note: {n}" for n in self.notes]
+        return "\n".join(out) + "\n"
+
+    def __repr__(self) -> str:
+        return (
+            f"<tessel report: {len(self.compilations)} graphs, {len(self.kernels)} kernels; print() shows it>"
+        )
+
+
+def _compilation_dict(c: Compilation) -> dict[str, Any]:
+    out = {k: v for k, v in vars(c).items() if isinstance(v, str | int | float)}
+    out["passes"] = [
+        {"name": p.name, "seconds": p.seconds, "nodes": p.nodes, "graph": p.text} for p in c.passes
+    ]
+    for name in ("kernels", "groups", "calls", "fallbacks"):
+        out[name] = [vars(x).copy() for x in getattr(c, name)]
+    out["notes"] = list(c.notes)
+    return out
+
+
+def size(n: int) -> str:
+    """Bytes in a readable unit.
+
+    >>> size(900), size(20_000), size(3 * 2**20)
+    ('900 B', '19.5 KiB', '3.0 MiB')
+    """
+    if n < 1024:
+        return f"{n} B"
+    for unit, step in (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30)):
+        if n < step * 1024 or unit == "GiB":
+            return f"{n / step:.1f} {unit}"
+    raise AssertionError
+
+
+def _compilation_lines(c: Compilation) -> Iterable[str]:
+    head = f"{c.kind} graph {c.name} for {c.target}: {c.captured} nodes captured"
+    yield head
+    yield "-" * len(head)
+    yield (
+        f"{len(c.kernels)} kernels ({c.launches} launches), {len(c.calls)} library calls, "
+        f"{len(c.fallbacks)} fallbacks; compiled in {c.seconds:.2f} s"
+    )
+    if c.bytes_before:
+        less = 1 - c.bytes_after / c.bytes_before
+        yield f"bytes moved: {size(c.bytes_before)} unfused, {size(c.bytes_after)} now ({less:.0%} less)"
+    if c.peak_bytes:
+        yield f"most intermediate memory at once: {size(c.peak_bytes)}"
+    yield from (f"note: {n}" for n in c.notes)
+    yield ""
+    yield "passes"
+    yield from _table([(p.name, f"{p.seconds * 1e3:.1f} ms", f"{p.nodes} nodes") for p in c.passes])
+    if c.kernels:
+        yield "kernels"
+        yield from _table([(k.name, k.family, f"x{len(k.sites)}", k.file) for k in c.kernels])
+    if c.groups:
+        yield "what fused and why"
+        yield from _table(
+            [
+                (
+                    g.kernel,
+                    _short(g.operators),
+                    f"saves {size(g.saved_bytes)}" if g.saved_bytes else "",
+                    g.why,
+                )
+                for g in c.groups
+            ]
+        )
+    yield "what fell back and why" if c.fallbacks else "nothing fell back"
+    yield from _counted((f.operator, f.reason, f.where) for f in c.fallbacks)
+    if c.calls:
+        yield "what torch computes and why"
+        yield from _counted((f.operator, f.reason, f.where) for f in c.calls)
+    if c.host_file:
+        yield f"host program: {c.host_file}"
+
+
+def _recompile_lines(recompiles: list[Recompile]) -> Iterable[str]:
+    if not recompiles:
+        yield "no recompiles"
+        return
+    yield f"{len(recompiles)} recompiles"
+    yield from _table([(r.function, f"#{r.number}", " ".join(r.reason.split())) for r in recompiles])
+
+
+def _counted(rows: Iterable[tuple[str, str, str]]) -> Iterable[str]:
+    """Equal (operator, reason) once, with the count and the first place."""
+    first: dict[tuple[str, str], str] = {}
+    count: Counter[tuple[str, str]] = Counter()
+    for operator, reason, where in rows:
+        first.setdefault((operator, reason), where)
+        count[operator, reason] += 1
+    yield from _table([(op, f"x{n}", reason, first[op, reason]) for (op, reason), n in count.items()])
+
+
+def _short(words: list[str], most: int = 8) -> str:
+    return ", ".join(words[:most]) + (f", ... ({len(words)} in all)" if len(words) > most else "")
+
+
+def _table(rows: list[tuple[str, ...]]) -> Iterable[str]:
+    if not rows:
+        return
+    wide = [min(max(len(r[i]) for r in rows), 60) for i in range(len(rows[0]))]
+    for r in rows:
+        yield "  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(r, wide, strict=True)).rstrip()
+
+
+Observer = Callable[[str, Graph, float], None]

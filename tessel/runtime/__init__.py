@@ -1,0 +1,1 @@
+"""Run time: what the generated host program calls."""

@@ -1,0 +1,195 @@
+"""Which memory a value lives in, and when it is free again.
+
+Liveness is counted per storage: a view keeps its base alive, and so does a torch call that may
+return its argument. Memory that generated kernels wrote and nobody reads any more is taken over by
+a later kernel's result of the same size. Inputs are never written to (effects aside), and what
+leaves the graph never shares memory that is used again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ..codegen.host import Storage
+from ..ir.exprs import evaluate
+from ..ir.node import Graph, Node, Value
+from ..ir.types import Dim, TensorType, simplify_dim
+
+__all__ = ["Buffers", "plan_buffers", "span_bytes"]
+
+# A dead buffer serves a smaller value if at most this part of it is left over.
+_WASTE = 0.25
+
+
+@dataclass(frozen=True)
+class Buffers(Storage):
+    """Reuse and frees (see ``Storage``), and what they come to.
+
+    Attributes:
+        peak_bytes: the most bytes of intermediate values alive at once (inputs not counted), at the
+            sizes in ``hints``; what a library call uses inside is not known.
+        reused_bytes: bytes of values that took over memory.
+    """
+
+    peak_bytes: int = 0
+    reused_bytes: int = 0
+    hints: Mapping[str, int] = field(default_factory=dict)
+
+
+def span_bytes(t: TensorType) -> Dim:
+    """Bytes from the first to the last element of a tensor: what an allocation holds."""
+    if any(isinstance(n, int) and n == 0 for n in t.shape):
+        return 0
+    last: Dim = 1
+    for n, s in zip(t.shape, t.strides, strict=True):
+        last = last + (n - 1) * s
+    return simplify_dim(last * t.dtype.itemsize)
+
+
+def plan_buffers(
+    graph: Graph,
+    allocates: Callable[[Node], bool],
+    owned: Callable[[Node], bool],
+    hints: Mapping[str, int] | None = None,
+    reuse: bool = True,
+) -> Buffers:
+    """Plan the memory of a graph's values.
+
+    Args:
+        graph: the final graph.
+        allocates: whether the host program allocates a node's results (generated kernels).
+        owned: whether a node's results are new memory; views are never asked.
+        hints: typical sizes, for ``peak_bytes`` only.
+        reuse: False keeps every value in memory of its own.
+    """
+    hints = dict(hints or {})
+    roots = _roots(graph, allocates, owned)
+    death = _last_uses(graph, roots)
+    made = {v: at for at, n in enumerate(graph.nodes) if allocates(n) for v in n.outs}
+    leaving = set(graph.results())
+    ends: dict[int, list[Value]] = {}
+    for v, at in death.items():
+        if v in made:
+            ends.setdefault(at, []).append(v)
+    taken: dict[Value, Value] = {}
+    free: list[Value] = []  # allocated values whose memory is dead, oldest first
+    for at, node in enumerate(graph.nodes):
+        if allocates(node) and reuse:
+            for v in node.outs:
+                # what leaves the graph gets memory of exactly its size
+                if isinstance(v.type, TensorType) and v not in leaving:
+                    old = _best(v.type, free)
+                    if old is not None:
+                        free.remove(old)
+                        taken[v] = old
+        free.extend(ends.get(at, ()))
+    frees: dict[int, tuple[Value, ...]] = {}
+    uses = _name_uses(graph)
+    for new, old in taken.items():
+        uses[old] = max(uses.get(old, -1), made[new])
+    kept = {v for i in graph.inputs for v in i.outs if _stays(graph, i)}
+    for v, at in uses.items():
+        if v not in leaving and v not in kept:
+            frees[at] = (*frees.get(at, ()), v)
+    peak = _peak(graph, roots, death, taken, hints)
+    saved = sum(_bytes(v.type, hints) for v in taken)
+    return Buffers(taken, frees, peak, saved, hints)
+
+
+def _stays(graph: Graph, node: Node) -> bool:
+    """Whether the name of an input is kept to the end: its memory is not ours to free, or it is written."""
+    role = node.attrs.get("role", "input")
+    return role != "input" or any(node is target for target, _ in graph.effects)
+
+
+def _roots(
+    graph: Graph, allocates: Callable[[Node], bool], owned: Callable[[Node], bool]
+) -> dict[Value, frozenset[Value]]:
+    """The values whose memory each value may lie in."""
+    roots: dict[Value, frozenset[Value]] = {v: frozenset({v}) for i in graph.inputs for v in i.outs}
+    for node in graph.nodes:
+        new = node.op.kind != "view" and (allocates(node) or owned(node))
+        shared = frozenset().union(*(roots[v] for v in node.operands)) if not new else frozenset()
+        for v in node.outs:
+            # a call that may return its argument may also return new memory
+            roots[v] = shared if node.op.kind == "view" else shared | {v}
+    return roots
+
+
+def _last_uses(graph: Graph, roots: Mapping[Value, frozenset[Value]]) -> dict[Value, int]:
+    """Storage -> position of the last node that touches it; storages that leave the graph are absent."""
+    death: dict[Value, int] = {}
+    for at, node in enumerate(graph.nodes):
+        for v in (*node.operands, *node.outs):
+            for r in roots[v]:
+                death[r] = at
+    for v in graph.results():
+        for r in roots[v]:
+            death.pop(r, None)
+    return death
+
+
+def _name_uses(graph: Graph) -> dict[Value, int]:
+    """Value -> position of the last node that names it."""
+    last: dict[Value, int] = {}
+    for at, node in enumerate(graph.nodes):
+        for v in (*node.outs, *node.operands):
+            last[v] = at
+    return last
+
+
+def _best(t: TensorType, free: list[Value]) -> Value | None:
+    """The dead buffer that fits best: the same size expression, else the smallest that is not too large."""
+    want = span_bytes(t)
+    same = [v for v in free if span_bytes(v.type) == want and v.type.device == t.device]
+    if same:
+        return same[-1]
+    if not isinstance(want, int) or want == 0:
+        return None
+    fits = []
+    for v in free:
+        have = span_bytes(v.type)
+        fit = isinstance(have, int) and want <= have <= want / (1 - _WASTE) and v.type.device == t.device
+        if fit and have % t.dtype.itemsize == 0:  # type: ignore[operator]
+            fits.append((have, v))
+    return min(fits, key=lambda p: p[0])[1] if fits else None  # type: ignore[arg-type, return-value]
+
+
+def _bytes(t: object, hints: Mapping[str, int]) -> int:
+    if not isinstance(t, TensorType):
+        return 0
+    size = span_bytes(t)
+    names = {s.name for s in size.free_symbols} if not isinstance(size, int) else set()
+    return int(evaluate(size, {n: hints.get(n, 1) for n in names}))
+
+
+def _peak(
+    graph: Graph,
+    roots: Mapping[Value, frozenset[Value]],
+    death: Mapping[Value, int],
+    taken: Mapping[Value, Value],
+    hints: Mapping[str, int],
+) -> int:
+    """Walk through the nodes, adding what is allocated and taking off what dies."""
+    ends = dict(death)
+    for new, old in taken.items():  # memory stays allocated until its heir's end
+        ends.pop(old, None)
+        if new not in death:
+            ends.pop(new, None)
+    by_end: dict[int, list[Value]] = {}
+    for v, at in ends.items():
+        by_end.setdefault(at, []).append(v)
+    now = peak = 0
+    for at, node in enumerate(graph.nodes):
+        for v in node.outs:
+            if v in roots[v] and v not in taken:
+                now += _bytes(v.type, hints)
+        peak = max(peak, now)
+        for v in by_end.get(at, ()):
+            if v.op.kind != "input":
+                base = v
+                while base in taken:
+                    base = taken[base]
+                now -= _bytes(base.type, hints)
+    return peak

@@ -1,0 +1,114 @@
+"""What torch computes: IR operators and opaque calls as torch callables.
+
+Every operator that has no generated kernel at some place runs through here: opaque calls (``call``),
+library operators, and any other operator by its plain reference. Aliasing is told per callable, so
+that buffer planning knows whose memory a result may be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..codegen.host import Called
+from ..ir.node import Node
+from ..ops.attention import attention_ref
+from ..ops.library import torch_op
+
+__all__ = ["called", "fast_attention"]
+
+# Operators whose reference returns (a view of) its argument in some case.
+_SHARING = frozenset(
+    {"cast", "clamp", "pad", "cat", "where", "as_strided", "view_as_real", "view_as_complex", "rand_like"}
+)
+
+
+def called(node: Node, attention: str = "auto", device: str = "cpu") -> Called:
+    """The callable that runs a node of any kind on torch tensors.
+
+    Args:
+        node: a node that is neither a view nor a kernel.
+        attention: as ``Options.attention``; "template" asks for the plain definition.
+        device: where a node without a device of its own puts what it makes.
+
+    Raises:
+        TesselError: the node's operator has no torch reference, or the target of a call is unknown.
+    """
+    name = node.op.name
+    if "target" in node.attrs:
+        return _opaque(node)
+    if name == "attention" and attention != "template":
+        return Called("attention", fast_attention, dict(node.attrs), owned=True)
+    attrs = dict(node.attrs)
+    if node.op.kind == "generate" and attrs.get("device") is None:
+        attrs["device"] = device
+    if node.op.kind == "library":
+        attrs.pop("symbol", None)
+    owned = node.op.kind not in ("view", "effect", "composite") and name not in _SHARING
+    flat = node.op.kind == "library" and len(node.types) > 1
+    return Called(f"op_{name}", node.op.ref, attrs, owned, flat=flat)
+
+
+def _opaque(node: Node) -> Called:
+    """A call by name. Tensors handed over by keyword are the last arguments, ``names`` says which."""
+    target = node.attrs["target"]
+    held = getattr(target, "fn", None)  # a Python function instead of an operator
+    fn = held if held is not None else torch_op(str(target))
+    kwargs = dict(node.attrs.get("kwargs") or ())
+    returns = getattr(getattr(fn, "_schema", None), "returns", None)
+    simple = (
+        returns is not None
+        and all(str(r.type) == "Tensor" for r in returns)
+        and len(returns) == len(node.types)
+    )
+    names = tuple(node.attrs.get("names") or ())
+    return Called(_readable(str(target)), fn, kwargs, _owned_schema(fn), names, flat=not simple)
+
+
+def _readable(target: str) -> str:
+    text = target.removesuffix(".default").replace(".", "_").replace("::", "_")
+    text = text if not text[:1].isdigit() else f"op_{text}"
+    return "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in text)
+
+
+def _owned_schema(fn: Any) -> bool:
+    """Whether the operator's schema promises new memory for every result."""
+    schema = getattr(fn, "_schema", None)
+    if schema is None:
+        return False
+    try:
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(fn.name(), "CompositeImplicitAutograd")
+    except RuntimeError:
+        composite = True
+    # Composite operators (dropout, contiguous) may hand back their argument whatever the schema says.
+    return not composite and all(r.alias_info is None for r in schema.returns)
+
+
+def fast_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    offset: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by torch's own kernel, with its log-sum-exp; by definition where it has none for the case."""
+    if offset:
+        return attention_ref(q, k, v, mask, causal=causal, scale=scale, offset=offset)
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if (
+        q.device.type == "cuda"
+        and half
+        and mask is None
+        and q.numel()
+        and k.numel()
+        and q.shape[-1] == v.shape[-1]
+    ):
+        repeat = q.shape[1] // k.shape[1]
+        if repeat > 1:
+            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+        return flash(q, k, v, 0.0, causal, False, scale=scale)[:2]  # type: ignore[no-any-return]
+    return torch.ops.tessel.attention.default(q, k, v, mask, causal, scale)  # type: ignore[no-any-return]
