@@ -130,7 +130,7 @@ _ARITHMETIC = (
     op("fmod", torch.fmod, "tessel_fmod({0}, {1})", "tessel::fmod({0}, {1})", cost=20, doc="sign of the dividend"),
     op("remainder", torch.remainder, "tessel_remainder({0}, {1})", "tessel::remainder({0}, {1})", cost=20),
     op("pow", torch.pow, "tessel_pow({0}, {1})", "tessel::pow({0}, {1})", cost=20),
-    op("neg", torch.neg, "(-{0})", "(-{0})"),
+    op("neg", torch.neg, "tessel_neg({0})", "(-{0})"),
     op("abs", torch.abs, "tl.abs({0})", "tessel::abs({0})"),
     op("sign", torch.sign, "tessel_sign({0})", "tessel::sign({0})"),
     op("maximum", torch.maximum, "tessel_maximum({0}, {1})", "tessel::maximum({0}, {1})", doc="NaN wins"),

@@ -43,7 +43,8 @@ def aten_ref(name: str) -> Callable[..., Any]:
     """The ATen operator ``name`` (any overload that fits), looked up when it is first called."""
 
     def ref(*args: Any, **attrs: Any) -> Any:
-        return torch_op(f"aten.{name}")(*args, **attrs)
+        got = torch_op(f"aten.{name}")(*args, **attrs)
+        return got if isinstance(got, torch.Tensor) else tuple(flat_tensors(got))
 
     return ref
 
