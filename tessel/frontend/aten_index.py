@@ -11,7 +11,7 @@ from torch import fx
 from ..ir.node import Value
 from ..ir.types import simplify_dim
 from .compat import OpOverload
-from .lower import INTEGERS, Lowering, Opaque, Table, axis, register
+from .lower import INTEGERS, Lowering, Opaque, Table, axis, nest, register
 
 TABLE: Table = {}
 
@@ -76,7 +76,8 @@ def library(name: str) -> Any:
         positional, attrs = by_schema(c.node, args, kwargs)
         if any(isinstance(v, Value) for a in attrs.values() for v in (a if isinstance(a, tuple) else (a,))):
             raise Opaque("a tensor among the keyword arguments")
-        return c.typed(name, *positional, **attrs)
+        outs = c.builder.node(c.find(name), *positional, types=c.types, **attrs).outs
+        return nest(c.node.meta["val"], iter(outs))
 
     lower.any_dtype = True  # type: ignore[attr-defined]
     return lower
@@ -149,6 +150,8 @@ _LIBRARY: dict[str, str] = {
     "multinomial": "default",
     "native_dropout": "default",
 }
+for _target in ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"):
+    TABLE[_target] = library("grouped_mm")
 for _name, _overloads in _LIBRARY.items():
     for _overload in _overloads.split():
         TABLE[f"aten.{_name}.{_overload}"] = library(_name)

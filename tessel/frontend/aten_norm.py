@@ -64,40 +64,26 @@ def _log_softmax_backward(c: Lowering, grad: Value, out: Value, dim: int, input_
 # ---------------------------------------------------------------- layer and rms norm
 
 
-def _computed_in(*tensors: Value | None) -> torch.dtype:
-    """One dtype for all operands: theirs if they agree, else the wider one."""
-    found = [t.dtype for t in tensors if t is not None]
-    dtype = found[0]
-    for d in found[1:]:
-        dtype = torch.promote_types(dtype, d)
-    return dtype
-
-
-def _maybe_cast(c: Lowering, x: Value | None, dtype: torch.dtype) -> Value | None:
-    return None if x is None else c.cast(x, dtype)
+def _as_given(c: Lowering, results: Sequence[Value], first: int = 0) -> tuple[Value, ...]:
+    """Statistics in the shape and dtype that eager gives them."""
+    types = c.types[first : first + len(results)]
+    return tuple(c.reshape(c.cast(s, t.dtype), t.shape) for s, t in zip(results, types, strict=True))
 
 
 @register(TABLE, "aten.native_layer_norm.default")
 def _layer_norm(
     c: Lowering, x: Value, shape: Sequence[Dim], weight: Value | None, bias: Value | None, eps: float
 ) -> tuple[Value, ...]:
-    dtype = _computed_in(x, weight, bias)
-    weight, bias = _maybe_cast(c, weight, dtype), _maybe_cast(c, bias, dtype)
-    y, *stats = c.many("layer_norm", c.cast(x, dtype), weight, bias, ndim=len(shape), eps=float(eps))
-    given = [c.reshape(c.cast(s, t.dtype), t.shape) for s, t in zip(stats, c.types[1:], strict=True)]
-    return c.cast(y, c.dtype), *given
+    return _as_given(c, c.many("layer_norm", x, weight, bias, ndim=len(shape), eps=float(eps)))
 
 
 @register(TABLE, "aten._fused_rms_norm.default")
 def _rms_norm(
     c: Lowering, x: Value, shape: Sequence[Dim], weight: Value | None, eps: float | None
 ) -> tuple[Value, ...]:
-    dtype = _computed_in(x, weight)
     if eps is None:
         eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
-    weight = _maybe_cast(c, weight, dtype)
-    y, rstd = c.many("rms_norm", c.cast(x, dtype), weight, ndim=len(shape), eps=float(eps))
-    return c.cast(y, c.dtype), c.reshape(c.cast(rstd, c.types[1].dtype), c.types[1].shape)
+    return _as_given(c, c.many("rms_norm", x, weight, ndim=len(shape), eps=float(eps)))
 
 
 class _Rows:
@@ -188,11 +174,7 @@ def _group_norm(
     groups: int,
     eps: float,
 ) -> tuple[Value, ...]:
-    dtype = _computed_in(x, weight, bias)
-    weight, bias = _maybe_cast(c, weight, dtype), _maybe_cast(c, bias, dtype)
-    y, *stats = c.many("group_norm", c.cast(x, dtype), weight, bias, groups=groups, eps=float(eps))
-    given = [c.reshape(c.cast(s, t.dtype), t.shape) for s, t in zip(stats, c.types[1:], strict=True)]
-    return c.cast(y, c.dtype), *given
+    return _as_given(c, c.many("group_norm", x, weight, bias, groups=groups, eps=float(eps)))
 
 
 # ---------------------------------------------------------------- batch norm
@@ -214,55 +196,29 @@ def _batch_norm_inference(
     momentum: float,
     eps: float,
 ) -> tuple[Value, ...]:
-    dtype = _computed_in(x, weight, bias, mean, var)
-    weight, bias = _maybe_cast(c, weight, dtype), _maybe_cast(c, bias, dtype)
-    mean, var = c.cast(mean, dtype), c.cast(var, dtype)
-    y = c("batch_norm_inference", c.cast(x, dtype), weight, bias, mean, var, eps=float(eps))
-    return c.cast(y, c.dtype), *_empty_stats(c, 1)
+    y = c("batch_norm_inference", x, weight, bias, mean, var, eps=float(eps))
+    return y, *_empty_stats(c, 1)
 
 
-class _BatchStats:
-    """Batch norm over all axes but the second, with the statistics of this batch."""
+def _batch_norm(
+    c: Lowering, x: Value, weight: Value | None, bias: Value | None, eps: float
+) -> tuple[Value, tuple[Value, ...], Value]:
+    """The result, mean and reciprocal deviation as eager gives them, and the biased variance."""
+    y, *stats, var = c.many("batch_norm_training", x, weight, bias, eps=float(eps))
+    return y, _as_given(c, stats, 1), var
 
-    def __init__(self, c: Lowering, x: Value, eps: float) -> None:
-        self.c, self.rank = c, len(x.shape)
-        self.channels = x.shape[1]
-        dims = tuple(d for d in range(self.rank) if d != 1)
-        self.x = c.wide(x)
-        self.var, self.mean = c.many("var_mean", self.x, dims=dims, keepdim=True, correction=0)
-        self.rstd = c("rsqrt", c("add", self.var, float(eps)))
-        self.count = product(x.shape[d] for d in dims)
 
-    def along(self, v: Value) -> Value:
-        """A per-channel vector shaped to broadcast over the input."""
-        c = self.c
-        return c.reshape(c.cast(v, self.x.dtype), (1, self.channels, *(1,) * (self.rank - 2)))
-
-    def normalized(self, weight: Value | None, bias: Value | None) -> Value:
-        c = self.c
-        y = c("mul", c("sub", self.x, self.mean), self.rstd)
-        if weight is not None:
-            y = c("mul", y, self.along(weight))
-        if bias is not None:
-            y = c("add", y, self.along(bias))
-        return c.cast(y, c.dtype)
-
-    def flat(self, v: Value, dtype: torch.dtype) -> Value:
-        return self.c.cast(self.c.reshape(v, (self.channels,)), dtype)
-
-    def updated(self, running: Value, batch: Value, momentum: float) -> Value:
-        """The running statistic after this batch."""
-        c = self.c
-        new = c("mul", c.reshape(batch, (self.channels,)), float(momentum))
-        old = c("mul", c.cast(running, new.dtype), 1.0 - float(momentum))
-        return c.cast(c("add", new, old), running.dtype)
-
-    def unbiased(self) -> Value:
-        """The variance with Bessel's correction, which is what running statistics keep."""
-        c = self.c
-        if isinstance(self.count, int):
-            return c("mul", self.var, self.count / max(self.count - 1, 1))
-        return c("div", c("mul", self.var, self.count), self.count - 1)
+def _running(c: Lowering, x: Value, old: Value, batch: Value, momentum: float, unbias: bool) -> Value:
+    """A running statistic after this batch; variances are kept with Bessel's correction."""
+    batch = c.cast(batch, c.wide(old).dtype)
+    if unbias:
+        count = product(n for d, n in enumerate(x.shape) if d != 1)
+        if isinstance(count, int):
+            batch = c("mul", batch, count / max(count - 1, 1))
+        else:
+            batch = c("div", c("mul", batch, count), count - 1)
+    kept = c("mul", c.wide(old), 1.0 - float(momentum))
+    return c.cast(c("add", c("mul", batch, float(momentum)), kept), old.dtype)
 
 
 @register(TABLE, "aten._native_batch_norm_legit.no_stats")
@@ -275,9 +231,8 @@ def _batch_norm_no_stats(
     momentum: float,
     eps: float,
 ) -> tuple[Value, ...]:
-    b = _BatchStats(c, x, eps)
-    stats = [b.flat(v, t.dtype) for v, t in zip((b.mean, b.rstd), c.types[1:], strict=True)]
-    return b.normalized(weight, bias), *stats
+    y, stats, _ = _batch_norm(c, x, weight, bias, eps)
+    return y, *stats
 
 
 @register(TABLE, "aten._native_batch_norm_legit_functional.default")
@@ -293,13 +248,12 @@ def _batch_norm_functional(
     eps: float,
 ) -> tuple[Value, ...]:
     if not training:
-        y = _batch_norm_inference(c, x, weight, bias, running_mean, running_var, momentum, eps)[0]
+        y = c("batch_norm_inference", x, weight, bias, running_mean, running_var, eps=float(eps))
         empty = [c.full(t.shape, 0, t.dtype) for t in c.types[1:3]]
         return y, *empty, running_mean, running_var
-    b = _BatchStats(c, x, eps)
-    stats = [b.flat(v, t.dtype) for v, t in zip((b.mean, b.rstd), c.types[1:3], strict=True)]
-    means = b.updated(running_mean, b.mean, momentum)
-    return b.normalized(weight, bias), *stats, means, b.updated(running_var, b.unbiased(), momentum)
+    y, stats, var = _batch_norm(c, x, weight, bias, eps)
+    mean = _running(c, x, running_mean, stats[0], momentum, False)
+    return y, *stats, mean, _running(c, x, running_var, var, momentum, True)
 
 
 @register(TABLE, "aten._batch_norm_with_update_functional.default")
@@ -315,11 +269,10 @@ def _batch_norm_with_update(
 ) -> tuple[Value, ...]:
     if product(c.types[3].shape) != 0:
         raise Opaque("batch norm with a backend's own reserve")
-    b = _BatchStats(c, x, eps)
-    stats = [b.flat(v, t.dtype) for v, t in zip((b.mean, b.rstd), c.types[1:3], strict=True)]
+    y, stats, var = _batch_norm(c, x, weight, bias, eps)
     reserve = c.full(c.types[3].shape, 0, c.types[3].dtype)
-    means = b.updated(running_mean, b.mean, momentum)
-    return b.normalized(weight, bias), *stats, reserve, means, b.updated(running_var, b.unbiased(), momentum)
+    mean = _running(c, x, running_mean, stats[0], momentum, False)
+    return y, *stats, reserve, mean, _running(c, x, running_var, var, momentum, True)
 
 
 # ---------------------------------------------------------------- cross entropy

@@ -18,7 +18,19 @@ _UNARY = (
     "sinh cosh tanh asinh acosh atanh erf erfc sigmoid relu bitwise_not mish"
 ).split()
 _ROUND = "floor ceil round trunc".split()
-_BINARY = "mul maximum minimum fmod remainder atan2 bitwise_and bitwise_or bitwise_xor hypot copysign".split()
+_BINARY = {
+    "mul": "Tensor Scalar",
+    "maximum": "default",
+    "minimum": "default",
+    "fmod": "Tensor Scalar",
+    "remainder": "Tensor Scalar Scalar_Tensor",
+    "atan2": "default",
+    "bitwise_and": "Tensor Scalar Scalar_Tensor",
+    "bitwise_or": "Tensor Scalar Scalar_Tensor",
+    "bitwise_xor": "Tensor Scalar Scalar_Tensor",
+    "hypot": "default",
+    "copysign": "Tensor Scalar",
+}
 _COMPARE = "eq ne lt le gt ge".split()
 _LOGICAL = "logical_and logical_or logical_xor".split()
 
@@ -67,8 +79,8 @@ for _name in _UNARY:
     TABLE[f"aten.{_name}.default"] = _unary(_name)
 for _name in _ROUND:
     TABLE[f"aten.{_name}.default"] = _round(_name)
-for _name in _BINARY:
-    for _overload in ("default", "Tensor", "Scalar", "Scalar_Tensor"):
+for _name, _overloads in _BINARY.items():
+    for _overload in _overloads.split():
         TABLE[f"aten.{_name}.{_overload}"] = _binary(_name)
 for _name in _COMPARE:
     for _overload in ("Tensor", "Scalar"):
@@ -187,7 +199,7 @@ def _pow(c: Lowering, a: Any, b: Any) -> Value:
 
 
 for _side in ("left", "right"):
-    for _overload in ("Tensor", "Tensor_Scalar"):
+    for _overload in ("Tensor", "Tensor_Scalar", "Scalar_Tensor"):
         TABLE[f"aten.bitwise_{_side}_shift.{_overload}"] = _binary(f"shift_{_side}")
     for _overload in ("Tensor", "Scalar"):
         TABLE[f"aten.__{_side[0]}shift__.{_overload}"] = _binary(f"shift_{_side}")

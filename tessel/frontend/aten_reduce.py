@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..ir.node import Value
+from ..ops.dims import try_divide
 from .aten_pointwise import truth
 from .lower import HALF, Lowering, Opaque, Table, axes, axis, numel, register
 
@@ -255,6 +256,8 @@ def attend(
     """The attention operator on rank-4 operands."""
     if isinstance(scale, float) and not math.isfinite(scale):
         raise Opaque("an attention scale that is not finite")
+    if try_divide(q.shape[1], k.shape[1]) is None:
+        raise Opaque("attention whose query heads are not known to share key heads evenly")
     return c.many("attention", q, k, v, mask, causal=causal, scale=scale)
 
 
@@ -283,5 +286,20 @@ def _sdpa(c: Lowering, *args: Any, **kwargs: Any) -> Value:
 
 
 @register(TABLE, "tessel.attention_backward.default")
-def _attention_backward(c: Lowering, *_: Any) -> Value:
-    raise Opaque("the gradient of attention has no IR operator yet")
+def _attention_backward(
+    c: Lowering,
+    grad: Value,
+    q: Value,
+    k: Value,
+    v: Value,
+    mask: Value | None,
+    out: Value,
+    lse: Value,
+    causal: bool,
+    scale: float | None,
+    mask_grad: bool,
+) -> tuple[Value, ...]:
+    if mask_grad:
+        raise Opaque("the gradient of an attention mask")
+    grads = c.many("attention_backward", grad, q, k, v, mask, out, lse, causal=causal, scale=scale)
+    return *grads, c.full((0,), 0, c.types[3].dtype)

@@ -36,7 +36,7 @@ from ..ir.types import (
 )
 from .compat import HigherOrderOperator, OpOverload, size_hints, unbacked_bindings
 from .locs import Locations
-from .lower import PLAIN, VIEWS, Lowering, Opaque, target_name
+from .lower import PLAIN, VIEWS, Lowering, Opaque, nest, target_name
 from .opaque import Foreign, opaque_call
 
 
@@ -278,10 +278,13 @@ class _Importer:
             got = entry(self.c, *args, **kwargs)
         except Opaque as reason:
             del self.builder.nodes[start:]
-            self.fallbacks.append(Fallback(node.name, name, str(reason), self.builder.loc))
-            return self.opaque(node, args, kwargs, val, types)
+            return self.opaque(node, args, kwargs, val, types, str(reason))
         except TesselError as e:
-            raise TesselError(f"{self.where(node)}: {e}") from e
+            if not self.symbolic((args, kwargs), types):
+                raise TesselError(f"{self.where(node)}: {e}") from e
+            # torch has guarded on an equality of sizes that their expressions do not show
+            del self.builder.nodes[start:]
+            return self.opaque(node, args, kwargs, val, types, f"sizes that only a guard makes fit: {e}")
         if node in self.escaping and name not in VIEWS:
             got = self.own_storage(got, start)
         return self.settled(node, got, types, start)
@@ -295,19 +298,16 @@ class _Importer:
         fresh = any(n is got.node for n in self.builder.nodes[start:])
         return got if fresh and got.op.kind != "view" else self.c("copy", got)
 
-    def opaque(
-        self, node: fx.Node, args: Any, kwargs: Any, val: Any, types: tuple[TensorType, ...]
-    ) -> Any:
-        outs = opaque_call(self.c, node, args, kwargs, types)
-        return self.nested(val, iter(outs))
+    def symbolic(self, args: Any, types: tuple[TensorType, ...]) -> bool:
+        shapes = [t.shape for t in types] + [v.shape for v in _values(args)]
+        return any(not isinstance(d, int) for shape in shapes for d in shape)
 
-    def nested(self, val: Any, outs: Iterator[Value]) -> Any:
-        """Flat results put where the fake result has its tensors."""
-        if isinstance(val, torch.Tensor):
-            return next(outs)
-        if isinstance(val, tuple | list):
-            return tuple(self.nested(v, outs) for v in val)
-        return self.scalar(val)
+    def opaque(
+        self, node: fx.Node, args: Any, kwargs: Any, val: Any, types: tuple[TensorType, ...], reason: str
+    ) -> Any:
+        self.fallbacks.append(Fallback(node.name, target_name(node.target), reason, self.builder.loc))
+        outs = opaque_call(self.c, node, args, kwargs, types)
+        return nest(val, iter(outs))
 
     # ------------------------------------------------------------ agreement with eager
 

@@ -8,7 +8,7 @@ then makes an opaque call and keeps the reason for ``explain``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import sympy
@@ -60,6 +60,13 @@ def target_name(target: Any) -> str:
     if isinstance(target, HigherOrderOperator):
         return f"higher_order.{target.name()}"
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
+
+
+def nest(val: Any, outs: Iterator[Value]) -> Any:
+    """Flat tensor results put where the fake result ``val`` has its tensors."""
+    if isinstance(val, torch.Tensor):
+        return next(outs)
+    return tuple(nest(v, outs) for v in val) if isinstance(val, tuple | list) else None
 
 
 class Opaque(Exception):
