@@ -98,12 +98,12 @@ def cast(text: str, source: torch.dtype, to: torch.dtype, interpret: bool) -> st
     return rounded(text, to, interpret)
 
 
-def literal(value: Any, dtype: torch.dtype, typed: bool) -> str:
+def literal(value: Any, dtype: torch.dtype, typed: bool, shape: str = "") -> str:
     """A number as an operand beside values of ``dtype``.
 
     A bare number adopts the dtype of the other operand of an infix operator; ``typed`` makes
-    a tensor of the compute dtype, for functions and where there is no other operand. Size
-    expressions are always typed.
+    a tensor of the compute dtype, for functions and where there is no other operand (``shape``
+    says which, a scalar if empty). Size expressions are always typed.
 
     >>> literal(0.5, torch.bfloat16, False), literal(float("-inf"), torch.float64, False)
     ('0.5', 'float("-inf")')
@@ -115,9 +115,8 @@ def literal(value: Any, dtype: torch.dtype, typed: bool) -> str:
         if value.is_number:
             value = int(value) if value.is_integer else float(value)
         else:
-            text, whole = _expression(value)
-            start = text if whole else f"{text}.to(tl.float64)" if text.isidentifier() else text
-            return f"tl.cast({start}, {triton_dtype(wide)})"
+            text = _expression(value)[0]
+            return f"tl.full([{shape}], {text}, {triton_dtype(wide)})"
     if wide == torch.bool:
         text = str(bool(value))
     elif wide.is_floating_point:
@@ -135,7 +134,7 @@ def literal(value: Any, dtype: torch.dtype, typed: bool) -> str:
         if not info.min <= number <= info.max:  # wraps, as a cast to the dtype does
             number = (number - info.min) % (info.max - info.min + 1) + info.min
         text = str(number)
-    return f"tl.full([], {text}, {triton_dtype(wide)})" if typed else text
+    return f"tl.full([{shape}], {text}, {triton_dtype(wide)})" if typed else text
 
 
 def _as_f32(value: float) -> float:

@@ -24,6 +24,16 @@ from .dialect import cast, compute_dtype, literal, narrow, rounded, size_text, t
 
 Dims = frozenset[int]
 NONE: Dims = frozenset()
+# Arithmetic of booleans as torch has it; one-bit integers would wrap.
+_BOOL_CODE = {
+    "add": "({0} | {1})",
+    "maximum": "({0} | {1})",
+    "mul": "({0} & {1})",
+    "minimum": "({0} & {1})",
+    "abs": "{0}",
+    "sign": "{0}",
+    "relu": "{0}",
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,8 @@ class Emitter:
     ) -> None:
         self.kernel, self.names, self.axes, self.lanes = kernel, names, dict(axes), dict(lanes)
         self.shape, self.interpret = tuple(shape), interpret
+        # The interpreter broadcasts a scalar comparison wrongly, so there everything is a block.
+        self.unit = ", ".join("1" for _ in shape) if interpret else ""
         self.lines: list[str] = []
         self.values: dict[int, tuple[str, Dims, torch.dtype]] = {}  # by number
         self.atoms: dict[Atom, tuple[str, Dims]] = {}  # hoisted pieces of indices
@@ -203,6 +215,8 @@ class Emitter:
                 continue
             text, d = self._affine(index)
             dims |= d
+            if self.interpret and not index.terms:
+                text = f"tl.full([{self.unit}], {text}, INDEX)"
             text = text if text.isidentifier() else f"({text})"
             low, high = cond.low, cond.high
             got = bounds(index)
@@ -228,13 +242,27 @@ class Emitter:
         return (" & ".join(whole) if whole else None), dims
 
     def spread(self, text: str, have: Dims, want: Dims) -> str:
-        """An index or value given every dim of ``want``."""
+        """A value given every dim of ``want``."""
         if want <= have:
             return text
-        shape = ", ".join(s if i in want else "1" for i, s in enumerate(self.shape))
-        if not have:
-            return f"tl.full([{shape}], {text}, INDEX)"
-        return f"tl.broadcast_to({text}, [{shape}])"
+        return f"tl.broadcast_to({text}, [{self.shape_of(want)}])"
+
+    def shape_of(self, dims: Dims) -> str:
+        """The shape of a block that runs along ``dims`` only."""
+        return ", ".join(s if i in dims else "1" for i, s in enumerate(self.shape))
+
+    def pointer(self, access: Access, want: Dims) -> str:
+        """The address of an access as a block along ``want``."""
+        param = self.kernel.params[access.param]
+        index = self.resolve(access.address(param))
+        text, have = self._affine(index)
+        if not index.terms and (want or self.interpret):
+            text = f"tl.full([{self.shape_of(want)}], {text}, INDEX)"
+        else:
+            text = self.spread(text, have, want)
+        if text == "0":
+            return f"{param.name}_ptr"
+        return f"{param.name}_ptr + " + (text if text.isidentifier() or text.startswith("tl.") else f"({text})")
 
     # ------------------------------------------------------------ statements
 
@@ -248,16 +276,14 @@ class Emitter:
             self._compute(stmt)
         elif isinstance(stmt, IndexOf):
             text, dims = self.index(stmt.index)
-            if not self.resolve(stmt.index).terms:
-                text = f"tl.cast({text}, {triton_dtype(compute_dtype(stmt.dtype))})"
-                self._assign(stmt.out, "iota", rounded(text, stmt.dtype, self.interpret), dims, stmt.dtype)
+            if self.resolve(stmt.index).terms:
+                text = f"{text if text.isidentifier() else f'({text})'}.to({triton_dtype(compute_dtype(stmt.dtype))})"
             else:
-                text = text if text.isidentifier() else f"({text})"
-                self._assign(stmt.out, "iota", cast(text, torch.int32, stmt.dtype, self.interpret)
-                             if stmt.dtype != torch.int32 else f"{text}.to(tl.int32)", dims, stmt.dtype)
+                text = f"tl.full([{self.unit}], {text}, {triton_dtype(compute_dtype(stmt.dtype))})"
+            self._assign(stmt.out, "iota", rounded(text, stmt.dtype, self.interpret), dims, stmt.dtype)
         elif isinstance(stmt, Test):
             texts, dims = self.conds(stmt.conds)
-            self._assign(stmt.out, "test", " & ".join(texts) or literal(True, torch.bool, True), dims, torch.bool)
+            self._assign(stmt.out, "test", " & ".join(texts) or literal(True, torch.bool, True, self.unit), dims, torch.bool)
         elif isinstance(stmt, Check):
             self._check(stmt)
         else:
@@ -275,16 +301,11 @@ class Emitter:
             self.names.known[key] = self.names.numbered(base)
         return self.names.known[key]
 
-    def address(self, access: Access) -> tuple[str, Dims]:
-        """Offset text and dims of an access."""
-        return self.index(access.address(self.kernel.params[access.param]))
-
     def _load(self, stmt: Load) -> None:
         access, param = stmt.access, self.kernel.params[stmt.access.param]
-        offset, dims = self.address(access)
+        _, dims = self.index(access.address(param))
         mask, wide = self.mask(access.mask, dims)
-        offset = self.spread(offset, dims, wide)
-        pointer = f"{param.name}_ptr" + ("" if offset == "0" else f" + {_group(offset)}")
+        pointer = self.pointer(access, wide)
         text = f"tl.load({pointer})"
         if mask is not None:
             text = f"tl.load({pointer}, mask={mask}, other={_other(access, param.type.dtype)})"
@@ -304,7 +325,7 @@ class Emitter:
         if isinstance(arg, Ref):
             text, dims, _ = self.values[arg.number]
             return text, dims
-        return literal(arg, dtype, typed), NONE
+        return literal(arg, dtype, typed, self.unit), NONE
 
     def _compute(self, stmt: Compute) -> None:
         if stmt.op == "cast":
@@ -312,7 +333,8 @@ class Emitter:
             self._assign(stmt.out, "cast", cast(text, stmt.arg_dtype, stmt.dtype, self.interpret), dims, stmt.dtype)
             return
         op: Op = OPS[stmt.op]
-        code = op.code.get("triton")
+        code = _BOOL_CODE.get(stmt.op) if stmt.arg_dtype == torch.bool else None
+        code = code or op.code.get("triton")
         check(code is not None, lambda: f"op {op.name} has no Triton code; keep it a library call")
         assert code is not None
         values = stmt.args[1:] if stmt.op == "where" else stmt.args
@@ -338,13 +360,12 @@ class Emitter:
 
     def _store(self, stmt: Store) -> None:
         access, param = stmt.access, self.kernel.params[stmt.access.param]
-        offset, have = self.address(access)
+        _, have = self.index(access.address(param))
         text, dims = self.operand(stmt.arg, stmt.dtype, True)
         _, dims_of_mask = self.conds(access.mask)
         want = have | dims | dims_of_mask
         mask, want = self.mask(access.mask, want)
-        offset = self.spread(offset, have, want)
-        pointer = f"{param.name}_ptr" + ("" if offset == "0" else f" + {_group(offset)}")
+        pointer = self.pointer(access, want)
         if stmt.dtype != param.type.dtype:
             text = cast(text, stmt.dtype, param.type.dtype, self.interpret)
         text = narrow(text, param.type.dtype, self.interpret)
@@ -357,10 +378,6 @@ def _other(access: Access, dtype: torch.dtype) -> str:
     if not isinstance(value, sympy.Basic) and dtype.is_floating_point:
         value = float(torch.tensor(value, dtype=torch.float64).to(dtype))
     return literal(value, dtype, False) if value != 0 else "False" if dtype == torch.bool else "0.0" if dtype.is_floating_point else "0"
-
-
-def _group(text: str) -> str:
-    return text if text.isidentifier() or text.startswith("tl.") or text.isdigit() else f"({text})"
 
 
 def _bare(text: str) -> str:
