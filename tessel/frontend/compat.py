@@ -99,7 +99,26 @@ def dynamo_source(placeholder: torch.fx.Node) -> str:
 
 def unbacked_bindings(node: torch.fx.Node) -> dict[Any, Any]:
     """Symbols that a node introduces, each with the path into its result where the value is read."""
-    return dict(node.meta.get("unbacked_bindings") or {})
+    found = node.meta.get("unbacked_bindings")
+    if not found:
+        return {}
+    # Tracing again makes new symbols, which torch knows to be the old ones.
+    env = _shape_env(node.meta.get("val"))
+    return dict(symbolic_shapes.resolve_unbacked_bindings(env, found) or {})
+
+
+def _shape_env(val: Any) -> Any:
+    """The shape environment of a symbolic number, of a fake tensor, or of the first in a tuple."""
+    stack = [val]
+    while stack:
+        x = stack.pop()
+        if isinstance(x, tuple | list):
+            stack.extend(reversed(x))
+        elif isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return x.node.shape_env
+        elif isinstance(x, FakeTensor) and x.fake_mode.shape_env is not None:
+            return x.fake_mode.shape_env
+    return None
 
 
 def size_hints(mode_or_value: Any) -> dict[str, int]:

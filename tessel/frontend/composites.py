@@ -56,22 +56,25 @@ def sdpa_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, A
     return {**_DEFAULTS, **dict(zip(_SDPA_ARGS, args, strict=False)), **kwargs}
 
 
-def covered(q: Any, k: Any, v: Any, mask: Any, a: dict[str, Any]) -> bool:
+def covered(q: Any, k: Any, v: Any, mask: Any, a: dict[str, Any], mixed: bool = False) -> bool:
     """Whether ``tessel::attention`` computes this call; tensors may be fake.
 
     Args:
         q, k, v, mask: tensors (``mask`` may be None).
         a: the call's other arguments, from ``sdpa_arguments``.
+        mixed: q, k and v may differ in dtype, as they do where autocast is about to cast them.
     """
     if not all(isinstance(x, torch.Tensor) for x in (q, k, v)):
         return False
     plain = isinstance(a["dropout_p"], int | float) and a["dropout_p"] == 0
     plain = plain and isinstance(a["is_causal"], bool) and isinstance(a["enable_gqa"], bool)
     plain = plain and (a["scale"] is None or isinstance(a["scale"], int | float))
-    if not plain or not q.is_floating_point() or any(x.layout != torch.strided for x in (q, k, v)):
+    if not plain or any(not x.is_floating_point() or x.layout != torch.strided for x in (q, k, v)):
         return False
     rank = q.dim()
-    if rank not in (3, 4) or k.dim() != rank or v.dim() != rank or len({q.dtype, k.dtype, v.dtype}) != 1:
+    if rank not in (3, 4) or k.dim() != rank or v.dim() != rank:
+        return False
+    if len({q.dtype, k.dtype, v.dtype}) != 1 and not mixed:
         return False
     if len({q.device, k.device, v.device}) != 1 or any(type(x).__name__ == "NestedTensor" for x in (q, k, v)):
         return False
@@ -116,7 +119,7 @@ def _replace_sdpa(node: fx.Node) -> int:
         return 0
     a = sdpa_arguments(node.args, dict(node.kwargs))
     q, k, v, mask = (_value(a.get(n)) for n in _SDPA_ARGS[:4])
-    if not covered(q, k, v, mask, a):
+    if not covered(q, k, v, mask, a, mixed=True):
         return 0
     graph, result = node.graph, _value(node)
     with graph.inserting_before(node):

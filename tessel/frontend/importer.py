@@ -271,7 +271,7 @@ class _Importer:
         entry = self.entries.get(name)
         try:
             if entry is None:
-                raise Opaque(_no_entry(node.target))
+                raise Opaque(_no_entry(node))
             for t in (*types, *(v.type for v in _values((args, kwargs)))):
                 if t.dtype not in PLAIN and not hasattr(entry, "any_dtype"):
                     raise Opaque(f"{str(t.dtype).removeprefix('torch.')} tensors")
@@ -434,7 +434,10 @@ _SPECIAL: dict[str, Callable[[_Importer, fx.Node], Any]] = {
 # ---------------------------------------------------------------- helpers
 
 
-def _no_entry(target: Any) -> str:
+def _no_entry(node: fx.Node) -> str:
+    target = node.target
+    if unbacked_bindings(node):
+        return "the result's size depends on data"
     if isinstance(target, HigherOrderOperator):
         return "a higher-order operator"
     if isinstance(target, OpOverload) and target.namespace not in ("aten", "prims"):
