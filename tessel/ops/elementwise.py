@@ -9,11 +9,12 @@ operand's dtype. In C++ the names in namespace ``tessel`` are in the C++ templat
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..errors import check
+from ..errors import TesselError, check
 from ..ir.node import Op
 from ..ir.types import TensorType
 from .common import broadcast, need_tensor, plain, pointwise_dims, result, same_dtype, table, tensors
@@ -34,7 +35,9 @@ def lifted(fn: Callable[..., torch.Tensor], to_bool: bool = False) -> Callable[.
 
     def ref(*args: Any, **attrs: Any) -> torch.Tensor:
         like = next(a for a in args if isinstance(a, torch.Tensor))
-        got = fn(*(a if isinstance(a, torch.Tensor) else _literal(a, like, not to_bool) for a in args), **attrs)
+        got = fn(
+            *(a if isinstance(a, torch.Tensor) else _literal(a, like, not to_bool) for a in args), **attrs
+        )
         return got if to_bool else got.to(like.dtype)
 
     return ref
@@ -51,7 +54,8 @@ def infer_for(name: str, of: str, to_bool: bool) -> Callable[..., tuple[TensorTy
         check(of != "int" or not floating, lambda: f"{name}: {types[0]} is not an integer or bool tensor")
         for a in args:
             bad = isinstance(a, float) and not floating and (dtype == torch.bool or a != a or a % 1 != 0)
-            check(not bad, lambda a=a: f"{name}: the literal {a} does not fit {types[0]}; cast the tensor first")
+            if bad:
+                raise TesselError(f"{name}: the literal {a} does not fit {types[0]}; cast the tensor first")
         return (result(broadcast(name, types), torch.bool if to_bool else dtype, args),)
 
     return infer
@@ -120,16 +124,38 @@ def _floor_div(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.div(a, b, rounding_mode="floor")
 
 
+def _pow_ref(x: Any, y: Any) -> torch.Tensor:
+    # Eager has short cuts for literal exponents (x*x for 2), which a tensor exponent would miss.
+    if isinstance(x, torch.Tensor) and not isinstance(y, torch.Tensor):
+        return torch.pow(x, plain(y)).to(x.dtype)
+    return lifted(torch.pow)(x, y)
+
+
 _ARITHMETIC = (
     op("add", torch.add, "({0} + {1})", "({0} + {1})"),
     op("sub", torch.sub, "({0} - {1})", "({0} - {1})"),
     op("mul", torch.mul, "({0} * {1})", "({0} * {1})"),
-    op("div", torch.div, "tessel_div({0}, {1})", "({0} / {1})", "float", cost=4, doc="true division of floats"),
+    op(
+        "div",
+        torch.div,
+        "tessel_div({0}, {1})",
+        "({0} / {1})",
+        "float",
+        cost=4,
+        doc="true division of floats",
+    ),
     op("floor_div", _floor_div, "tessel_floor_div({0}, {1})", "tessel::floor_div({0}, {1})", cost=8),
     op("trunc_div", _trunc_div, "tessel_trunc_div({0}, {1})", "tessel::trunc_div({0}, {1})", cost=8),
-    op("fmod", torch.fmod, "tessel_fmod({0}, {1})", "tessel::fmod({0}, {1})", cost=20, doc="sign of the dividend"),
+    op(
+        "fmod",
+        torch.fmod,
+        "tessel_fmod({0}, {1})",
+        "tessel::fmod({0}, {1})",
+        cost=20,
+        doc="sign of the dividend",
+    ),
     op("remainder", torch.remainder, "tessel_remainder({0}, {1})", "tessel::remainder({0}, {1})", cost=20),
-    op("pow", torch.pow, "tessel_pow({0}, {1})", "tessel::pow({0}, {1})", cost=20),
+    replace(op("pow", torch.pow, "tessel_pow({0}, {1})", "tessel::pow({0}, {1})", cost=20), ref=_pow_ref),
     op("neg", torch.neg, "tessel_neg({0})", "(-{0})"),
     op("abs", torch.abs, "tl.abs({0})", "tessel::abs({0})"),
     op("sign", torch.sign, "tessel_sign({0})", "tessel::sign({0})"),
@@ -180,12 +206,30 @@ _LOGIC = (
     op("le", torch.le, "({0} <= {1})", "({0} <= {1})", to_bool=True),
     op("gt", torch.gt, "({0} > {1})", "({0} > {1})", to_bool=True),
     op("ge", torch.ge, "({0} >= {1})", "({0} >= {1})", to_bool=True),
-    op("logical_and", torch.logical_and, "(({0} != 0) & ({1} != 0))", "(({0} != 0) && ({1} != 0))", to_bool=True),
-    op("logical_or", torch.logical_or, "(({0} != 0) | ({1} != 0))", "(({0} != 0) || ({1} != 0))", to_bool=True),
-    op("logical_xor", torch.logical_xor, "(({0} != 0) ^ ({1} != 0))", "(({0} != 0) != ({1} != 0))", to_bool=True),
+    op(
+        "logical_and",
+        torch.logical_and,
+        "(({0} != 0) & ({1} != 0))",
+        "(({0} != 0) && ({1} != 0))",
+        to_bool=True,
+    ),
+    op(
+        "logical_or",
+        torch.logical_or,
+        "(({0} != 0) | ({1} != 0))",
+        "(({0} != 0) || ({1} != 0))",
+        to_bool=True,
+    ),
+    op(
+        "logical_xor",
+        torch.logical_xor,
+        "(({0} != 0) ^ ({1} != 0))",
+        "(({0} != 0) != ({1} != 0))",
+        to_bool=True,
+    ),
     op("logical_not", torch.logical_not, "({0} == 0)", "({0} == 0)", to_bool=True),
     op("isnan", torch.isnan, "({0} != {0})", "({0} != {0})", to_bool=True),
-    op("isinf", torch.isinf, 'tessel_isinf({0})', "tessel::isinf({0})", to_bool=True),
+    op("isinf", torch.isinf, "tessel_isinf({0})", "tessel::isinf({0})", to_bool=True),
     op("bitwise_and", torch.bitwise_and, "({0} & {1})", "({0} & {1})", "int"),
     op("bitwise_or", torch.bitwise_or, "({0} | {1})", "({0} | {1})", "int"),
     op("bitwise_xor", torch.bitwise_xor, "({0} ^ {1})", "({0} ^ {1})", "int"),

@@ -1,0 +1,1 @@
+"""Passes over graphs, a file each; ``pipeline`` holds their order."""

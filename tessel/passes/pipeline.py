@@ -1,0 +1,103 @@
+"""The passes and their order.
+
+A pass takes a graph (and the options) and gives a graph. To add one, write its file and put a
+line in ``PASSES``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from ..config import Options
+from ..errors import TesselError
+from ..ir.node import Graph
+from ..ir.text import print_graph
+from ..ir.verify import verify
+from ..ops import OPS
+from . import canonicalize, decompose
+
+Pass: TypeAlias = "Callable[[Graph, Options], Graph]"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did: its wall-clock seconds, nodes before and after, and the graph's text if kept."""
+
+    name: str
+    seconds: float
+    before: int
+    after: int
+    text: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name:<16}{self.seconds * 1e3:9.2f} ms {self.before:6} -> {self.after} nodes"
+
+
+@dataclass
+class Trace:
+    """A record of a pipeline run.
+
+    Attributes:
+        keep_text: keep each pass's graph as text, and the first as ``text``.
+        check: verify the graph before the first pass and after each.
+        steps: one a pass, in order.
+    """
+
+    keep_text: bool = False
+    check: bool = False
+    steps: list[Step] = field(default_factory=list)
+    text: str | None = None
+
+
+def _fuse(graph: Graph, options: Options) -> Graph:
+    from . import fuse
+
+    return fuse.run(graph, options)
+
+
+PASSES: tuple[tuple[str, Pass], ...] = (
+    ("canonicalize", lambda graph, options: canonicalize.run(graph)),
+    ("decompose", lambda graph, options: decompose.run(graph)),
+    # opening composites leaves identities and doubles behind
+    ("canonicalize", lambda graph, options: canonicalize.run(graph)),
+    ("fuse", _fuse),
+)
+
+
+def run_pipeline(
+    graph: Graph,
+    options: Options | None = None,
+    trace: Trace | None = None,
+    passes: Sequence[tuple[str, Pass]] = PASSES,
+) -> Graph:
+    """The graph after all passes.
+
+    Args:
+        trace: is filled with a step a pass, and says whether to verify in between.
+        passes: pairs of a name and a pass, in order.
+
+    Raises:
+        TesselError: ``trace.check`` is on and a pass broke the graph; the message names the pass.
+    """
+    options = Options() if options is None else options
+    trace = Trace() if trace is None else trace
+    if trace.keep_text:
+        trace.text = print_graph(graph)
+    if trace.check:
+        verify(graph, OPS)
+    for name, run in passes:
+        before = len(graph.nodes)
+        start = time.perf_counter()
+        graph = run(graph, options)
+        seconds = time.perf_counter() - start
+        text = print_graph(graph) if trace.keep_text else None
+        trace.steps.append(Step(name, seconds, before, len(graph.nodes), text))
+        if trace.check:
+            try:
+                verify(graph, OPS)
+            except TesselError as e:
+                raise TesselError(f"the pass {name} broke the graph: {e}") from e
+    return graph
