@@ -13,6 +13,7 @@ from .common import table
 from .dims import Dims, Factor, Piece, Window, dims_of, factor_sizes
 from .effect import EFFECT
 from .elementwise import ELEMENTWISE
+from .fold import FOLD
 from .generate import GENERATE
 from .index import INDEX
 from .library import LIBRARY
@@ -32,6 +33,7 @@ OPS = table(
     INDEX.values(),
     GENERATE.values(),
     ACTIVATION.values(),
+    FOLD.values(),
     NORM.values(),
     LOSS.values(),
     LIBRARY.values(),

@@ -129,7 +129,9 @@ def _clamp_ref(x: torch.Tensor, low: Any = None, high: Any = None) -> torch.Tens
     return got if high is None else lifted(torch.minimum)(got, high)
 
 
-def _elu_ref(x: torch.Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> torch.Tensor:
+def _elu_ref(
+    x: torch.Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
+) -> torch.Tensor:
     return torch.where(x > 0, x * scale, torch.expm1(x.clamp(max=0) * input_scale) * (alpha * scale))
 
 
@@ -142,7 +144,12 @@ def _addcdiv_ref(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, value: Any =
 
 
 ACTIVATION = table(
-    entry("gelu", lambda x, approximate="none": F.gelu(x, approximate=approximate), _gelu, doc='"none" or "tanh"'),
+    entry(
+        "gelu",
+        lambda x, approximate="none": F.gelu(x, approximate=approximate),
+        _gelu,
+        doc='"none" or "tanh"',
+    ),
     entry("silu", F.silu, _silu),
     entry("leaky_relu", lambda x, slope=0.01: F.leaky_relu(x, slope), _leaky_relu),
     entry("hardtanh", lambda x, low=-1.0, high=1.0: F.hardtanh(x, low, high), _hardtanh),

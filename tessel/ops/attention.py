@@ -15,16 +15,25 @@ from .dims import Piece, try_divide
 
 
 def _infer(
-    q: Any, k: Any, v: Any, mask: Any = None, causal: bool = False, scale: float | None = None, offset: Any = 0
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any = None,
+    causal: bool = False,
+    scale: float | None = None,
+    offset: Any = 0,
 ) -> tuple[TensorType, ...]:
     need_tensor("attention", q, k, v)
-    check(q.rank == k.rank == v.rank == 4, lambda: f"attention: {q}, {k} and {v} must be [batch, heads, length, width]")
+    check(
+        q.rank == k.rank == v.rank == 4,
+        lambda: f"attention: {q}, {k} and {v} must be [batch, heads, length, width]",
+    )
     check(q.dtype == k.dtype == v.dtype, lambda: f"attention: dtypes of {q}, {k} and {v} differ; cast them")
     b, heads, sq, width = q.shape
-    same = (
-        (k.shape[0], b), (v.shape[0], b), (v.shape[1], k.shape[1]), (v.shape[2], k.shape[2]), (k.shape[3], width)
-    )  # fmt: skip
-    check(all(dim_equal(*p) for p in same), lambda: f"attention: shapes of {q}, {k} and {v} do not fit together")
+    same = [(k.shape[0], b), (k.shape[3], width), *((v.shape[d], k.shape[d]) for d in range(3))]
+    check(
+        all(dim_equal(*p) for p in same), lambda: f"attention: shapes of {q}, {k} and {v} do not fit together"
+    )
     check(
         try_divide(heads, k.shape[1]) is not None,
         lambda: f"attention: {heads} query heads are not a multiple of {k.shape[1]} key heads",
@@ -97,7 +106,7 @@ def _dims(node: Node) -> str:
     return words(operands, [["b", heads, "s", "e"], ["b", heads, "s"]])
 
 
-def _split(node: Node, factor: str, start: Any, size: Any) -> Piece:
+def split_attention(node: Node, factor: str, start: Any, size: Any) -> Piece:
     """A piece of the queries sees keys further right, a piece of the keys sees queries further left."""
     scale = node.attrs.get("scale")
     attrs: dict[str, Any] = {}
@@ -121,8 +130,8 @@ ATTENTION = table(
         ref=attention_ref,
         infer=_infer,
         flops=_flops,
-        split=_split,
+        split=split_attention,
         cost=1000,
-        doc="attention(q, k, v, mask|None, causal=, scale=, offset=0) -> (out, lse f32); causal: j <= i + offset",
+        doc="attention(q, k, v, mask|None, causal=, scale=, offset=0) -> (out, lse f32)",
     )
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ..errors import check
 from ..ir.node import Node, Op
 from ..ir.types import Dim, TensorType, product
+from .attention import split_attention
 from .common import arg_types, is_one, need_tensor, operand_types, result, table, words
 
 # ---------------------------------------------------------------- attention
@@ -69,7 +71,7 @@ def attention_backward_ref(
 
 
 def _attention_dims(node: Node) -> str:
-    grad, q, k, v, mask = arg_types(node)[:5]
+    q, k, _, mask = arg_types(node)[1:5]
     shared = not is_one(k.shape[1]) and q.shape[1] != k.shape[1]
     alone = is_one(k.shape[1]) and not is_one(q.shape[1])
     heads, kv = ("(g r+)", "g") if shared else ("r+", "1") if alone else ("g", "g")
@@ -92,14 +94,18 @@ def _attention_flops(node: Node) -> Dim:
 
 
 def grouped_mm_ref(
-    a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None, bias: Any = None, out_dtype: Any = None
+    a: torch.Tensor,
+    b: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: Any = None,
+    out_dtype: Any = None,
 ) -> torch.Tensor:
     """Products of groups of rows (``a`` 2-d), of columns (``b`` 2-d) or of inner dims (both 2-d).
 
     ``offs`` has the end of each group. Rows and columns past the last end give zeros.
     """
     ends = [] if offs is None else [0, *offs.tolist()]
-    spans = list(zip(ends, ends[1:], strict=False))
+    spans = list(pairwise(ends))
     if a.dim() == b.dim() == 2:
         got = torch.stack([a[:, i:j] @ b[i:j] for i, j in spans])
     elif a.dim() == 2:
@@ -129,7 +135,7 @@ def _grouped_infer(
 
 
 def _grouped_dims(node: Node) -> str:
-    a, b, *rest = operand_types(node)
+    a, b = operand_types(node)[:2]
     table = {
         (2, 2): ("m k*", "k* n", "g* m n"),
         (2, 3): ("m* k+", "g* k+ n", "m* n"),
@@ -160,8 +166,9 @@ BACKWARD = table(
         ref=attention_backward_ref,
         infer=_attention_infer,
         flops=_attention_flops,
+        split=split_attention,
         cost=1000,
-        doc="attention_backward(grad, q, k, v, mask|None, out, lse, causal=, scale=, offset=0) -> (dq, dk, dv)",
+        doc="attention_backward(grad, q, k, v, mask|None, out, lse, causal=, scale=) -> (dq, dk, dv)",
     ),
     Op(
         "grouped_mm",

@@ -26,7 +26,8 @@ def table(*entries: Op | Iterable[Op]) -> dict[str, Op]:
     ops: dict[str, Op] = {}
     for entry in entries:
         for op in (entry,) if isinstance(entry, Op) else entry:
-            check(op.name not in ops, lambda op=op: f"operator {op.name} is in the table twice")
+            if op.name in ops:
+                raise TesselError(f"operator {op.name} is in the table twice")
             ops[op.name] = op
     return ops
 
@@ -55,7 +56,8 @@ def arg_types(node: Node) -> list[Any]:
 
 def need_tensor(op: str, *args: Any) -> None:
     for i, a in enumerate(args):
-        check(isinstance(a, TensorType), lambda i=i, a=a: f"{op}: argument {i} must be a tensor, got {a!r}")
+        if not isinstance(a, TensorType):
+            raise TesselError(f"{op}: argument {i} must be a tensor, got {a!r}")
 
 
 def device_of(types: Sequence[TensorType]) -> str | None:
@@ -66,7 +68,9 @@ def device_of(types: Sequence[TensorType]) -> str | None:
     return next((t.device for t in types if t.device is None), types[0].device if types else None)
 
 
-def result(shape: Sequence[Dim], dtype: torch.dtype, *like: Any, strides: Sequence[Dim] | None = None) -> TensorType:
+def result(
+    shape: Sequence[Dim], dtype: torch.dtype, *like: Any, strides: Sequence[Dim] | None = None
+) -> TensorType:
     """The type of a result on the device of ``like``."""
     return TensorType(shape, dtype, strides, device_of(list(tensors(like))))
 
@@ -91,12 +95,9 @@ def broadcast(op: str, types: Sequence[TensorType]) -> tuple[Dim, ...]:
         wide = [s for s in sizes if not (isinstance(s, int) and s == 1)]
         shape.append(wide[0] if wide else 1)
         for s in wide:
-            check(
-                dim_equal(s, wide[0]),
-                lambda s=s, w=wide: (
-                    f"{op}: shapes {' and '.join(map(str, types))} do not broadcast, {w[0]} against {s}"
-                ),
-            )
+            if not dim_equal(s, wide[0]):
+                given = " and ".join(map(str, types))
+                raise TesselError(f"{op}: shapes {given} do not broadcast, {wide[0]} against {s}")
     return tuple(reversed(shape))
 
 
@@ -104,17 +105,16 @@ def same_dtype(op: str, types: Sequence[TensorType]) -> torch.dtype:
     """The one dtype of the operands. Raises ``TesselError`` if they differ."""
     check(bool(types), lambda: f"{op}: no tensor operand; make one with full")
     for t in types:
-        check(
-            t.dtype == types[0].dtype,
-            lambda t=t: f"{op}: operands are {types[0]} and {t}; cast them to one dtype first",
-        )
+        if t.dtype != types[0].dtype:
+            raise TesselError(f"{op}: operands are {types[0]} and {t}; cast them to one dtype first")
     return types[0].dtype
 
 
 def axis(op: str, dim: int, rank: int) -> int:
     """A dimension number as a non-negative one. Raises ``TesselError`` if there is no such dimension."""
-    check(isinstance(dim, int) and -max(rank, 1) <= dim < max(rank, 1), lambda: f"{op}: no dim {dim} in rank {rank}")
-    return dim % max(rank, 1)
+    size = max(rank, 1)  # torch allows dim 0 and -1 of a 0-d tensor
+    check(isinstance(dim, int) and -size <= dim < size, lambda: f"{op}: no dim {dim} in rank {rank}")
+    return dim % size
 
 
 def axes(op: str, dims: Sequence[int], rank: int) -> tuple[int, ...]:

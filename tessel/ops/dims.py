@@ -10,7 +10,8 @@ Each word is one dimension of one tensor:
 ``a``    a map axis: split it anywhere, the pieces' results are joined along it; a result
          that has not the axis is the same for every piece
 ``a+``   a reduced axis: split it, then combine the pieces' results as the op's ``combine``
-         says (``a+max`` names another one). With ``scan`` the results have the axis too
+         says (``a+max`` names another one; what each means is in ``combine.py``). A result
+         that has the axis is joined along it (gradients: some results sum, some keep it)
 ``a*``   must stay whole
 ``a^``   a window axis: pieces of the result read overlapping pieces of the operand
 ``1``    a dimension of size one (a broadcast)
@@ -49,14 +50,12 @@ from ..ir.types import Dim, TensorType, dim_equal, product, simplify_dim
 
 KIND_MARKS = {"map": "", "reduce": "+", "whole": "*", "window": "^"}
 MARK_KINDS = {mark: kind for kind, mark in KIND_MARKS.items()}
-COMBINE_NAMES = frozenset(
-    "sum prod max min any all mean logsumexp softmax-merge argmax argmin scan".split()
-)
+COMBINE_NAMES = frozenset("sum prod max min any all mean logsumexp softmax-merge argmax argmin scan".split())
 
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """One named axis. ``kind``: ``map``, ``reduce``, ``whole`` or ``window``; ``combine`` only for ``reduce``."""
+    """One named axis. ``kind``: ``map``, ``reduce`` (then with a ``combine``), ``whole`` or ``window``."""
 
     name: str
     kind: str = "map"
@@ -167,7 +166,8 @@ def _shape(words: str, text: str, combine: str) -> Shape:
     shape: list[Term] = []
     for match in TOKEN.finditer(words):
         group, word, stray = match.groups()
-        check(stray is None, lambda w=words: f"dims {text!r}: unbalanced parenthesis in {w.strip()!r}")
+        if stray is not None:
+            raise TesselError(f"dims {text!r}: unbalanced parenthesis in {words.strip()!r}")
         if group is not None:
             shape.append(tuple(_factor(w, text, combine) for w in group.split()))
         elif word == "1":
@@ -182,7 +182,8 @@ def _factor(word: str, text: str, combine: str) -> Factor:
     match = FACTOR.match(word)
     if match is None:
         raise TesselError(
-            f"dims {text!r}: cannot read {word!r}; a factor is a name with nothing, '+', '+<combine>', '*' or '^'"
+            f"dims {text!r}: cannot read {word!r}; a factor is a name, then nothing, '+', "
+            "'+<combine>', '*' or '^'"
         )
     name, mark = match.group(1), match.group(2) or ""
     if not mark.startswith("+"):
@@ -200,25 +201,19 @@ def _check_consistent(dims: Dims, text: str) -> None:
     for shape in (*dims.operands, *dims.results):
         for factor in (f for term in shape for f in term):
             known = seen.setdefault(factor.name, factor)
-            check(
-                known == factor,
-                lambda k=known, f=factor: (
-                    f"dims {text!r}: {f.name} is written {k.text('')!r} and {f.text('')!r}; say the same everywhere"
-                ),
-            )
+            if known != factor:
+                raise TesselError(
+                    f"dims {text!r}: {known.text('')!r} and {factor.text('')!r}; say the same everywhere"
+                )
     for name, factor in seen.items():
         read, made = dims.where(name)
         if factor.kind == "reduce":
-            check(bool(read), lambda n=name: f"dims {text!r}: {n} is reduced but no operand has it")
-            check(
-                (factor.combine == "scan") == bool(made),
-                lambda n=name: f"dims {text!r}: {n} is reduced, so no result has it (a scan: some result has it)",
-            )
-        if factor.kind == "window":
-            check(
-                bool(read) and bool(made),
-                lambda n=name: f"dims {text!r}: the window axis {n} must be in an operand and in a result",
-            )
+            if not read:
+                raise TesselError(f"dims {text!r}: {name} is reduced but no operand has it")
+            if factor.combine == "scan" and not made:
+                raise TesselError(f"dims {text!r}: {name} is scanned, so a result must have it")
+        if factor.kind == "window" and not (read and made):
+            raise TesselError(f"dims {text!r}: the window axis {name} must be in an operand and in a result")
 
 
 def dims_of(node: Node) -> Dims:
@@ -229,17 +224,15 @@ def dims_of(node: Node) -> Dims:
     operands = [v.type for v in node.operands if isinstance(v.type, TensorType)]
     results = [t for t in node.types if isinstance(t, TensorType)]
     for what, shapes, types in (("operand", dims.operands, operands), ("result", dims.results, results)):
-        check(
-            len(shapes) == len(types),
-            lambda w=what, s=shapes, t=types: f"{op.name}: dims {text!r} have {len(s)} {w}s, the node {len(t)}",
-        )
-        for i, (shape, type_) in enumerate(zip(shapes, types, strict=True)):
-            check(
-                len(shape) == type_.rank,
-                lambda w=what, i=i, s=shape, t=type_: (
-                    f"{op.name}: dims {text!r} give {w} {i} rank {len(s)}, its type is {t}"
-                ),
+        if len(shapes) != len(types):
+            raise TesselError(
+                f"{op.name}: dims {text!r} have {len(shapes)} {what}s, the node has {len(types)}"
             )
+        for i, (shape, type_) in enumerate(zip(shapes, types, strict=True)):
+            if len(shape) != type_.rank:
+                raise TesselError(
+                    f"{op.name}: dims {text!r} give {what} {i} rank {len(shape)}, its type is {type_}"
+                )
     return dims
 
 
@@ -253,7 +246,9 @@ def factor_sizes(node: Node, dims: Dims | None = None) -> dict[str, Dim]:
     operands = [v.type for v in node.operands if isinstance(v.type, TensorType)]
     open_terms = [
         (term, size, i < len(results))
-        for i, (shape, t) in enumerate(zip((*dims.results, *dims.operands), (*results, *operands), strict=True))
+        for i, (shape, t) in enumerate(
+            zip((*dims.results, *dims.operands), (*results, *operands), strict=True)
+        )
         for term, size in zip(shape, t.shape, strict=True)
         if term
     ]
@@ -269,13 +264,10 @@ def factor_sizes(node: Node, dims: Dims | None = None) -> dict[str, Dim]:
                 later.append((term, size, is_result))
             elif not any(f.kind == "window" for f in term):
                 got = product(sizes[f.name] for f in term)
-                check(
-                    dim_equal(got, size),
-                    lambda t=term, g=got, s=size: (
-                        f"{node.op.name}: {' '.join(f.name for f in t)} has size {g} in one place and {s} in another"
-                    ),
-                )
-        check(len(later) < len(open_terms), lambda: f"{node.op.name}: cannot tell the factor sizes of '{dims}'")
+                if not dim_equal(got, size):
+                    name = " ".join(f.name for f in term)
+                    raise TesselError(f"{node.op.name}: {name} has size {got} here and {size} there")
+        check(len(later) < len(open_terms), lambda: f"{node.op.name}: cannot tell the sizes of '{dims}'")
         open_terms = later
     return sizes
 

@@ -36,7 +36,9 @@ def _assert_true_infer(x: Any, message: str = "") -> tuple[()]:
 
 
 def _kernel_ref(*args: Any, **attrs: Any) -> Any:
-    raise TesselError(f"kernel {attrs.get('name', '')}: a fused group is run through its region, not by itself")
+    raise TesselError(
+        f"kernel {attrs.get('name', '')}: a fused group is run through its region, not by itself"
+    )
 
 
 EFFECT = table(

@@ -20,14 +20,22 @@ def _dims(node: Node) -> str:
 
 
 def _iota_infer(
-    shape: Sequence[Dim], start: Any = 0, step: Any = 1, dtype: torch.dtype = torch.int64, device: str | None = None
+    shape: Sequence[Dim],
+    start: Any = 0,
+    step: Any = 1,
+    dtype: torch.dtype = torch.int64,
+    device: str | None = None,
 ) -> tuple[TensorType, ...]:
     check(len(shape) == 1, lambda: f"iota: shape {tuple(shape)} must have one dim")
     return (TensorType(shape, dtype, device=device),)
 
 
 def _iota_ref(
-    shape: Sequence[int], start: Any = 0, step: Any = 1, dtype: torch.dtype = torch.int64, device: str | None = None
+    shape: Sequence[int],
+    start: Any = 0,
+    step: Any = 1,
+    dtype: torch.dtype = torch.int64,
+    device: str | None = None,
 ) -> torch.Tensor:
     # start + i*step in the widest type of its kind, rounded once, as torch.arange does.
     wide = torch.float64 if dtype.is_floating_point else torch.int64

@@ -194,7 +194,9 @@ def _select_dims(node: Node) -> str:
 # ---------------------------------------------------------------- index (x[i, :, j])
 
 
-def index_layout(op: str, x: TensorType, indices: Sequence[Any]) -> tuple[tuple[int, ...], int, tuple[Dim, ...]]:
+def index_layout(
+    op: str, x: TensorType, indices: Sequence[Any]
+) -> tuple[tuple[int, ...], int, tuple[Dim, ...]]:
     """Which dims are indexed, where the index dims go in the result, and the index tensors' common shape."""
     check(len(indices) <= x.rank, lambda: f"{op}: {len(indices)} indices for {x}")
     held = tuple(d for d, i in enumerate(indices) if i is not None)
@@ -219,7 +221,9 @@ def _index_ref(x: torch.Tensor, indices: tuple[torch.Tensor | None, ...]) -> tor
     return x[tuple(slice(None) if i is None else i for i in indices)]
 
 
-def index_words(op: str, x: TensorType, indices: Sequence[Any]) -> tuple[list[str], list[list[str]], list[str]]:
+def index_words(
+    op: str, x: TensorType, indices: Sequence[Any]
+) -> tuple[list[str], list[list[str]], list[str]]:
     """Words of the indexed tensor, of each index tensor, and of what the indexing gives."""
     held, place, shape = index_layout(op, x, indices)
     names = letters(x.rank)
@@ -245,7 +249,9 @@ def _index_dims(node: Node) -> str:
 # ---------------------------------------------------------------- slice_scatter
 
 
-def _slice_scatter_infer(x: Any, src: Any, dim: int, start: Dim, size: Dim, step: Dim = 1) -> tuple[TensorType, ...]:
+def _slice_scatter_infer(
+    x: Any, src: Any, dim: int, start: Dim, size: Dim, step: Dim = 1
+) -> tuple[TensorType, ...]:
     need_tensor("slice_scatter", x, src)
     dtype = same_dtype("slice_scatter", (x, src))
     d = axis("slice_scatter", dim, x.rank)

@@ -8,7 +8,7 @@ full name; nothing is known of it, so nothing of it may be split.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .dims import Piece, Window
 from .index import index_words
 
 
-@lru_cache(maxsize=None)
+@cache
 def torch_op(target: str) -> Callable[..., Any]:
     """The torch operator of a full name: ``namespace.name`` or ``namespace.name.overload``.
 
@@ -35,7 +35,9 @@ def torch_op(target: str) -> Callable[..., Any]:
         try:
             found = getattr(found, part)
         except AttributeError:
-            raise TesselError(f"torch {torch.__version__} has no operator {target}; is its package imported?") from None
+            raise TesselError(
+                f"torch {torch.__version__} has no operator {target}; is its package imported?"
+            ) from None
     return found  # type: ignore[no-any-return]
 
 
@@ -96,7 +98,9 @@ def _dim_of(node: Node, place: int = 1, default: int = -1) -> int:
 
 def along_dim(place: int = 1, default: int = -1, mark: str = "*") -> Callable[[Node], str]:
     """Operand and results of one shape; the dimension of argument ``place`` is held."""
-    return lambda node: along(node, () if not operand_types(node)[0].rank else (_dim_of(node, place, default),), mark)
+    return lambda node: along(
+        node, () if not operand_types(node)[0].rank else (_dim_of(node, place, default),), mark
+    )
 
 
 def held_last(n: int) -> Callable[[Node], str]:
@@ -163,7 +167,7 @@ def _first_once(node: Node, factor: str, start: Any, size: Any) -> Piece:
 
 
 def _index_add_dims(node: Node) -> str:
-    x, index, source = operand_types(node)
+    x, index = operand_types(node)[:2]
     if not x.rank or not index.rank:
         return whole_dims(node)
     d = axis(node.op.name, node.args[1], x.rank)
@@ -233,7 +237,7 @@ def spread(value: Any, n: int) -> tuple[int, ...]:
 
 
 def _convolution_dims(node: Node) -> str:
-    x, w, *bias = operand_types(node)
+    x, _, *bias = operand_types(node)
     transposed, groups = node.args[6], node.args[8]
     space = letters(x.rank - 2, 7)  # h, i, j
     kernel = [f"k{s}*" for s in space]
@@ -271,16 +275,12 @@ def _convolution_flops(node: Node) -> Dim:
     return product((2, at[0], *at[2:], w.shape[0], per_place))
 
 
-def _pool_arg(node: Node, place: int, name: str, default: Any) -> Any:
-    return arg(node, place, name, default)
-
-
 def _avg_pool_dims(node: Node) -> str:
     (x,) = operand_types(node)
     lead, space = letters(x.rank - 2), ["y", "x"]
-    padding = spread(_pool_arg(node, 3, "padding", 0), 2)
-    ceil = _pool_arg(node, 4, "ceil_mode", False)
-    counted = _pool_arg(node, 5, "count_include_pad", True)
+    padding = spread(arg(node, 3, "padding", 0), 2)
+    ceil = arg(node, 4, "ceil_mode", False)
+    counted = arg(node, 5, "count_include_pad", True)
     if ceil or (any(padding) and not counted):  # the divisor depends on the place
         return words([[*lead, *(s + "*" for s in space)]], [[*lead, *(s + "_o*" for s in space)]])
     shape = [*lead, *(s + "^" for s in space)]
@@ -292,10 +292,11 @@ def _avg_pool_split(node: Node, factor: str, start: Any, size: Any) -> Piece:
         return Piece()
     d = ("y", "x").index(factor)
     kernel = spread(node.args[1], 2)
-    stride = spread(_pool_arg(node, 2, "stride", ()) or kernel, 2)
-    padding = spread(_pool_arg(node, 3, "padding", 0), 2)
+    stride = spread(arg(node, 2, "stride", ()) or kernel, 2)
+    padding = spread(arg(node, 3, "padding", 0), 2)
     window = Window(stride[d], padding[d], kernel[d] - 1 - padding[d])
-    return Piece(args={3: tuple(0 if i == d else p for i, p in enumerate(padding))}, window=window)
+    left = {3: tuple(0 if i == d else p for i, p in enumerate(padding))} if padding[d] else {}
+    return Piece(args=left, window=window)
 
 
 LIBRARY = table(

@@ -12,7 +12,7 @@ from ..ir.node import Node, Op, Value
 from ..ir.types import TensorType, dim_equal
 from .common import need_tensor, operand_types, result, table
 from .emit import Emit
-from .norm import composite, need_float
+from .fold import composite, need_float
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -52,7 +52,9 @@ def _decompose(e: Emit, x: Value, target: Value, ignore_index: int = -100, reduc
     return e("div", summed, e("sum", e.cast(counted, wide.dtype), dims=(0,), keepdim=False))
 
 
-def _ref(x: torch.Tensor, target: torch.Tensor, ignore_index: int = -100, reduction: str = "mean") -> torch.Tensor:
+def _ref(
+    x: torch.Tensor, target: torch.Tensor, ignore_index: int = -100, reduction: str = "mean"
+) -> torch.Tensor:
     return F.cross_entropy(x, target, ignore_index=ignore_index, reduction=reduction)
 
 

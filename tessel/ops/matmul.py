@@ -16,7 +16,9 @@ def _infer(a: Any, b: Any) -> tuple[TensorType, ...]:
     need_tensor("matmul", a, b)
     check(
         a.rank == b.rank and a.rank >= 2 and all(map(dim_equal, a.shape[:-2], b.shape[:-2])),
-        lambda: f"matmul: {a} and {b} need the same rank (2 or more) and the same batch sizes; expand them first",
+        lambda: (
+            f"matmul: {a} and {b} need the same rank (2 or more) and the same batch sizes; expand them first"
+        ),
     )
     check(dim_equal(a.shape[-1], b.shape[-2]), lambda: f"matmul: inner sizes of {a} and {b} differ")
     check(a.dtype == b.dtype, lambda: f"matmul: dtypes of {a} and {b} differ; cast one")

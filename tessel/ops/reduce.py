@@ -28,7 +28,9 @@ def reduce_dims(node: Node) -> str:
     return words([[w + "+" if d in held else w for d, w in enumerate(names)]], [kept] * len(node.types))
 
 
-def infer_for(name: str, dtype_of: Callable[[torch.dtype], torch.dtype]) -> Callable[..., tuple[TensorType, ...]]:
+def infer_for(
+    name: str, dtype_of: Callable[[torch.dtype], torch.dtype]
+) -> Callable[..., tuple[TensorType, ...]]:
     def infer(x: Any, dims: Sequence[int], keepdim: bool = False) -> tuple[TensorType, ...]:
         need_tensor(name, x)
         return (result(reduced_shape(name, x, dims, keepdim), dtype_of(x.dtype), x),)
@@ -49,7 +51,7 @@ def over_each(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 def _sum_ref(x: torch.Tensor, dims: Sequence[int], keepdim: bool = False) -> torch.Tensor:
     # An empty tuple of dims means "all" to torch and "none" here.
-    return torch.sum(x, dims, keepdim) if dims else x.to(sum_dtype(x.dtype))
+    return torch.sum(x, tuple(dims), keepdim) if dims else x.to(sum_dtype(x.dtype))
 
 
 def _extreme(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -59,7 +61,9 @@ def _extreme(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 def _arg_infer(name: str) -> Callable[..., tuple[TensorType, ...]]:
     def infer(x: Any, dims: Sequence[int], keepdim: bool = False) -> tuple[TensorType, ...]:
         need_tensor(name, x)
-        check(len(dims) == 1, lambda: f"{name}: takes exactly one dim, got {tuple(dims)}; reshape to one first")
+        check(
+            len(dims) == 1, lambda: f"{name}: takes exactly one dim, got {tuple(dims)}; reshape to one first"
+        )
         return (result(reduced_shape(name, x, dims, keepdim), torch.int64, x),)
 
     return infer
@@ -86,8 +90,18 @@ REDUCE = table(
     _entry("prod", "prod", over_each(torch.prod), infer_for("prod", sum_dtype), "integers and bools in i64"),
     _entry("amax", "max", _extreme(torch.amax), infer_for("amax", lambda d: d), "NaN wins"),
     _entry("amin", "min", _extreme(torch.amin), infer_for("amin", lambda d: d), "NaN wins"),
-    _entry("any", "any", over_each(lambda x, d, k: torch.any(x != 0, d, k)), infer_for("any", lambda d: torch.bool)),
-    _entry("all", "all", over_each(lambda x, d, k: torch.all(x != 0, d, k)), infer_for("all", lambda d: torch.bool)),
+    _entry(
+        "any",
+        "any",
+        over_each(lambda x, d, k: torch.any(x != 0, d, k)),
+        infer_for("any", lambda d: torch.bool),
+    ),
+    _entry(
+        "all",
+        "all",
+        over_each(lambda x, d, k: torch.all(x != 0, d, k)),
+        infer_for("all", lambda d: torch.bool),
+    ),
     _entry("argmax", "argmax", _argmax, _arg_infer("argmax"), "the first place of the greatest, NaN wins"),
     _entry("argmin", "argmin", _argmin, _arg_infer("argmin"), "the first place of the least, NaN wins"),
 )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from ..errors import check
+from ..errors import TesselError, check
 from ..ir.node import Node, Op
 from ..ir.types import Dim, TensorType, dim_equal, product, simplify_dim
 from .common import axes, axis, is_one, letters, need_tensor, operand_types, plain, result, table, words
@@ -43,7 +44,7 @@ def view_strides(x: TensorType, shape: Sequence[Dim]) -> tuple[Dim, ...] | None:
     for old, new in groups(x.shape, shape):
         # Within a group the old dimensions must lie in memory as one row-major block.
         old = [d for d in old if not is_one(x.shape[d])]
-        for outer, inner in zip(old, old[1:], strict=False):
+        for outer, inner in pairwise(old):
             if not dim_equal(x.strides[outer], simplify_dim(x.strides[inner] * x.shape[inner])):
                 return None
         step: Dim = x.strides[old[-1]] if old else 1
@@ -164,10 +165,8 @@ def _expand_infer(x: Any, shape: Sequence[Dim]) -> tuple[TensorType, ...]:
     check(new >= 0, lambda: f"expand: {x} has more dims than {tuple(shape)}")
     strides: list[Dim] = [0] * new
     for n, want, step in zip(x.shape, shape[new:], x.strides, strict=True):
-        check(
-            is_one(n) or dim_equal(n, want),
-            lambda n=n, w=want: f"expand: {x} to {tuple(shape)}: size {n} cannot become {w}",
-        )
+        if not is_one(n) and not dim_equal(n, want):
+            raise TesselError(f"expand: {x} to {tuple(shape)}: size {n} cannot become {want}")
         strides.append(step if dim_equal(n, want) else 0)
     return (result(shape, x.dtype, x, strides=strides),)
 
