@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..ir.types import Dim, product
-from ..tiles.index import delinearize, exact_div, var
-from ..tiles.kernel import Check, Kernel, Load, Reduce, Segment, Store, axes_read, indices_of, refs
+from ..tiles.default import of_kind
+from ..tiles.index import Index, delinearize, exact_div, var
+from ..tiles.kernel import Axis, Kernel, Load, Reduce, Segment, Store, indices_of
 from .dialect import cast, compute_dtype, identity, literal, size_text, triton_dtype
-from .expr import NONE, Dims, Emitter, Lane, Names
+from .expr import Dims, Emitter, Lane, Names
 
 X: Dims = frozenset({0})
 R: Dims = frozenset({1})
@@ -28,14 +29,8 @@ class SegmentText:
     after: list[str] = field(default_factory=list)
 
 
-def extent_of(kernel: Kernel, kind: str) -> Dim:
-    """The product of the extents of one kind of axis."""
-    return product(a.extent for a in kernel.axes if a.kind == kind)
-
-
-def flat_axes(kernel: Kernel, kind: str, name: str) -> dict[str, Any]:
-    """The axes of one kind as coordinates of one flat variable ``name``."""
-    axes = [a for a in kernel.axes if a.kind == kind]
+def flat_axes(axes: Sequence[Axis], name: str) -> dict[str, Index]:
+    """Axes as coordinates of one flat variable ``name``, the last fastest."""
     flat = var(name, product(a.extent for a in axes))
     return dict(zip((a.name for a in axes), delinearize(flat, [a.extent for a in axes]), strict=True))
 
@@ -59,10 +54,10 @@ def arguments(kernel: Kernel) -> list[str]:
 
 def pointwise(kernel: Kernel, knobs: Mapping[str, int], interpret: bool) -> dict[str, Any]:
     """Context of ``pointwise.triton.j2``."""
-    extent = extent_of(kernel, "x")
+    extent = product(a.extent for a in of_kind(kernel, "x"))
     masked = not divides(knobs["XB"], extent)
     lanes = {"x": Lane("x", X, "x_ok" if masked else None)}
-    e = Emitter(kernel, names_for(kernel, "XB"), flat_axes(kernel, "x", "x"), lanes, ("XB",), interpret)
+    e = Emitter(kernel, names_for(kernel, "XB"), flat_axes(of_kind(kernel, "x"), "x"), lanes, ("XB",), interpret)
     for stmt in kernel.body:
         e.emit(stmt)
     return {"x_extent": size_text(extent), "x_masked": masked, "body": e.take()}
@@ -70,12 +65,12 @@ def pointwise(kernel: Kernel, knobs: Mapping[str, int], interpret: bool) -> dict
 
 def reduction(kernel: Kernel, knobs: Mapping[str, int], interpret: bool) -> dict[str, Any]:
     """Context of ``reduction.triton.j2``: one block where RB holds all of r, else loops."""
-    x_extent, r_extent = extent_of(kernel, "x"), extent_of(kernel, "r")
+    x_extent, r_extent = product(a.extent for a in of_kind(kernel, "x")), product(a.extent for a in of_kind(kernel, "r"))
     x_masked = not divides(knobs["XB"], x_extent)
     looped = not (isinstance(r_extent, int) and knobs["RB"] >= r_extent)
     r_masked = not divides(knobs["RB"], r_extent)
     lanes = {"x": Lane("x", X, "x_ok" if x_masked else None), "r": Lane("r", R, "r_ok" if r_masked else None)}
-    axes = {**flat_axes(kernel, "x", "x"), **flat_axes(kernel, "r", "r")}
+    axes = {**flat_axes(of_kind(kernel, "x"), "x"), **flat_axes(of_kind(kernel, "r"), "r")}
     e = Emitter(kernel, names_for(kernel, "XB", "RB"), axes, lanes, ("XB", "RB"), interpret)
     folds = _Folds(e, "r_ok" if r_masked else None, size_text(r_extent))
     segments: list[SegmentText] = []
@@ -146,12 +141,10 @@ class _Folds:
     def _operand(self, stmt: Reduce) -> tuple[str, Dims, str, torch.dtype]:
         """The operand in the dtype it is folded in, that dtype, and the fold's name."""
         text, dims, _ = self.e.values[stmt.arg.number]
-        op, dtype = stmt.op, stmt.arg_dtype
+        op, dtype = _fold_name(stmt), stmt.arg_dtype
         if op in ("sum", "prod"):
             text, dtype = cast(text, dtype, compute_dtype(stmt.dtype), self.e.interpret), stmt.dtype
-        elif dtype == torch.bool:
-            op = {"amax": "any", "amin": "all"}.get(op, op)
-        elif op in ("any", "all"):
+        elif dtype != torch.bool and op in ("any", "all"):
             text, dtype = f"({text} != 0)", torch.bool
         return text, dims, op, compute_dtype(dtype)
 
@@ -209,7 +202,7 @@ class _Folds:
 
     def finish(self, stmt: Reduce) -> None:
         """The fold of the accumulator after the loop."""
-        _, _, op, _ = self._folded(stmt)
+        op = _fold_name(stmt)
         acc = self.e.value_name(stmt.out, stmt.op) + "_acc"
         if op in ("argmax", "argmin"):
             text = f"fold_{op}({acc}, {acc}_at, {self.r_extent}).to({triton_dtype(stmt.dtype)})"
@@ -217,26 +210,7 @@ class _Folds:
             text = f"fold_{op}({acc})"
         self.e._assign(stmt.out, stmt.op, text, X, stmt.dtype)
 
-    def _folded(self, stmt: Reduce) -> tuple[str, Dims, str, torch.dtype]:
-        op = stmt.op
-        if stmt.arg_dtype == torch.bool:
-            op = {"amax": "any", "amin": "all"}.get(op, op)
-        return "", NONE, op, stmt.arg_dtype
 
-
-__all__ = [
-    "BOTH",
-    "Check",
-    "R",
-    "SegmentText",
-    "X",
-    "arguments",
-    "axes_read",
-    "divides",
-    "extent_of",
-    "flat_axes",
-    "names_for",
-    "pointwise",
-    "reduction",
-    "refs",
-]
+def _fold_name(stmt: Reduce) -> str:
+    """Which fold helper; the greatest of booleans is whether any holds."""
+    return {"amax": "any", "amin": "all"}.get(stmt.op, stmt.op) if stmt.arg_dtype == torch.bool else stmt.op

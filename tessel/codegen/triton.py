@@ -12,20 +12,22 @@ from typing import Any
 
 import sympy
 
-from ..errors import check
-from ..ir.types import Dim, simplify_dim
+from ..ir.types import Dim, product, simplify_dim
 from ..targets import Target
-from ..tiles.default import choose, formula_values
+from ..tiles.default import batch_axes, choose, formula_values, head_widths, of_kind
 from ..tiles.header import load_header
 from ..tiles.index import bounds
 from ..tiles.kernel import Check, IndexOf, Kernel
-from .families import arguments, extent_of, pointwise, reduction
+from .contract import attention, matmul
+from .families import arguments, pointwise, reduction
 from .helpers import helpers_for
 from .source import INT32_LIMIT, Source
 
 _CONTEXT: dict[str, Callable[[Kernel, Mapping[str, int], bool], dict[str, Any]]] = {
     "pointwise": pointwise,
     "reduction": reduction,
+    "matmul": matmul,
+    "attention": attention,
 }
 _IMPORTS = "import triton\nimport triton.language as tl\n"
 
@@ -49,7 +51,8 @@ def render(kernel: Kernel, target: Target, knobs: Mapping[str, int] | None = Non
     code = header.module.kernel({"name": kernel.name, "args": arguments(kernel), **context})
     code = "\n".join(line for line in str(code).strip("\n").split("\n") if line.strip()) + "\n"
     parts = [_IMPORTS, *(h + "\n" for h in helpers_for(code, interpret)), code]
-    tiles = {n: v for n, v in chosen.knobs.items() if f" {n}: tl.constexpr" in code}
+    sizes = {**chosen.knobs, **(head_widths(kernel) if kernel.family == "attention" else {})}
+    tiles = {n: v for n, v in sizes.items() if f" {n}: tl.constexpr" in code}
     launch = {n: v for n, v in chosen.knobs.items() if n in ("num_warps", "num_stages")}
     known, symbolic = _extents(kernel, chosen.knobs)
     lines = [*kernel.notes, f"tile: {', '.join(f'{n}={v}' for n, v in chosen.knobs.items())} ({chosen.why})"]
@@ -84,8 +87,8 @@ def ceil_div(a: Dim, b: int) -> Dim:
 def grid_of(kernel: Kernel, knobs: Mapping[str, int]) -> tuple[Dim, ...]:
     """Number of programs, all along one grid axis (the others hold only 65535)."""
     if kernel.family in ("pointwise", "reduction"):
-        return (ceil_div(extent_of(kernel, "x"), knobs["XB"]),)
-    programs = extent_of(kernel, "x") * ceil_div(kernel.axis("m").extent, knobs["BM"])
+        return (ceil_div(product(a.extent for a in of_kind(kernel, "x")), knobs["XB"]),)
+    programs = product(a.extent for a in batch_axes(kernel)) * ceil_div(kernel.axis("m").extent, knobs["BM"])
     if kernel.family == "matmul":
         programs = programs * ceil_div(kernel.axis("n").extent, knobs["BN"])
     return (programs,)
@@ -94,8 +97,10 @@ def grid_of(kernel: Kernel, knobs: Mapping[str, int]) -> tuple[Dim, ...]:
 def _extents(kernel: Kernel, knobs: Mapping[str, int]) -> tuple[int, tuple[Dim, ...]]:
     """The largest known number that an index may reach, and the symbolic ones."""
     slack = max(v for n, v in knobs.items() if n not in ("num_warps", "num_stages"))
-    dims: list[Dim] = [extent_of(kernel, kind) + slack for kind in ("x", "r")]
-    dims += [a.extent + slack for a in kernel.axes]
+    groups = [of_kind(kernel, "x"), of_kind(kernel, "r")]
+    if kernel.family in ("matmul", "attention"):
+        groups = [batch_axes(kernel), *([a] for a in kernel.axes)]
+    dims: list[Dim] = [product(a.extent for a in axes) + slack for axes in groups]
     for p in kernel.params:
         dims.append(sum((n - 1) * s for n, s in zip(p.type.shape, p.type.strides)) + 1)
     for stmt in kernel.statements():
@@ -107,4 +112,3 @@ def _extents(kernel: Kernel, knobs: Mapping[str, int]) -> tuple[int, tuple[Dim, 
 
 
 __all__ = ["Source", "ceil_div", "grid_of", "render"]
-_ = check

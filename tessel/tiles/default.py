@@ -13,7 +13,7 @@ from ..ir.types import Dim, product
 from ..targets import Target
 from .header import Header, load_header
 from .index import Index, delinearize, substitute, var
-from .kernel import Kernel, Load, Store
+from .kernel import Axis, Kernel, Load, Store
 
 INTERPRET_TILE = 2**17  # elements: numpy's cost a call is small beside the work, temporaries stay in cache
 ONE_BLOCK = 8192  # reduced elements that one block may hold
@@ -41,7 +41,7 @@ def choose(kernel: Kernel, target: Target, knobs: Mapping[str, int] | None = Non
     """The default tile, or ``knobs`` completed by it, with the reason."""
     if knobs is not None and set(load_header(kernel.family).knobs) <= set(knobs):
         return Choice(dict(knobs), "given")
-    rule = {"pointwise": _pointwise, "reduction": _reduction}
+    rule = {"pointwise": _pointwise, "reduction": _reduction, "matmul": _matmul, "attention": _attention}
     got, why = rule[kernel.family](kernel, target.vendor == "interpret")
     if knobs:
         return Choice({**got, **knobs}, f"given: {', '.join(knobs)}; others by default")
@@ -66,7 +66,32 @@ def formula_values(kernel: Kernel, knobs: Mapping[str, int]) -> dict[str, int]:
     """What the formulas of a header may name: knobs, item sizes in bytes, head widths."""
     ins = [p.type.dtype.itemsize for p in kernel.params if not p.out] or [4]
     outs = [p.type.dtype.itemsize for p in kernel.params if p.out] or [4]
-    return {**knobs, "itemsize": max(ins), "out_itemsize": max(outs), "widest": max(*ins, *outs, 4)}
+    widths = head_widths(kernel) if kernel.family == "attention" else {}
+    return {**knobs, **widths, "itemsize": max(ins), "out_itemsize": max(outs), "widest": max(*ins, *outs, 4)}
+
+
+def of_kind(kernel: Kernel, kind: str) -> list[Axis]:
+    """The parallel (``x``) or reduced (``r``) axes of a pointwise or reduction kernel."""
+    return [a for a in kernel.axes if a.kind == kind]
+
+
+def batch_axes(kernel: Kernel) -> list[Axis]:
+    """The axes of a matmul or attention kernel that only say which product or head it is."""
+    return [a for a in kernel.axes if a.name not in ("m", "n", "k", "d", "e")]
+
+
+def head_widths(kernel: Kernel) -> dict[str, int]:
+    """BD and BE of attention: the widths of keys and values as powers of two, at least 16.
+
+    Raises:
+        TesselError: a width is symbolic.
+    """
+    out: dict[str, int] = {}
+    for axis, name in (("d", "BD"), ("e", "BE")):
+        extent = kernel.axis(axis).extent
+        check(isinstance(extent, int), lambda e=extent: f"{kernel.name}: the head width {e} must be a known number")
+        out[name] = max(16, next_power(int(extent)))
+    return out
 
 
 def next_power(n: int) -> int:
@@ -84,7 +109,7 @@ def size_or(d: Dim, unknown: int = UNKNOWN) -> int:
 
 
 def _pointwise(kernel: Kernel, interpret: bool) -> tuple[dict[str, int], str]:
-    size = size_or(product(a.extent for a in kernel.axes if a.kind == "x"))
+    size = size_or(product(a.extent for a in of_kind(kernel, "x")))
     block = min(next_power(size), INTERPRET_TILE if interpret else 1024)
     warps = 1 if interpret else 4 if block >= 512 else 1
     why = "large for the interpreter" if interpret else "1024 elements a program, or all there are"
@@ -92,8 +117,8 @@ def _pointwise(kernel: Kernel, interpret: bool) -> tuple[dict[str, int], str]:
 
 
 def _reduction(kernel: Kernel, interpret: bool) -> tuple[dict[str, int], str]:
-    x_size = size_or(product(a.extent for a in kernel.axes if a.kind == "x"))
-    r_extent = product(a.extent for a in kernel.axes if a.kind == "r")
+    x_size = size_or(product(a.extent for a in of_kind(kernel, "x")))
+    r_extent = product(a.extent for a in of_kind(kernel, "r"))
     r_size = size_or(r_extent)
     most = INTERPRET_TILE if interpret else 8192
     one_block = isinstance(r_extent, int) and r_extent <= (INTERPRET_TILE if interpret else ONE_BLOCK)
@@ -114,11 +139,56 @@ def _reduction(kernel: Kernel, interpret: bool) -> tuple[dict[str, int], str]:
     return {"XB": xb, "RB": rb, "num_warps": warps, "num_stages": 1}, why
 
 
+def _matmul(kernel: Kernel, interpret: bool) -> tuple[dict[str, int], str]:
+    m, n, k = (size_or(kernel.axis(a).extent, 4096) for a in "mnk")
+    exact = _plain_product(kernel)
+    if interpret:
+        most = (32, 32, 64) if exact else (256, 256, 512)
+        bm, bn, bk = (min(max(16, next_power(s)), top) for s, top in zip((m, n, k), most))
+        return _gemm(bm, bn, bk, 1, 1, 1), "large for the interpreter"
+    if exact:
+        return _gemm(16, 16, 16, 4, 4, 1), "no matrix instruction for this type: a small tile of plain sums"
+    widest = max(p.type.dtype.itemsize for p in kernel.params if not p.out)
+    if widest >= 4:  # f32 and f64 at full precision: bound by registers
+        bm, bn, bk = 64, 64, 16 if widest == 8 else 32
+    else:
+        bm, bn, bk = (128, 128, 64) if m > 64 else (64, 128, 64)
+    bm, bn, bk = (min(max(16, next_power(s)), b) for s, b in ((m, bm), (n, bn), (k, bk)))
+    warps = 8 if bm * bn >= 128 * 128 else 4
+    return _gemm(bm, bn, bk, 8, warps, 3), "a square tile, or what there is"
+
+
+def _gemm(bm: int, bn: int, bk: int, group: int, warps: int, stages: int) -> dict[str, int]:
+    return {"BM": bm, "BN": bn, "BK": bk, "GROUP": group, "num_warps": warps, "num_stages": stages}
+
+
+def _plain_product(kernel: Kernel) -> bool:
+    """Whether the operands are integers, which are multiplied without matrix instructions."""
+    ref = kernel.provides["a"]
+    stmt = next(s for s in kernel.parts["a"] if getattr(s, "out", None) == getattr(ref, "number", None))
+    return not stmt.dtype.is_floating_point  # type: ignore[union-attr]
+
+
+def _attention(kernel: Kernel, interpret: bool) -> tuple[dict[str, int], str]:
+    m, n = (size_or(kernel.axis(a).extent, 4096) for a in "mn")
+    width = max(head_widths(kernel).values())
+    widest = max(p.type.dtype.itemsize for p in kernel.params if not p.out)
+    if interpret:
+        bm, bn, why = 256, 256, "large for the interpreter"
+    elif widest >= 4:
+        bm, bn, why = 32, 32, "full precision: bound by registers"
+    else:
+        bm, bn, why = (128, 64, "wide in queries") if width <= 128 else (64, 32, "small: the heads are wide")
+    bm, bn = min(max(16, next_power(m)), bm), min(max(16, next_power(n)), bn)
+    warps = 1 if interpret else 8 if bm >= 128 and width > 64 else 4
+    return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": 1 if interpret else 2}, why
+
+
 def reads_across(kernel: Kernel) -> bool:
     """Whether most loads step by one element along x and not along r (a reduction over columns)."""
     axes: dict[str, Index] = {}
     for kind in ("x", "r"):
-        mine = [a for a in kernel.axes if a.kind == kind]
+        mine = of_kind(kernel, kind)
         flat = var(kind, product(a.extent for a in mine))
         axes.update(zip((a.name for a in mine), delinearize(flat, [a.extent for a in mine]), strict=True))
     votes = 0

@@ -122,7 +122,7 @@ def exact_div(a: Dim, b: Dim) -> Dim | None:
     if b == 0:
         return None
     quotient = sympy.cancel(sympy.sympify(a) / b)
-    if sympy.denom(quotient) != 1:
+    if sympy.fraction(sympy.together(quotient))[1] != 1:
         return None
     return simplify_dim(quotient)
 

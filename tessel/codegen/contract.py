@@ -1,0 +1,207 @@
+"""What the matmul and attention templates are given: lines of code, made from a tile program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..errors import check
+from ..ir.types import product
+from ..tiles.default import batch_axes, head_widths
+from ..tiles.kernel import ACC, LSE, Compute, Kernel, Load, Ref, Stmt, Store, indices_of, refs
+from .dialect import compute_dtype, literal, narrow, rounded, size_text, triton_dtype
+from .expr import NONE, Dims, Emitter, Lane, Names, depends_on
+from .families import divides, flat_axes, names_for
+
+BOTH: Dims = frozenset({0, 1})
+
+
+def _emitter(
+    kernel: Kernel, names: Names, rows: tuple[str, str, bool], cols: tuple[str, str, bool], shape: tuple[str, str], interpret: bool
+) -> Emitter:
+    """An emitter for a tile whose dim 0 is axis ``rows`` and dim 1 axis ``cols``: (axis, variable, overhangs)."""
+    lanes = {"x": Lane("x", NONE)}
+    for dim, (axis, text, masked) in enumerate((rows, cols)):
+        lanes[axis] = Lane(text, frozenset({dim}), f"{text}_ok" if masked else None)
+    return Emitter(kernel, names, flat_axes(batch_axes(kernel), "x"), lanes, shape, interpret)
+
+
+def _part(e: Emitter, name: str, moving_axis: str) -> tuple[list[str], list[str]]:
+    """Lines of a part that stay outside the loop over ``moving_axis``, and those inside."""
+    stmts = e.kernel.parts.get(name, ())
+    moving = depends_on(stmts, {moving_axis})
+    own = e.kernel.provides.get(name)
+    if isinstance(own, Ref) and not e.interpret and _plain_load(stmts, own.number):
+        e.raw.add(own.number)
+    for i, s in enumerate(stmts):
+        if i not in moving:
+            e.emit(s)
+    still = frozenset(d for axis, lane in e.lanes.items() if axis != moving_axis for d in lane.dims)
+    for i in sorted(moving):
+        s = stmts[i]
+        e.hoist(indices_of(s), still)
+        if isinstance(s, Load | Store):
+            e.hoist([s.access.address(e.kernel.params[s.access.param])], still)
+    before = e.take()
+    for i, s in enumerate(stmts):
+        if i in moving:
+            e.emit(s)
+    return before, e.take()
+
+
+def _plain_load(stmts: tuple[Stmt, ...], number: int) -> bool:
+    """Whether a value is a load that nothing else reads."""
+    return any(isinstance(s, Load) and s.out == number for s in stmts) and not any(
+        number in list(refs(s)) for s in stmts
+    )
+
+
+def operand(e: Emitter, part: str, zero: tuple[int, str | None]) -> tuple[str, torch.dtype]:
+    """The tile that a part provides, ready for a dot, and its dtype.
+
+    ``zero`` is the contracted dim and its mask: what overhangs there is made zero, since zero
+    times the other side's garbage must vanish on both sides.
+    """
+    provided = e.kernel.provides[part]
+    check(isinstance(provided, Ref), lambda: f"{e.kernel.name}: part {part!r} provides {provided!r}, not a value")
+    text, dims, dtype = e.values[provided.number]
+    stmt = next((s for s in e.kernel.parts[part] if not isinstance(s, Store) and getattr(s, "out", None) == provided.number), None)
+    raw = provided.number in e.raw
+    clean = isinstance(stmt, Load) and (not stmt.access.mask or stmt.access.other == 0)
+    dim, ok = zero
+    if dims != BOTH:
+        text = e.spread(text, dims, BOTH)
+    if ok is not None and not (clean and dim in dims):
+        text = f"tl.where({ok}, {text}, {literal(0, dtype, False)})"
+    exact = isinstance(stmt, Load) or (isinstance(stmt, Compute) and stmt.op == "cast")
+    if e.interpret:  # its dot wants f32: it would multiply the bits of bf16
+        text = text if exact else rounded(text, dtype, True)
+    elif not raw:
+        text = narrow(text, dtype, False)
+    return text, dtype
+
+
+def dot(a: str, b: str, acc: str | None, dtype: torch.dtype, precision: str = "ieee") -> str:
+    """The product of two tiles of ``dtype``, added to ``acc`` if there is one."""
+    if not dtype.is_floating_point:
+        text = f"dot_plain({a}, {b})"
+        if dtype.itemsize < 4:  # small integers are summed in 32 bits and wrap afterwards
+            text = f"{text}.to({triton_dtype(dtype)})"
+        return f"{acc} + {text}" if acc else text
+    args = [a, b] + ([acc] if acc else [])
+    out = ", out_dtype=tl.float64" if dtype == torch.float64 else ""
+    return f'tl.dot({", ".join(args)}, input_precision="{precision}"{out})'
+
+
+def _batch_index(kernel: Kernel, programs: str, interpret: bool) -> str:
+    return f"tl.full([1, 1], tile // ({programs}), INDEX)" if interpret else f"(tile // ({programs})).to(INDEX)"
+
+
+def matmul(kernel: Kernel, knobs: Mapping[str, int], interpret: bool) -> dict[str, Any]:
+    """Context of ``matmul.triton.j2``."""
+    extents = {n: kernel.axis(n).extent for n in "mnk"}
+    over = {n: not divides(knobs[b], extents[n]) for n, b in (("m", "BM"), ("n", "BN"), ("k", "BK"))}
+    names = names_for(
+        kernel, "BM", "BN", "BK", "GROUP", "m", "n", "ka", "kb", "m_ok", "n_ok", "ka_ok", "kb_ok", "acc",
+        "tile", "tiles_m", "tiles_n", "group", "rows", "tile_m", "tile_n", "k_start",
+    )  # fmt: skip
+    left = _emitter(kernel, names, ("m", "m", over["m"]), ("k", "ka", over["k"]), ("BM", "BK"), interpret)
+    right = _emitter(kernel, names, ("k", "kb", over["k"]), ("n", "n", over["n"]), ("BK", "BN"), interpret)
+    epilogue = _emitter(kernel, names, ("m", "m", over["m"]), ("n", "n", over["n"]), ("BM", "BN"), interpret)
+    a_before, a_loop = _part(left, "a", "k")
+    b_before, b_loop = _part(right, "b", "k")
+    a, dtype = operand(left, "a", (1, "ka_ok" if over["k"] else None))
+    b, other = operand(right, "b", (0, "kb_ok" if over["k"] else None))
+    check(dtype == other, lambda: f"{kernel.name}: a product of {dtype} and {other}; cast one operand first")
+    acc_dtype = compute_dtype(dtype)
+    epilogue.define(ACC, "acc", BOTH, acc_dtype)
+    for stmt in kernel.body:
+        epilogue.emit(stmt)
+    return {
+        **{n: size_text(d) for n, d in extents.items()},
+        **{f"{n}_masked": v for n, v in over.items()},
+        "batched": product(a.extent for a in batch_axes(kernel)) != 1,
+        "batch_index": _batch_index(kernel, "tiles_m * tiles_n", interpret),
+        "before": a_before + b_before,
+        "loop": a_loop + b_loop,
+        "acc_dtype": triton_dtype(acc_dtype),
+        "product": dot(a, b, "acc", dtype, kernel.attrs.get("precision", "ieee")),
+        "body": epilogue.take(),
+    }
+
+
+def attention(kernel: Kernel, knobs: Mapping[str, int], interpret: bool) -> dict[str, Any]:
+    """Context of ``attention.triton.j2``."""
+    extents = {n: kernel.axis(n).extent for n in "mnde"}
+    widths = head_widths(kernel)
+    over = {n: not divides(b, extents[n]) for n, b in (("m", knobs["BM"]), ("n", knobs["BN"]), ("d", widths["BD"]), ("e", widths["BE"]))}
+    names = names_for(
+        kernel, "BM", "BN", "BD", "BE", "m", "n", "d", "e", "dk", "nv", "m_ok", "n_ok", "d_ok", "e_ok", "dk_ok",
+        "nv_ok", "acc", "peak", "total", "keys", "score", "new_peak", "base", "weight", "fade", "out", "lse",
+        "tile", "tiles_m", "n_start",
+    )  # fmt: skip
+
+    def emitter(rows: tuple[str, str], cols: tuple[str, str], shape: tuple[str, str]) -> Emitter:
+        return _emitter(kernel, names, (*rows, over[rows[0]]), (*cols, over[cols[0]]), shape, interpret)
+
+    q = emitter(("m", "m"), ("d", "d"), ("BM", "BD"))
+    k = emitter(("d", "dk"), ("n", "n"), ("BD", "BN"))
+    v = emitter(("n", "nv"), ("e", "e"), ("BN", "BE"))
+    s = emitter(("m", "m"), ("n", "n"), ("BM", "BN"))
+    o = emitter(("m", "m"), ("e", "e"), ("BM", "BE"))
+    q_before, q_lines = _part(q, "q", "n")
+    q_tile, dtype = operand(q, "q", (1, "d_ok" if over["d"] else None))
+    k_before, k_loop = _part(k, "k", "n")
+    k_tile, _ = operand(k, "k", (0, "dk_ok" if over["d"] else None))
+    v_before, v_loop = _part(v, "v", "n")
+    v_tile, v_dtype = operand(v, "v", (0, "nv_ok" if over["n"] else None))
+    acc_dtype = compute_dtype(dtype)
+    if not q_tile.isidentifier():
+        q_lines.append(f"q = {q_tile}")
+        q_tile = "q"
+    s.define(ACC, "score", BOTH, acc_dtype)
+    s_before, s_loop = _part(s, "score", "n")
+    score_name = "score"
+    edited = kernel.provides.get("score")
+    if isinstance(edited, Ref) and edited.number != ACC:
+        score_name, dims, score_dtype = s.values[edited.number]
+        score_name = s.spread(score_name, dims, BOTH)
+        if compute_dtype(score_dtype) != acc_dtype:
+            score_name = f"{score_name}.to({triton_dtype(acc_dtype)})"
+    scale = kernel.attrs.get("scale")
+    scale = 1 / math.sqrt(int(extents["d"])) if scale is None else scale
+    causal = bool(kernel.attrs.get("causal", False))
+    offset = kernel.attrs.get("offset", 0)
+    offset_text = "" if offset == 0 else f" + {size_text(offset)}"
+    seen = (["n_ok"] if over["n"] else []) + ([f"(n <= m{offset_text})"] if causal else [])
+    hidden = [f'score = tl.where({" & ".join(seen)}, {score_name}, float("-inf"))'] if seen else []
+    if hidden:
+        score_name = "score"
+    o.define(ACC, "out", BOTH, acc_dtype)
+    o.define(LSE, "lse", frozenset({0}), acc_dtype)
+    for stmt in kernel.body:
+        o.emit(stmt)
+    weight = rounded("weight", v_dtype, True) if interpret else narrow("weight", v_dtype, False)
+    return {
+        **{n: size_text(d) for n, d in extents.items()},
+        **{f"{n}_masked": value for n, value in over.items()},
+        "batched": product(a.extent for a in batch_axes(kernel)) != 1,
+        "batch_index": _batch_index(kernel, "tiles_m", interpret),
+        "causal": causal,
+        "offset_text": offset_text,
+        "before": q_before + q_lines + k_before + v_before + s_before,
+        "key_part": k_loop,
+        "scores": dot(q_tile, k_tile, None, dtype),
+        "scale": literal(scale, acc_dtype, False, "1, 1" if interpret else ""),
+        "score": s_loop,
+        "hidden": hidden,
+        "score_name": score_name,
+        "value_part": v_loop,
+        "product": dot(weight, v_tile, "acc", v_dtype),
+        "acc_dtype": triton_dtype(acc_dtype),
+        "needs_lse": any(LSE in list(refs(stmt)) for stmt in kernel.body),
+        "body": o.take(),
+    }
