@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 from ..errors import TesselError, check
 from .node import Builder, Graph, Node, Op, Value, map_values, values_in
 from .text import describe
-from .types import TensorType, contiguous_strides
+from .types import TensorType
 
 Rewrite: TypeAlias = "Callable[[Builder, Node], Value | tuple[Value, ...] | None]"
 
@@ -179,7 +179,16 @@ def own_storage(before: Graph, after: Graph, copy: Op) -> Graph:
     count = len(tuple(values_in(before.outputs)))
     overwritten = {target.out for target, _ in after.effects}
     seen: dict[Value, Value] = {}
+    copies: dict[tuple[Value, Value], Value] = {}
     nodes = list(after.nodes)
+
+    def copied(root: Value, was_root: Value) -> Value:
+        """One copy for all outputs that shared the storage of ``was_root``."""
+        if (root, was_root) not in copies:
+            t = root.type if 0 not in root.type.strides else root.type.with_(shape=root.shape)
+            nodes.append(Node(copy, (root,), {}, (t,), (), was_root.node.loc))
+            copies[root, was_root] = nodes[-1].out
+        return copies[root, was_root]
 
     def one(i: int) -> Value:
         was, now = old[i], new[i]
@@ -194,11 +203,20 @@ def own_storage(before: Graph, after: Graph, copy: Op) -> Graph:
             clash = root in overwritten and root != was_root
         if not clash:
             return now
-        dense = was.type.strides if 0 not in was.type.strides else contiguous_strides(was.type.shape)
-        nodes.append(Node(copy, (now,), {}, (was.type.with_(strides=dense),), (), was.node.loc))
-        return nodes[-1].out
+        views: list[Node] = []
+        v = now
+        while v != root:
+            views.append(v.node)
+            v = v.node.args[0]
+        v = copied(root, was_root)
+        for view in reversed(views):
+            nodes.append(view.replace(args=(v, *view.args[1:])))
+            v = nodes[-1].out
+        return v
 
     results: Iterator[Value] = iter([one(i) for i in range(len(new))])
+    if not copies:
+        return after
     outputs = map_values(after.outputs, lambda v: next(results))
     effects = tuple((target, next(results)) for target, _ in after.effects)
     return after.replace(nodes=tuple(nodes), outputs=outputs, effects=effects)

@@ -77,7 +77,7 @@ def result(
 
 def plain(x: Any) -> Any:
     """A sympy constant as an int or a float; anything else as it is."""
-    if isinstance(x, sympy.Basic):
+    if isinstance(x, sympy.Basic) and x.is_number:
         return int(x) if x.is_integer else float(x)
     return x
 

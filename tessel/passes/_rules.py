@@ -88,11 +88,21 @@ def producer(x: Any, op: str) -> Node | None:
     return x.node if isinstance(x, Value) and x.op.name == op else None
 
 
+def adds_ones(v: Value) -> bool:
+    """Whether a value is a reshape that only puts dims of size 1 in front."""
+    if v.op.name != "reshape":
+        return False
+    old, new = v.node.args[0].shape, v.shape
+    more = len(new) - len(old)
+    return more >= 0 and all(dim_equal(n, 1) for n in new[:more]) and all(map(dim_equal, new[more:], old))
+
+
 def is_float(v: Value) -> bool:
     return v.dtype.is_floating_point or v.dtype.is_complex
 
 
 __all__ = [
+    "adds_ones",
     "constant",
     "equal_shape",
     "instead",

@@ -15,7 +15,7 @@ from ..ir.rewrite import Rule
 from ..ir.types import Dim, dim_equal, simplify_dim
 from ..ops import OPS
 from ._fold import FOLDABLE, fold, rounded
-from ._rules import constant, instead, is_float, is_number, is_zero, make_full, producer, remake
+from ._rules import adds_ones, constant, instead, is_float, is_number, is_zero, make_full, producer, remake
 
 COMMUTATIVE = ("add", "mul", "maximum", "minimum", "eq", "ne", "bitwise_and", "bitwise_or", "bitwise_xor") + (
     "logical_and",
@@ -170,10 +170,9 @@ def _where(b: Builder, node: Node) -> Value | None:
     if value is None:
         return instead(x, node) if isinstance(x, Value) and x == y else None
     chosen = x if value else y
-    if isinstance(chosen, Value):
-        return instead(chosen, node)
-    number = None if constant(chosen) is None else rounded(chosen, node.type.dtype)
-    return None if number is None else make_full(b, node, number)
+    if (number := constant(chosen)) is not None and (number := rounded(number, node.type.dtype)) is not None:
+        return make_full(b, node, number)
+    return instead(chosen, node) if isinstance(chosen, Value) else None
 
 
 def _pow(b: Builder, node: Node) -> Value | None:
@@ -212,6 +211,8 @@ def _literal_last(b: Builder, node: Node) -> Value | None:
     x, y = node.args
     if isinstance(x, Value) or not isinstance(y, Value):
         return None
+    if node.op.name in ("maximum", "minimum") and is_float(y) and is_zero(x):
+        return None  # of 0.0 and -0.0 it may be the first that wins
     return b.node(node.op, y, x, types=node.types).out
 
 
@@ -259,21 +260,20 @@ _TAKES_LITERAL = ("add", "sub", "mul", "maximum", "minimum", "eq", "ne", "lt", "
 def _to_literal(b: Builder, node: Node) -> Value | None:
     """A constant tensor as operand becomes a literal, so that nothing is read."""
 
-    def literal(i: int, a: Value) -> Any:
-        if node.op.name == "where" and i == 0:
-            return None
-        return constant(a)
-
+    first = 1 if node.op.name == "where" else 0
+    tensors = [i for i, a in enumerate(node.args) if i >= first and isinstance(a, Value)]
     # one tensor must stay to say the dtype
-    values = node.args[1:] if node.op.name == "where" else node.args
-    if sum(isinstance(a, Value) and constant(a) is None for a in values) == 0:
-        return None
-    return _replace_one(b, node, literal)
+    able = [i for i in tensors if constant(node.args[i]) is not None]
+    if len(able) == len(tensors):
+        able = able[1:]
+    return _replace_one(b, node, lambda i, a: constant(a) if i in able else None)
 
 
 def _drop_expand(b: Builder, node: Node) -> Value | None:
     """Pointwise operators broadcast by themselves."""
-    return _replace_one(b, node, lambda i, a: a.node.args[0] if a.op.name == "expand" else None)
+    return _replace_one(
+        b, node, lambda i, a: a.node.args[0] if a.op.name == "expand" or adds_ones(a) else None
+    )
 
 
 def _iota(b: Builder, node: Node) -> Value | None:

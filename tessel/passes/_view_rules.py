@@ -10,7 +10,7 @@ from ..ir.node import Builder, Node, Value
 from ..ir.rewrite import Rule, typed
 from ..ir.types import Dim, dim_equal, simplify_dim
 from ..ops import OPS
-from ._rules import constant, equal_shape, instead, make_full, producer, remake
+from ._rules import adds_ones, constant, equal_shape, instead, make_full, producer, remake
 
 
 def _is(d: Dim, n: int) -> bool:
@@ -54,14 +54,9 @@ def _expand(b: Builder, node: Node) -> Value | None:
 
 
 def _expand_ones(b: Builder, node: Node) -> Value | None:
-    """Only dims of size 1 are added."""
+    """Leading dims of size 1 added first are not needed: expand adds them."""
     x = node.args[0]
-    new = node.type.rank - x.type.rank
-    if new == 0 or not all(_is(n, 1) for n in node.type.shape[:new]):
-        return None
-    if not all(map(dim_equal, node.type.shape[new:], x.shape)):
-        return None
-    return remake(b, node, "reshape", x, shape=node.type.shape)
+    return remake(b, node, "expand", x.node.args[0], shape=node.attrs["shape"]) if adds_ones(x) else None
 
 
 def _slice_parts(node: Node) -> tuple[int, Any, Any, Any]:
@@ -173,7 +168,7 @@ VIEW_RULES: tuple[Rule, ...] = (
     Rule("slice of iota", ("slice",), _slice_iota),
     Rule("flip of flip", ("flip",), _flip),
     Rule("permute of size-1 dims", ("permute",), _permute_ones),
-    Rule("expand by size-1 dims", ("expand",), _expand_ones),
+    Rule("expand of leading size-1 dims", ("expand",), _expand_ones),
     Rule("cat of one", ("cat",), _cat_one),
     Rule("cat with empty pieces", ("cat",), _cat_empty),
     Rule("pad by nothing", ("pad",), _pad_nothing),

@@ -34,4 +34,7 @@ def run(graph: Graph, stats: Counter[str] | None = None) -> Graph:
         stats: counts how often each rule applied, by name.
     """
     after = apply_rules(graph, RULES, stats, share_key)
-    return own_storage(graph, after, OPS["copy"]).live()
+    apart = own_storage(graph, after, OPS["copy"])
+    if apart is not after:  # the views of the copies
+        apart = apply_rules(apart, RULES, stats, share_key)
+    return apart.live()
