@@ -337,7 +337,7 @@ def render(a: Index, name: Callable[[Atom], str] = lambda atom: atom.name, div: 
 def factor_text(d: Dim) -> str:
     """A size as a factor: bracketed where it is a sum, a product or negative."""
     text = str(d)
-    return text if isinstance(d, int) and d >= 0 or text.isidentifier() else f"({text})"
+    return text if (isinstance(d, int) and d >= 0) or text.isidentifier() else f"({text})"
 
 
 @dataclass(frozen=True, slots=True)

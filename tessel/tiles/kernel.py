@@ -328,12 +328,7 @@ class Kernel:
                     s
                     for s in self.body
                     if id(s) in sink_ids
-                    or (
-                        looped
-                        and not isinstance(s, Store | Check | Reduce)
-                        and s.out in wanted
-                        and in_loop[s.out]
-                    )
+                    or (looped and not isinstance(s, Store | Check | Reduce) and s.out in wanted and in_loop[s.out])
                 ]
                 out.append(Segment(looped, tuple(stmts)))
         return tuple(out)

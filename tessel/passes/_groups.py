@@ -1,0 +1,129 @@
+"""Groups of nodes that will be one kernel: what the fuse pass joins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..ir.node import CHEAP, Node, Value
+from ..ir.types import TensorType
+from ..tiles.axes import Axes, axes_of, join
+
+MAX_NODES = 48  # of one kernel; longer chains gain nothing and cost registers
+MAX_TENSORS = 24  # tensors a kernel reads and writes
+MAX_INLINE_COST = 4 * CHEAP  # of values computed where they are read, per element
+FREE = frozenset({"view", "generate"})
+TEMPLATED = frozenset({"pointwise", "index", "reduce", "contract", "attention"})
+KERNEL_DTYPES = frozenset(
+    {
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    }
+)
+
+
+@dataclass(eq=False)
+class Group:
+    """One kernel to be, or one call to torch (``axes`` is ``None``).
+
+    Attributes:
+        nodes: computing nodes in graph order.
+        free: views and generated values that are repeated inside each kernel that reads them.
+        reads: values from outside that it needs (graph inputs or values of other groups).
+        inlined: values computed where they are read, not stored.
+        operand_bases: what a matmul's own operands are made of.
+        first, last: places of its nodes in the graph.
+        reason: why it is a call to torch.
+    """
+
+    nodes: list[Node]
+    free: dict[Node, None]
+    reads: dict[Value, None]
+    axes: Axes | None
+    first: int
+    last: int
+    family: str = "library"
+    inlined: frozenset[Value] = frozenset()
+    operand_bases: frozenset[Value] = frozenset()
+    reason: str = ""
+    joined: list[str] = field(default_factory=list)
+    after: dict[Node, None] = field(default_factory=dict)  # nodes that must run before, without a value
+
+    @property
+    def values(self) -> set[Value]:
+        return {v for n in self.nodes for v in n.outs}
+
+
+def refusal(node: Node) -> str | None:
+    """Why there is no generated kernel for a node, or ``None`` if there is one."""
+    if node.op.kind not in TEMPLATED:
+        return f"{node.op.name} has no template"
+    if node.op.kind == "pointwise" and "triton" not in node.op.code:
+        return f"{node.op.name} has no expression in the generated language"
+    for t in (*node.types, *(v.type for v in node.operands)):
+        if not isinstance(t, TensorType):
+            return f"{node.op.name} works on host numbers"
+        if t.dtype not in KERNEL_DTYPES:
+            return f"no kernels for {t.dtype}"
+        if t.device is not None:
+            return f"a tensor lives on {t.device}, not on the graph's device"
+        if any(isinstance(n, int) and n == 0 for n in t.shape):
+            return "a tensor has no elements"
+    if node.op.kind in ("contract", "attention") and not node.type.dtype.is_floating_point:
+        return f"{node.op.name} of {node.type.dtype} has no matrix instruction here"
+    return None
+
+
+def start(node: Node, place: int, reason: str | None) -> Group:
+    """The group of a single node, with the views and generated values it reads."""
+    if reason is not None:
+        reads = dict.fromkeys(v for v in node.operands)
+        return Group([node], {}, reads, None, place, place, reason=reason)
+    axes = axes_of(node)
+    free: dict[Node, None] = {}
+    stack = list(dict.fromkeys(node.operands))
+    while stack:
+        v = stack.pop()
+        if v.node.op.kind not in FREE or v.node in free:
+            continue
+        view = axes_of(v.node)
+        got = join(view, axes, (v,), inline=node.op.kind == "attention")
+        if isinstance(got, str):
+            continue  # read as the tensor it is: the view is taken outside
+        free[v.node] = None
+        axes = got
+        stack.extend(v.node.operands)
+    family = {"reduce": "reduction", "contract": "matmul", "attention": "attention"}.get(node.op.kind, "pointwise")
+    group = Group([node], free, {}, axes, place, place, family)
+    group.reads = outside_reads(group)
+    if family == "matmul":
+        group.operand_bases = frozenset(group.reads)
+    return group
+
+
+def outside_reads(group: Group) -> dict[Value, None]:
+    """The values a group reads that neither it nor its free nodes make."""
+    inside = group.values | {v for n in group.free for v in n.outs}
+    every = (v for n in (*group.nodes, *group.free) for v in n.operands)
+    return dict.fromkeys(v for v in every if v not in inside)
+
+
+def inline_problem(producer: Group, consumer: Group) -> str | None:
+    """Why a producer's values cannot be computed where the consumer reads them."""
+    if producer.family != "pointwise":
+        return "its value is read at other places, and a reduction is not computed twice"
+    if any(n.op.kind == "index" for n in producer.nodes) and consumer.family == "matmul":
+        return "a gather is not repeated inside a matrix product"
+    cost = sum(n.op.cost for n in producer.nodes)
+    if cost > MAX_INLINE_COST or any(n.op.cost > CHEAP for n in producer.nodes):
+        return f"computing it again at each read costs {cost} a time"
+    return None
