@@ -68,7 +68,9 @@ def random_inputs(
         if isinstance(t, SymType):
             got.append(evaluate(t.expr, values))
             continue
-        shape, strides = ([evaluate_size(d, values) for d in ds] for ds in (t.shape, t.strides))
+        full, strides = ([evaluate_size(d, values) for d in ds] for ds in (t.shape, t.strides))
+        # dims of stride 0 are one element repeated
+        shape = [1 if s == 0 else n for n, s in zip(full, strides, strict=True)]
         x = torch.empty_strided(shape, strides, dtype=t.dtype)
         if t.dtype.is_floating_point or t.dtype.is_complex:
             data = torch.randn(shape, generator=gen, dtype=torch.float64)
@@ -80,7 +82,7 @@ def random_inputs(
             data = torch.randint(0, 2, shape, generator=gen)
         else:
             data = torch.randint(ints[0], ints[1] + 1, shape, generator=gen)
-        got.append(x.copy_(data))
+        got.append(x.copy_(data).expand(full))
     return got
 
 
