@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import sympy
 
-from ..errors import check
+from ..errors import TesselError, check
 from .types import NOWHERE, Loc, SymType, TensorType, Type, symbols_of
 
 
@@ -275,10 +275,8 @@ class Graph:
                 got = node.outs
             elif isinstance(got, Value):
                 got = (got,)
-            check(
-                len(got) == len(old.types),
-                lambda n=old, g=got: f"a rule gave {len(g)} values for {n.op.name} with {len(n.types)} results",
-            )
+            if len(got) != len(old.types):
+                raise TesselError(f"a rule gave {len(got)} values for {old.op.name}, which has {len(old.types)}")
             new.update(zip(old.outs, got, strict=True))
         return builder.finish(
             map_values(self.outputs, new.__getitem__),

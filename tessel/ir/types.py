@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from math import prod
 from typing import TypeAlias
 
@@ -52,13 +52,13 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def symbol(name: str) -> sympy.Symbol:
     """The IR's symbol of that name: a positive integer, one object per name."""
     return sympy.Symbol(name, integer=True, positive=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def unbacked(name: str) -> sympy.Symbol:
     """A symbol whose value is read from a tensor while the program runs: an integer of any sign."""
     return sympy.Symbol(name, integer=True)

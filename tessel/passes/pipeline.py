@@ -53,9 +53,9 @@ class Trace:
 
 
 def _fuse(graph: Graph, options: Options) -> Graph:
-    from . import fuse
+    from .fuse import run
 
-    return fuse.run(graph, options)
+    return run(graph, options)
 
 
 PASSES: tuple[tuple[str, Pass], ...] = (
