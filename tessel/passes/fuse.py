@@ -92,9 +92,15 @@ class _Fuser:
                     group.after[ordered] = None
                 ordered = node
             self._add(group)
-            if group.axes is not None and self.options.fusion:
-                self._join_producers(node)
         if self.options.fusion:
+            computing = [n for n in self.graph.nodes if n in self.group_of]
+            for node in computing:
+                if node.op.kind == "contract":
+                    self._grow_epilogue(node)
+            for node in computing:
+                self._join_producers(node)
+            for node in computing:
+                self._join_epilogue(node)
             self._join_siblings()
         return self._emit()
 
@@ -157,19 +163,53 @@ class _Fuser:
             stack.extend(before)
         return False
 
+    def _grow_epilogue(self, node: Node) -> None:
+        """Take pointwise work into the matmul that feeds it, as long as what it reads is then never stored."""
+        work = list(node.outs)
+        while work:
+            v = work.pop()
+            mine = self.group_of[v.node]
+            if mine.axes is None:
+                return
+            readers = self.users.get(v, set()) - set(mine.nodes)
+            groups = {self.group_of[n] for n in readers if n is not None}
+            if not readers or None in readers or any(g.family != "pointwise" for g in groups):
+                continue
+            saved = dict(self.groups), dict(self.group_of)
+            ordered = sorted(groups, key=lambda g: g.first)
+            if all(self._try(self.group_of[v.node], g) is None for g in ordered):
+                work.extend(w for g in ordered for w in g.values)
+            else:
+                self.groups, self.group_of = saved
+
+    def _join_epilogue(self, node: Node) -> None:
+        """A whole pointwise kernel moves into the matmul whose (also stored) result it reads."""
+        mine = self.group_of[node]
+        if mine.axes is None or mine.family != "pointwise" or mine.nodes[-1] is not node:
+            return
+        for g in self._before(mine):
+            if g.family == "matmul" and any(v in g.values for v in mine.reads) and self._try(g, mine) is None:
+                return
+
     def _join_producers(self, node: Node) -> None:
-        """Join the new node with the groups that make its operands, nearest matmul first."""
+        """Join a node's group with the pointwise and reduction kernels that make its operands, nearest first;
+        cheap producers of a matmul's operands are computed where the matmul reads them."""
+        if self.group_of[node].axes is None:
+            return
         tried: set[Group] = set()
         while True:
             mine = self.group_of[node]
             producers = [
                 g
                 for g in self._before(mine)
-                if g.axes is not None and g not in tried and any(v in g.values for v in mine.reads)
+                if g.axes is not None
+                and g not in tried
+                and g.family in ("pointwise", "reduction")
+                and any(v in g.values for v in mine.reads)
             ]
             if not producers:
                 return
-            producer = max(producers, key=lambda g: (ORDER[g.family], g.last))
+            producer = max(producers, key=lambda g: g.last)
             tried.add(producer)
             why = self._try(producer, mine)
             if why:
