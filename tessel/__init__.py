@@ -100,7 +100,5 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
         TesselError: ``model`` is not callable.
     """
     if not callable(model):
-        raise TesselError(
-            f"explain: expected an nn.Module or a function, got {type(model).__name__}: {model!r}"
-        )
+        raise TesselError(f"explain: expected an nn.Module or a function, got {type(model).__name__}: {model!r}")
     return explain_call(model, args, kwargs)

@@ -5,10 +5,13 @@ compile_graph(imported, info, session) -> callable(list of inputs) -> list of ou
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,10 +21,17 @@ from .errors import TesselError, check, did_you_mean
 from .frontend.capture import GraphInfo
 from .frontend.importer import Imported
 from .ir.node import Graph, Node
-from .report import Call, Compilation, Pass, Report
+from .passes._groups import refusal
+from .passes.pipeline import PASSES, Trace, run_pipeline
+from .passes.pipeline import Pass as PassFunction
+from .report import Call, Compilation, Fused, Kernel, Pass, Report
+from .runtime.kernels import Kernels, by_torch
+from .runtime.launch import interpreting
 from .runtime.library import called
 from .runtime.program import Program, build
+from .runtime.replay import check_replayable
 from .targets import TARGETS, Target, get_target, match_device
+from .tiles.cost import base_values, bytes_moved, node_bytes
 
 __all__ = ["Place", "Session", "compile_graph", "place_for", "resolve_target"]
 
@@ -39,6 +49,14 @@ class Session:
     target: str = "auto"
     options: Options = field(default_factory=Options)
     report: Report = field(default_factory=Report)
+
+    def __reduce__(self) -> Any:
+        """A copy of a compiled module starts its own record."""
+        return _new_session, (self.target, self.options, self.report.name)
+
+
+def _new_session(target: str, options: Options, name: str) -> Session:
+    return Session(target, options, Report(name, target))
 
 
 @dataclass(frozen=True)
@@ -114,14 +132,10 @@ def _gpu(device: str) -> Target:
     if found is not None:
         return found
     major, minor = torch.cuda.get_device_capability(device)
-    known = [
-        t for t in TARGETS.values() if t.arch.startswith("sm_") and int(t.arch[3:]) <= major * 10 + minor
-    ]
+    known = [t for t in TARGETS.values() if t.arch.startswith("sm_") and int(t.arch[3:]) <= major * 10 + minor]
     check(
         bool(known),
-        lambda: (
-            f"{device} is {torch.cuda.get_device_name(device)} (sm_{major}{minor}), older than any known target"
-        ),
+        lambda: f"{device} is {torch.cuda.get_device_name(device)} (sm_{major}{minor}), older than any known target",
     )
     return max(known, key=lambda t: int(t.arch[3:]))
 
@@ -153,34 +167,148 @@ def compile_graph(imported: Imported, info: GraphInfo, session: Session) -> Call
 
 
 def _compile(imported: Imported, session: Session, record: Compilation, stage: list[str]) -> Program:
-    options = session.options
-    graph = imported.graph
-    record.passes.append(Pass("import", 0.0, len(graph.nodes), graph))
-    record.fallbacks = [Call(f.target, str(f.loc), f.reason) for f in imported.fallbacks]
-    device = imported.device
+    options, device = session.options, imported.device
     place = place_for(session.target, device)
     record.target = place.target.name
+    record.passes.append(Pass("import", 0.0, len(imported.graph.nodes), imported.graph))
+    record.fallbacks = [Call(f.target, str(f.loc), f.reason) for f in imported.fallbacks]
+    if options.cuda_graphs:
+        check_replayable(imported.graph, device)
+
+    graph = _run_passes(imported, _resolved(options, place), place, record, stage)
+
+    stage[0] = "rendering kernels"
+    kernels = Kernels(place.target, options.source_dir())
+    if place.how != "torch":
+        kernels.render_all(graph)
+        kernels.load()
     stage[0] = "host program"
 
     def call(node: Node) -> Called | Launch:
+        if node in kernels.at:
+            return kernels.at[node]
+        if node.op.kind == "kernel":
+            return by_torch(node, call, options.source_dir(), device)
         return called(node, options.attention, device)
 
+    _describe(graph, kernels, place, options, imported, record)
     program = build(
         graph,
         call,
-        {},
+        kernels.launchers,
         options.source_dir(),
         constants=imported.constants,
         device=device,
         hints=imported.hints,
         about=_about(graph, record),
+        around=interpreting if place.how == "interpret" else None,
     )
     record.host, record.host_file = program.source.text, str(program.path)
     record.peak_bytes = program.buffers.peak_bytes
+    if options.debug >= 4:
+        for kernel in record.kernels:
+            print(f"# {kernel.file}\n{kernel.source}", file=sys.stderr)
+        print(f"# {record.host_file}\n{record.host}", file=sys.stderr)
     return program
+
+
+def _resolved(options: Options, place: Place) -> Options:
+    """What "auto" means at a place: products and attention go to the vendor's library on a GPU, which is
+    faster than a template without tuning; through the interpreter the templates are what is tested."""
+    choice: Literal["library", "template"] = "library" if place.how == "launch" else "template"
+    changes = {n: choice for n in ("matmul", "attention") if getattr(options, n) == "auto"}
+    return dataclasses.replace(options, **changes)  # type: ignore[arg-type]
+
+
+def _run_passes(imported: Imported, options: Options, place: Place, record: Compilation, stage: list[str]) -> Graph:
+    """The passes; where torch runs every operator, composites stay whole and nothing is fused."""
+    chosen = PASSES if place.how != "torch" else PASSES[:1]
+    hints = imported.hints
+
+    def recorded(name: str, run: PassFunction) -> tuple[str, PassFunction]:
+        def wrapped(graph: Graph, options: Options) -> Graph:
+            stage[0] = f"pass {name}"
+            if name == "fuse":
+                record.bytes_before = bytes_moved(graph, hints)
+            start = time.perf_counter()
+            got = run(graph, options)
+            done = Pass(name, time.perf_counter() - start, len(got.nodes), got)
+            record.passes.append(done)
+            _debug(options, done, graph)
+            return got
+
+        return name, wrapped
+
+    trace = Trace(check=options.debug >= 3)
+    graph = run_pipeline(imported.graph, options, trace, [recorded(*p) for p in chosen])
+    record.bytes_after = bytes_moved(graph, hints)
+    record.bytes_before = record.bytes_before or record.bytes_after
+    return graph
+
+
+def _debug(options: Options, done: Pass, before: Graph) -> None:
+    if options.debug >= 1:
+        print(f"tessel: {done.name:<14} {done.seconds * 1e3:8.1f} ms  {done.nodes} nodes", file=sys.stderr)
+    if options.debug >= 3:
+        old, new = str(before).splitlines(), done.text.splitlines()
+        changes = difflib.unified_diff(old, new, f"before {done.name}", f"after {done.name}", lineterm="", n=1)
+        print("\n".join(changes), file=sys.stderr)
+
+
+def _describe(
+    graph: Graph, kernels: Kernels, place: Place, options: Options, imported: Imported, record: Compilation
+) -> None:
+    """Write into the record what became of every node of the final graph."""
+    known = {f.target for f in imported.fallbacks}
+    roots = base_values(graph)
+    for node in graph.nodes:
+        if node.op.kind in ("view", "input"):
+            continue
+        if node.op.kind == "kernel":
+            region = node.regions[0]
+            inside = [n.op.name for n in region.nodes if n.op.kind not in ("view", "generate")]
+            saved = bytes_moved(region, imported.hints) - node_bytes(node, roots, imported.hints)
+            name = kernels.at[node].name if node in kernels.at else str(node.attrs["name"])
+            record.groups.append(Fused(name, inside, saved, "; ".join(node.attrs["why"]), str(node.loc)))
+            record.launches += node in kernels.at
+            if node in kernels.failed:
+                reason = f"no kernel: {kernels.failed[node]}"
+                record.calls.append(Call(f"kernel of {len(inside)} operators", str(node.loc), reason))
+                record.notes.append(f"{node.attrs['name']} runs operator by operator: {kernels.failed[node]}")
+            continue
+        target = node.attrs.get("target")
+        if target is not None and str(target) in known:
+            continue  # listed among the fallbacks, with its own reason
+        record.calls.append(Call(str(target or node.op.name), str(node.loc), _why_torch(node, place, options)))
+    for name, source in kernels.sources.items():
+        file = str(kernels.launchers[name].path)
+        sites = [str(n.loc) for n in kernels.sites[name]]
+        record.kernels.append(Kernel(name, source.kernel.family, file, source.text, sites))
+    if place.why:
+        record.notes.append(place.why)
+
+
+def _why_torch(node: Node, place: Place, options: Options) -> str:
+    """Why torch runs a node of the final graph."""
+    if place.how == "torch":
+        return place.why
+    if node.op.kind == "contract":
+        return (
+            f"options.matmul is {options.matmul!r}: the vendor's library" if not refusal(node) else str(refusal(node))
+        )
+    if node.op.kind == "attention" and not refusal(node):
+        return f"options.attention is {options.attention!r}: torch's kernel"
+    if node.op.random:
+        return "random numbers are eager's own, drawn in its order"
+    if node.op.kind == "effect":
+        return "read or checked on the host, in order"
+    if node.op.kind == "generate":
+        return "made for a torch call or an output"
+    return refusal(node) or "no template"
 
 
 def _about(graph: Graph, record: Compilation) -> list[str]:
     return [
-        f"The {record.kind} graph {graph.name}: {record.launches} kernel launches, target {record.target}."
+        f"The {record.kind} graph {graph.name} for {record.target}: {record.launches} launches of "
+        f"{len(record.kernels)} kernels, {len(record.calls) + len(record.fallbacks)} calls to torch."
     ]

@@ -168,16 +168,12 @@ class Report:
         return "\n".join(out) + "\n"
 
     def __repr__(self) -> str:
-        return (
-            f"<tessel report: {len(self.compilations)} graphs, {len(self.kernels)} kernels; print() shows it>"
-        )
+        return f"<tessel report: {len(self.compilations)} graphs, {len(self.kernels)} kernels; print() shows it>"
 
 
 def _compilation_dict(c: Compilation) -> dict[str, Any]:
     out = {k: v for k, v in vars(c).items() if isinstance(v, str | int | float)}
-    out["passes"] = [
-        {"name": p.name, "seconds": p.seconds, "nodes": p.nodes, "graph": p.text} for p in c.passes
-    ]
+    out["passes"] = [{"name": p.name, "seconds": p.seconds, "nodes": p.nodes, "graph": p.text} for p in c.passes]
     for name in ("kernels", "groups", "calls", "fallbacks"):
         out[name] = [vars(x).copy() for x in getattr(c, name)]
     out["notes"] = list(c.notes)

@@ -35,7 +35,7 @@ def compile_function(
     made = torch.compile(fn, backend=Backend(session), dynamic=dynamic, fullgraph=fullgraph)
     if isinstance(made, dynamo.OptimizedModule):
         return CompiledModule(made._orig_mod, made.dynamo_ctx, session)
-    guarded = _guarded(made, fn, session)
+    guarded = _guarded(made, fn, session, fullgraph)
     return functools.wraps(fn, updated=())(guarded) if hasattr(fn, "__name__") else guarded
 
 
@@ -57,34 +57,41 @@ class CompiledModule(dynamo.OptimizedModule):
 
     def _initialize(self) -> None:
         super()._initialize()
-        self.forward = _guarded(self.forward, self._orig_mod, self.__dict__["_tessel_session"])
+        fullgraph = bool(getattr(self.dynamo_ctx, "fullgraph", False))
+        self.forward = _guarded(self.forward, self._orig_mod, self.__dict__["_tessel_session"], fullgraph)
 
     def __reduce__(self) -> Any:
         return type(self), (self._orig_mod, self.dynamo_ctx, self.__dict__["_tessel_session"])
 
 
-def _guarded(made: Callable[..., Any], fn: Callable[..., Any], session: Session) -> Callable[..., Any]:
+def _guarded(made: Callable[..., Any], fn: Callable[..., Any], session: Session, fullgraph: bool) -> Callable[..., Any]:
     """``made``, called under Tessel's configuration of Dynamo, with eager's errors."""
     changes: dict[str, Any] = {"skip_nnmodule_hook_guards": False}
     if session.options.recompile_limit is not None:
         changes["recompile_limit"] = session.options.recompile_limit
     patch = dynamo.patcher(**changes)
 
+    said: list[str] = []
+
     def limit(function: str, name: str, most: int, reason: str) -> None:
-        said = (
+        if fullgraph:
+            return  # an error follows
+        said.append(
             f"tessel: {function} was compiled {most} times, which is torch's limit ({name}); calls that fit none "
             f"of these run without Tessel. Last reason: {' '.join(reason.split())}. Mark what changes as dynamic "
             "(tessel.compile(dynamic=True)), or allow more: options={'recompile_limit': N}"
         )
-        session.report.notes.append(said)
-        warnings.warn(said, RecompileLimit, stacklevel=4)
+        session.report.notes.append(said[-1])
 
     def call(*args: Any, **kwargs: Any) -> Any:
         undo = patch()
         try:
             with dynamo.limit_listener(limit):
-                return made(*args, **kwargs)
-        except (dynamo.DynamoError, RecursionError) as e:
+                result = made(*args, **kwargs)
+            if said:
+                warnings.warn(said.pop(), RecompileLimit, stacklevel=2)
+            return result
+        except (dynamo.DynamoError, *dynamo.LimitReached, RecursionError) as e:
             failure = e
         finally:
             undo()
@@ -130,9 +137,7 @@ def _explained(
             "compile the inner modules one by one"
         )
     else:
-        note = (
-            f"{name} ran eagerly, because torch could not trace this call: {' '.join(str(e).split())[:400]}"
-        )
+        note = f"{name} ran eagerly, because torch could not trace this call: {' '.join(str(e).split())[:400]}"
     if note not in session.report.notes:
         session.report.notes.append(note)
     warnings.warn(f"tessel: {note}", stacklevel=4)

@@ -143,6 +143,11 @@ class _Writer:
             return f"torch.{x!r}"
         return self.bind(f"c_{type(x).__name__.lower()}", x)
 
+    def sizes(self, dims: Iterable[Dim]) -> str:
+        """A shape, strides or a grid as a tuple."""
+        inner = [size_text(d, whole=True) for d in dims]
+        return f"({inner[0]},)" if len(inner) == 1 else f"({', '.join(inner)})"
+
     # ------------------------------------------------------------ the program
 
     def header(self) -> None:
@@ -167,8 +172,8 @@ class _Writer:
                 name = self.value[node.out]
                 if any(node is target for target, _ in self.graph.effects):
                     self.line(f"{name}_in = {name}")
-                self.line(f"if {name}.stride() != {self.literal(t.strides)}:")
-                self.line(f"    {name} = fit({name}, {self.literal(t.strides)})")
+                self.line(f"if {name}.stride() != {self.sizes(t.strides)}:")
+                self.line(f"    {name} = fit({name}, {self.sizes(t.strides)})")
 
     def write(self, at: int, node: Node, told: str) -> str:
         """Write one node; returns the comment last written, so that it is not repeated."""
@@ -190,9 +195,9 @@ class _Writer:
 
     def view(self, node: Node) -> None:
         source = node.args[0]
-        text, strides = view_text(node, self.value[source], self.literal)
+        text, strides = view_text(node, self.value[source])
         if node.out in self.checked and not _same_strides(strides, node.type):
-            text = f"fit({text}, {self.literal(node.type.strides)})"
+            text = f"fit({text}, {self.sizes(node.type.strides)})"
         self.line(f"{self.fresh(node.out)} = {text}")
 
     def inline(self, node: Node) -> None:
@@ -210,7 +215,7 @@ class _Writer:
         for i, (v, t) in enumerate(zip(node.outs, node.types, strict=True)):
             assert isinstance(t, TensorType)
             old = self.storage.reuse.get(v)
-            layout = f"{self.literal(t.shape)}, {self.literal(t.strides)}, {self.literal(t.dtype)}"
+            layout = f"{self.sizes(t.shape)}, {self.sizes(t.strides)}, {self.literal(t.dtype)}"
             if old is None:
                 text = f"empty({layout})"
             elif old.type.dtype == t.dtype and _same_layout(old.type, t):
@@ -221,7 +226,7 @@ class _Writer:
             self.line(f"{outs[i]} = {text}")
         operands = list(values_in(node.args))
         args = [self.value[operands[i]] if how == "in" else outs[i] for how, i in what.params]
-        grid = self.literal(what.grid)
+        grid = self.sizes(what.grid)
         self.line(f"{what.name}({', '.join([grid, *args, *what.sizes])})")
 
     def callable(self, node: Node, what: Called) -> None:
@@ -240,13 +245,13 @@ class _Writer:
         if what.flat:
             text = f"tensors_in({text})" + ("[0]" if len(outs) == 1 else "")
         if len(outs) == 1 and fits[0] and not node.attrs.get("symbol"):
-            text, fits[0] = f"fit({text}, {self.literal(node.type.strides)})", False
+            text, fits[0] = f"fit({text}, {self.sizes(node.type.strides)})", False
         self.line(f"{', '.join(outs)} = {text}")
         if node.attrs.get("symbol"):
             self.sizes_of_results(node, outs)
         for v, out, wanted in zip(node.outs, outs, fits, strict=True):
             if wanted:
-                self.line(f"{out} = fit({out}, {self.literal(v.type.strides)})")
+                self.line(f"{out} = fit({out}, {self.sizes(v.type.strides)})")
 
     def sizes_of_results(self, node: Node, outs: Sequence[str]) -> None:
         """Symbols that stand for sizes only known now (``nonzero``)."""
@@ -281,9 +286,7 @@ class _Writer:
             name = self.value[node.out]
             has_original = node.attrs.get("role", "input") == "input" and node.type.rank
             self.line(f"{name}{'_in' if has_original else ''}.copy_({safe.get(v, self.value[v])})")
-        results = [
-            safe[o] if isinstance(o, Value) and o in safe else self.literal(o) for o in self.graph.outputs
-        ]
+        results = [safe[o] if isinstance(o, Value) and o in safe else self.literal(o) for o in self.graph.outputs]
         self.line(f"return [{', '.join(results)}]")
 
     def aliased(self, v: Value) -> set[Value]:
@@ -401,11 +404,7 @@ def _symbols(graph: Graph) -> set[str]:
             born.add(str(node.attrs["symbol"]))
             born |= (
                 symbols_of(
-                    d
-                    for t in node.types
-                    if isinstance(t, TensorType)
-                    for d in t.shape
-                    if isinstance(d, sympy.Symbol)
+                    d for t in node.types if isinstance(t, TensorType) for d in t.shape if isinstance(d, sympy.Symbol)
                 )
                 - known
             )
@@ -430,11 +429,7 @@ def _same_strides(got: Sequence[Dim] | None, want: TensorType) -> bool:
 
 
 def _same_layout(a: TensorType, b: TensorType) -> bool:
-    return (
-        a.rank == b.rank
-        and all(map(dim_equal, a.shape, b.shape))
-        and all(map(dim_equal, a.strides, b.strides))
-    )
+    return a.rank == b.rank and all(map(dim_equal, a.shape, b.shape)) and all(map(dim_equal, a.strides, b.strides))
 
 
 def _comment(node: Node) -> str:

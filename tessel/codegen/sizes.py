@@ -7,7 +7,6 @@ Symbols become variables of the same name; ``Max``, ``Min`` and the like become 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +14,7 @@ import sympy
 
 from ..ir.exprs import expr_text, normal
 
-HELPERS: dict[str, Callable[..., Any]] = {
+HELPERS: dict[str, Any] = {
     "Max": max,
     "Min": min,
     "Abs": abs,
@@ -39,22 +38,27 @@ HELPERS: dict[str, Callable[..., Any]] = {
 
 
 @lru_cache(maxsize=100_000, typed=True)
-def size_text(x: Any) -> str:
-    """A Python expression for a size, whole wherever the size is.
+def size_text(x: Any, whole: bool = False) -> str:
+    """A Python expression for a number known as an expression over sizes.
+
+    Args:
+        x: an expression, or a plain number.
+        whole: it is a size, a stride or an offset: a whole number, even where the expression alone does
+            not tell.
 
     >>> s = sympy.Symbol("s0", integer=True, positive=True)
-    >>> size_text(2 * s + 1), size_text(s * (s + 1) / 2), size_text(7)
-    ('2*s0+1', '(s0*(s0+1))//(2)', '7')
+    >>> size_text(2 * s + 1), size_text(s * (s + 1) / 2, whole=True), size_text(s / 2), size_text(7)
+    ('2*s0+1', '(s0*(s0+1))//(2)', 's0/2', '7')
     """
     x = normal(x)
     if not isinstance(x, sympy.Basic):
         return repr(x)
-    if x.is_integer:
+    if whole or x.is_integer:
         top, bottom = sympy.fraction(sympy.together(x))
         if bottom != 1:
-            return f"({expr_text(top)})//({expr_text(bottom)})"
+            return _plain_names(f"({expr_text(top)})//({expr_text(bottom)})")
     text = _plain_names(expr_text(x))
-    if x.is_integer and "/" in text.replace("//", ""):
+    if (whole or x.is_integer) and "/" in text.replace("//", ""):
         return f"int({text})"
     return text
 

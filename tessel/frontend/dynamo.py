@@ -124,9 +124,7 @@ def limit_listener(listener: Listener) -> Iterator[None]:
 # Everything that Dynamo raises itself: it could not trace, an operator failed on fake tensors, a backend failed.
 DynamoError = exc.TorchDynamoException
 LimitReached: tuple[type[Exception], ...] = tuple(
-    t
-    for t in (getattr(exc, "FailOnRecompileLimitHit", None), getattr(exc, "RecompileLimitExceeded", None))
-    if t
+    t for t in (getattr(exc, "FailOnRecompileLimitHit", None), getattr(exc, "RecompileLimitExceeded", None)) if t
 )
 # Only raised to the caller with fullgraph=True.
 NotCaptured: tuple[type[Exception], ...] = (exc.Unsupported, exc.UserError)

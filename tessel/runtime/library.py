@@ -57,11 +57,7 @@ def _opaque(node: Node) -> Called:
     fn = held if held is not None else torch_op(str(target))
     kwargs = dict(node.attrs.get("kwargs") or ())
     returns = getattr(getattr(fn, "_schema", None), "returns", None)
-    simple = (
-        returns is not None
-        and all(str(r.type) == "Tensor" for r in returns)
-        and len(returns) == len(node.types)
-    )
+    simple = returns is not None and all(str(r.type) == "Tensor" for r in returns) and len(returns) == len(node.types)
     names = tuple(node.attrs.get("names") or ())
     return Called(_readable(str(target)), fn, kwargs, _owned_schema(fn), names, flat=not simple)
 
@@ -98,14 +94,7 @@ def fast_attention(
     if offset:
         return attention_ref(q, k, v, mask, causal=causal, scale=scale, offset=offset)
     half = q.dtype in (torch.float16, torch.bfloat16)
-    if (
-        q.device.type == "cuda"
-        and half
-        and mask is None
-        and q.numel()
-        and k.numel()
-        and q.shape[-1] == v.shape[-1]
-    ):
+    if q.device.type == "cuda" and half and mask is None and q.numel() and k.numel() and q.shape[-1] == v.shape[-1]:
         repeat = q.shape[1] // k.shape[1]
         if repeat > 1:
             k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)

@@ -16,7 +16,7 @@ from ..errors import TesselError, check
 from ..ir.node import Graph, Node, Value
 from ..ir.types import Dim, TensorType, contiguous_strides, dim_equal, product, simplify_dim
 from ..ops.view import groups
-from .index import Cond, Index, constant, delinearize, linearize, scale, value, var
+from .index import Cond, Index, constant, delinearize, exact_div, linearize, scale, value, var
 from .index import floordiv as index_div
 from .index import mod as index_mod
 from .kernel import (
@@ -454,7 +454,7 @@ def _attention(low: _Lowering) -> Kernel:
     (node,) = (n for n in low.region.nodes if n.op.kind == "attention")
     q, k, v, mask, *_ = (*node.args, None)
     heads, kv_heads = q.shape[-3], k.shape[-3]
-    group = heads if dim_equal(heads, kv_heads) else simplify_dim(heads / kv_heads)
+    group = heads if dim_equal(heads, kv_heads) else exact_div(heads, kv_heads)
     batch = [var(f"x{i}", size) for i, size in enumerate(q.shape[:-2])]
     m, n = var("m", q.shape[-2]), var("n", k.shape[-2])
     d, e = var("d", q.shape[-1]), var("e", v.shape[-1])
