@@ -476,6 +476,22 @@ def test_custom_operators() -> None:
     assert {f.reason for f in seen[0][1].fallbacks} == {"a higher-order operator", "a custom operator"}
 
 
+def test_effects_keep_their_place() -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        y = torch.linalg.inv(x)
+        torch._assert_async(x.sum() > 0, "not positive")
+        return y
+
+    with torch.no_grad():
+        seen = check_function(fn, torch.eye(3) * 2)
+        with pytest.raises(RuntimeError, match="singular"):
+            compiled(fn)[0](torch.zeros(3, 3))
+        with pytest.raises(RuntimeError):
+            compiled(fn)[0](-torch.eye(3))
+    names = [n.op.name for n in seen[0][1].graph.live().nodes]
+    assert "assert_true" in names and len(seen[0][1].graph.inputs) == 1
+
+
 # ---------------------------------------------------------------- what the graph says
 
 

@@ -208,17 +208,17 @@ def _batch_norm(
     return y, _as_given(c, stats, 1), var
 
 
-def _running(c: Lowering, x: Value, old: Value, batch: Value, momentum: float, unbias: bool) -> Value:
-    """A running statistic after this batch; variances are kept with Bessel's correction."""
+def _running(c: Lowering, x: Value, at: int, old: Value, batch: Value, momentum: float) -> Value:
+    """Result ``at``, a running statistic after this batch; variances (the last) are kept unbiased."""
     batch = c.cast(batch, c.wide(old).dtype)
-    if unbias:
+    if at == len(c.types) - 1:
         count = product(n for d, n in enumerate(x.shape) if d != 1)
         if isinstance(count, int):
             batch = c("mul", batch, count / max(count - 1, 1))
         else:
             batch = c("div", c("mul", batch, count), count - 1)
     kept = c("mul", c.wide(old), 1.0 - float(momentum))
-    return c.cast(c("add", c("mul", batch, float(momentum)), kept), old.dtype)
+    return c.cast(c("add", c("mul", batch, float(momentum)), kept), c.types[at].dtype)
 
 
 @register(TABLE, "aten._native_batch_norm_legit.no_stats")
@@ -252,8 +252,8 @@ def _batch_norm_functional(
         empty = [c.full(t.shape, 0, t.dtype) for t in c.types[1:3]]
         return y, *empty, running_mean, running_var
     y, stats, var = _batch_norm(c, x, weight, bias, eps)
-    mean = _running(c, x, running_mean, stats[0], momentum, False)
-    return y, *stats, mean, _running(c, x, running_var, var, momentum, True)
+    mean = _running(c, x, 3, running_mean, stats[0], momentum)
+    return y, *stats, mean, _running(c, x, 4, running_var, var, momentum)
 
 
 @register(TABLE, "aten._batch_norm_with_update_functional.default")
@@ -271,8 +271,8 @@ def _batch_norm_with_update(
         raise Opaque("batch norm with a backend's own reserve")
     y, stats, var = _batch_norm(c, x, weight, bias, eps)
     reserve = c.full(c.types[3].shape, 0, c.types[3].dtype)
-    mean = _running(c, x, running_mean, stats[0], momentum, False)
-    return y, *stats, reserve, mean, _running(c, x, running_var, var, momentum, True)
+    mean = _running(c, x, 4, running_mean, stats[0], momentum)
+    return y, *stats, reserve, mean, _running(c, x, 5, running_var, var, momentum)
 
 
 # ---------------------------------------------------------------- cross entropy

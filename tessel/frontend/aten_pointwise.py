@@ -277,12 +277,14 @@ def _leaky_relu(c: Lowering, x: Value, negative_slope: float = 0.01) -> Value:
 
 @register(TABLE, "aten.hardtanh.default")
 def _hardtanh(c: Lowering, x: Value, min_val: float = -1, max_val: float = 1) -> Value:
-    return c("hardtanh", x, low=literal(min_val, x.dtype), high=literal(max_val, x.dtype))
+    if not x.dtype.is_floating_point:
+        return c("clamp", x, literal(min_val, x.dtype), literal(max_val, x.dtype))
+    return c("hardtanh", x, low=float(min_val), high=float(max_val))
 
 
 @register(TABLE, "aten.relu6.default")
 def _relu6(c: Lowering, x: Value) -> Value:
-    return c("hardtanh", x, low=literal(0, x.dtype), high=literal(6, x.dtype))
+    return _hardtanh(c, x, 0, 6)
 
 
 @register(TABLE, "aten.elu.default")

@@ -121,7 +121,12 @@ def _with_place(c: Lowering, name: str, x: Value, dim: int, keepdim: bool) -> tu
         return x, c.full((), 0, torch.int64)
     dims = axes(dim, len(x.shape))
     value = c(f"a{name}", x, dims=dims, keepdim=keepdim)
-    return value, c(f"arg{name}", x, dims=dims, keepdim=keepdim)
+    return value, c(f"arg{name}", _ordered(c, x), dims=dims, keepdim=keepdim)
+
+
+def _ordered(c: Lowering, x: Value) -> Value:
+    """torch has no place of the greatest of bools."""
+    return c.cast(x, torch.uint8) if x.dtype == torch.bool else x
 
 
 @register(TABLE, "aten.max.dim")
@@ -137,8 +142,7 @@ def _min_dim(c: Lowering, x: Value, dim: int, keepdim: bool = False) -> tuple[Va
 def _place(c: Lowering, name: str, x: Value, dim: int | None, keepdim: bool) -> Value:
     if not x.shape:
         return c.full((), 0, torch.int64)
-    if x.dtype == torch.bool:
-        x = c.cast(x, torch.uint8)
+    x = _ordered(c, x)
     if dim is None:
         x, dims = c.reshape(x, (numel(x.shape),)), (0,)
         return c.reshape(c(name, x, dims=dims, keepdim=False), c.out.shape)

@@ -74,14 +74,16 @@ def aot(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Compil
 
         return compile_fx
 
-    return compat.aot_autograd(  # type: ignore[no-any-return]
+    backend = compat.aot_autograd(
         fw_compiler=compiler("forward"),
         bw_compiler=compiler("backward"),
         inference_compiler=compiler("inference"),
         partition_fn=compat.min_cut_rematerialization_partition,
         decompositions=decompositions(),
         keep_inference_input_mutations=True,
-    )(gm, example_inputs)
+    )
+    with compat.aot_options():
+        return backend(gm, example_inputs)  # type: ignore[no-any-return]
 
 
 def _input_names(gm: fx.GraphModule) -> list[tuple[str, str] | None]:

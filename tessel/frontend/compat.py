@@ -7,10 +7,12 @@ that the rest of the frontend reads as if torch had one stable interface.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import sympy
 import torch
+import torch._functorch.config
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -26,6 +28,7 @@ __all__ = [
     "OpOverload",
     "aot_autograd",
     "aot_module_simplified",
+    "aot_options",
     "autocast_disabled",
     "boxed",
     "core_decompositions",
@@ -33,12 +36,20 @@ __all__ = [
     "disable_dynamo",
     "dynamo_source",
     "export_decompositions",
+    "free_unbacked",
+    "guarded_equalities",
     "input_index",
     "min_cut_rematerialization_partition",
+    "more_decompositions",
     "size_hints",
     "static_input_indices",
     "unbacked_bindings",
 ]
+
+
+def aot_options() -> AbstractContextManager[Any]:
+    """The settings of AOTAutograd that the importer relies on: no tokens among inputs and outputs."""
+    return torch._functorch.config.patch(unlift_effect_tokens=True)  # type: ignore[no-any-return]
 
 
 def boxed(fn: Callable[..., Any]) -> Callable[[list[Any]], Any]:
@@ -121,14 +132,13 @@ def _shape_env(val: Any) -> Any:
     return None
 
 
-def size_hints(mode_or_value: Any) -> dict[str, int]:
+def size_hints(value: Any) -> dict[str, int]:
     """What each symbolic size was in the example inputs, by the symbol's name.
 
     Args:
-        mode_or_value: a fake mode, a SymInt, or anything with a ``shape_env``.
+        value: a symbolic number, a fake tensor, or a tuple of these.
     """
-    node = getattr(mode_or_value, "node", mode_or_value)
-    env = getattr(node, "shape_env", None)
+    env = _shape_env(value)
     if env is None:
         return {}
     # torch 2.13 renamed the table.
@@ -140,6 +150,20 @@ def size_hints(mode_or_value: Any) -> dict[str, int]:
         if getattr(value, "is_Integer", False):
             hints[str(sym)] = int(value)
     return hints
+
+
+def guarded_equalities(value: Any) -> list[tuple[Any, Any]]:
+    """Pairs of size expressions that torch has guarded to be equal, from any symbolic number.
+
+    A graph runs only where its guards hold, so either side may stand for the other.
+    """
+    env = _shape_env(value)
+    pairs = []
+    for guard in getattr(env, "guards", ()):
+        expr = getattr(guard, "expr", None)
+        if isinstance(expr, sympy.Eq):
+            pairs.append((expr.lhs, expr.rhs))
+    return pairs
 
 
 def disable_dynamo(fn: Callable[..., Any], reason: str) -> Callable[..., Any]:

@@ -34,7 +34,7 @@ from ..ir.types import (
     symbol,
     unbacked,
 )
-from .compat import HigherOrderOperator, OpOverload, size_hints, unbacked_bindings
+from .compat import HigherOrderOperator, OpOverload, guarded_equalities, size_hints, unbacked_bindings
 from .locs import Locations
 from .lower import PLAIN, VIEWS, Lowering, Opaque, nest, target_name
 from .opaque import Foreign, opaque_call
@@ -113,13 +113,15 @@ class _Importer:
 
         self.gm, self.name, self.roles, self.entries = gm, name, roles, TABLE
         self.device = graph_device(gm)
-        self.hints = _hints(gm)
+        example = _symbolic_example(gm)
+        self.hints = size_hints(example)
         self.builder = Builder()
         self.c = Lowering(self.builder, OPS, self.hints)
         self.env: dict[fx.Node, Any] = {}
         self.c.env, self.c.offset = self.env, self.offset
         self.escaping = _escaping(gm)
         self.exprs: dict[Any, Any] = {}
+        self.equal = _equalities(example)
         self.locations = Locations()
         self.constants: dict[str, torch.Tensor] = {}
         self.constant_inputs: dict[str, Value] = {}
@@ -216,7 +218,8 @@ class _Importer:
         expr = x.node.expr
         found = self.exprs.get(expr)
         if found is None:
-            found = self.exprs[expr] = to_ir(expr)
+            found = to_ir(expr)
+            found = self.exprs[expr] = self.equal.get(found, found)
         return found
 
     def dim(self, x: Any) -> Dim:
@@ -306,7 +309,7 @@ class _Importer:
         self, node: fx.Node, args: Any, kwargs: Any, val: Any, types: tuple[TensorType, ...], reason: str
     ) -> Any:
         self.fallbacks.append(Fallback(node.name, target_name(node.target), reason, self.builder.loc))
-        outs = opaque_call(self.c, node, args, kwargs, types)
+        outs = opaque_call(self.c, node, node.target, args, kwargs, types)
         return nest(val, iter(outs))
 
     # ------------------------------------------------------------ agreement with eager
@@ -405,16 +408,40 @@ def _assert_tensor(self: _Importer, node: fx.Node) -> Any:
 
 def _copy_into(self: _Importer, node: fx.Node) -> Any:
     """``copy_`` into a graph input, which AOTAutograd puts at the end of the graph."""
-    target, value = self.argument(node.args[0]), self.argument(node.args[1])
-    check(
-        isinstance(target, Value) and target.node.op.kind == "input",
-        lambda: f"{self.where(node)}: copy_ into something that is not a graph input",
-    )
+    owner: Any = node.args[0]
+    target, value = self.argument(owner), self.argument(node.args[1])
     self.c.types, self.c.node = (target.type,), node
     value = self.c.expand(self.c.cast(value, target.dtype), target.shape)
-    if value != target:
-        self.effects[target.node] = value
+    if target.node.op.kind == "input":
+        if value != target:
+            self.effects[target.node] = value
+        return value
+    # A tensor that the graph made: from here on it is the new value, unless a view would see it change.
+    views = [owner, *owner.users] if owner.op == "call_function" else []
+    check(
+        not any(n is not node and self.c.is_view(n) for n in views),
+        lambda: f"{self.where(node)}: copy_ into a view; functionalize the graph first",
+    )
+    self.env[owner] = value
     return value
+
+
+def _with_effects(self: _Importer, node: fx.Node) -> Any:
+    """An operator with side effects: a call that keeps its place, which is what the token was for."""
+    token, target, *args = (self.env.get(a, a) if isinstance(a, fx.Node) else a for a in node.args)
+    given = tuple(map(self.argument, args))
+    kwargs = self.argument(dict(node.kwargs))
+    _, *val = node.meta["val"]
+    types = tuple(map(self.tensor_type, _tensors(val)))
+    reason = "an operator with side effects"
+    self.fallbacks.append(Fallback(node.name, target_name(target), reason, self.builder.loc))
+    outs = opaque_call(self.c, node, target, given, kwargs, types, ordered=True)
+    return (token, *nest(val, iter(outs)))
+
+
+def _token(self: _Importer, node: fx.Node) -> Any:
+    self.c.types, self.c.node = (), node
+    return self.c.full((0,), 0, torch.float32)
 
 
 _SPECIAL: dict[str, Callable[[_Importer, fx.Node], Any]] = {
@@ -428,6 +455,10 @@ _SPECIAL: dict[str, Callable[[_Importer, fx.Node], Any]] = {
     "aten.sym_constrain_range.default": _drop,
     "aten.sym_constrain_range_for_size.default": _drop,
     "aten.copy_.default": _copy_into,
+    "higher_order.with_effects": _with_effects,
+    "prims._make_token.default": _token,
+    "prims._sink_tokens.default": _drop,
+    "aten._make_dep_token.default": _token,
 }
 
 
@@ -457,16 +488,27 @@ def to_ir(expr: Any) -> Any:
     return simplify_dim(found) if isinstance(found, sympy.Expr) and found.is_integer else found
 
 
-def _hints(gm: fx.GraphModule) -> dict[str, int]:
+def _symbolic_example(gm: fx.GraphModule) -> torch.SymInt | None:
+    """A symbolic size of the graph, which knows all that torch knows of the sizes."""
     for node in gm.graph.nodes:
         val = node.meta.get("val")
         if isinstance(val, torch.SymInt):
-            return size_hints(val)
+            return val
         if isinstance(val, torch.Tensor):
             for n in val.shape:
                 if isinstance(n, torch.SymInt):
-                    return size_hints(n)
-    return {}
+                    return n
+    return None
+
+
+def _equalities(example: torch.SymInt | None) -> dict[Any, Any]:
+    """The simpler side of each guarded equality of sizes, by the other side."""
+    simpler: dict[Any, Any] = {}
+    for pair in guarded_equalities(example):
+        a, b = sorted(map(to_ir, pair), key=lambda e: (sympy.sympify(e).count_ops(), str(e)))
+        if a != b and not isinstance(b, int):
+            simpler[b] = a
+    return simpler
 
 
 def _escaping(gm: fx.GraphModule) -> set[fx.Node]:

@@ -59,29 +59,35 @@ def _writable(a: Any) -> bool:
 def opaque_call(
     c: Lowering,
     node: fx.Node,
+    target: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     types: tuple[TensorType, ...],
+    ordered: bool = False,
 ) -> tuple[Value, ...]:
-    """Append a call to ``node.target`` and return its tensor results, flat."""
-    target: Any = node.target
+    """Append a call to ``target`` and return its tensor results, flat.
+
+    Args:
+        c: where it goes.
+        node: the fx node it stands for (it may bind symbols).
+        target: an operator, a higher-order operator or a Python function.
+        args, kwargs: arguments, with values for tensors.
+        types: the type of each tensor result.
+        ordered: keep its place among other such calls, even if nothing reads its results.
+    """
     attrs: dict[str, Any] = {}
     symbols = [str(s) for s in unbacked_bindings(node)]
     if symbols:
         attrs["symbol"] = symbols[0]
+    op = c.find("call_random" if ordered or must_keep_order(target) else "call")
     plain = isinstance(target, OpOverload) and all(map(_writable, (*args, *kwargs.values())))
     if not plain:
         flat: list[Any] = []
         shape = _flatten((args, dict(kwargs)), flat)
-        name = c.unique_callee(_name(target))
-        return c.builder.node(
-            c.find("call_random" if _ordered(target) else "call"),
-            *flat,
-            types=types,
-            target=Callee(name, _Rebuild(target, shape)),
-            **attrs,
-        ).outs
-    positional, tensors, rest = list(args), {}, {}
+        callee = Callee(c.unique_callee(_name(target)), _Rebuild(target, shape))
+        return c.builder.node(op, *flat, types=types, target=callee, **attrs).outs
+    tensors: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
     for key, a in kwargs.items():
         if any(isinstance(v, Value) for v in (a if isinstance(a, tuple) else (a,))):
             tensors[key] = a
@@ -91,12 +97,11 @@ def opaque_call(
         attrs["names"] = tuple(tensors)
     if rest:
         attrs["kwargs"] = rest
-    op = c.find("call_random" if _ordered(target) else "call")
-    return c.builder.node(op, *positional, *tensors.values(), types=types, target=str(target), **attrs).outs
+    return c.builder.node(op, *args, *tensors.values(), types=types, target=str(target), **attrs).outs
 
 
-def _ordered(target: Any) -> bool:
-    """Whether a call must keep its place: it draws random numbers or writes to an argument."""
+def must_keep_order(target: Any) -> bool:
+    """Whether a call draws random numbers, or may write to its arguments."""
     if not isinstance(target, OpOverload):
         return True
     return torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable
@@ -147,4 +152,4 @@ class _Rebuild:
         return self.fn(*args, **kwargs)
 
 
-__all__ = ["Callee", "Foreign", "opaque_call"]
+__all__ = ["Callee", "Foreign", "must_keep_order", "opaque_call"]
