@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,13 @@ from tessel.codegen.triton import render
 from tessel.ir.types import Dim, TensorType
 from tessel.ops import OPS
 from tessel.targets import get_target
-from tessel.tiles.index import Cond, Index, var
+from tessel.tiles.index import Cond, Index, floordiv, value, var
 from tessel.tiles.kernel import (
+    ACC,
+    LSE,
     Access,
     Axis,
+    Check,
     Compute,
     IndexOf,
     Kernel,
@@ -163,3 +167,143 @@ def poisoned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """An output nobody has written yet."""
     out = torch.empty(tuple(shape), dtype=dtype)
     return out.fill_(float("nan")) if dtype.is_floating_point else out.fill_(dtype == torch.bool or 77)
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    if dtype == torch.bool:
+        return torch.rand(shape) > 0.5
+    if not dtype.is_floating_point:
+        return torch.randint(0 if dtype == torch.uint8 else -9, 9, shape, dtype=dtype)
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def check(got: torch.Tensor, want: torch.Tensor, size: torch.Tensor | None = None, steps: int = 1) -> None:
+    """Elementwise: ``steps`` roundings of terms whose magnitudes add up to ``size``, then one on store."""
+    if not got.dtype.is_floating_point:
+        assert torch.equal(got, want.to(got.dtype))
+        return
+    want = want.double()
+    size = want.abs() if size is None else size.double().abs()
+    unit = torch.finfo(got.dtype).eps / 2
+    inner = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32).eps / 2
+    gamma = steps * inner / (1 - steps * inner)
+    bound = gamma * size * (1 + unit) + unit * (1 + gamma) * want.abs() + torch.finfo(got.dtype).tiny
+    wrong = (got.double() - want).abs()
+    exact = (got.double() == want) | (got.isnan() & want.isnan())  # infinities, NaN
+    assert bool((exact | (wrong <= bound)).all()), f"off by {(wrong / bound).nan_to_num(0).max()} bounds"
+
+
+# ---------------------------------------------------------------- kernels that several tests use
+
+
+def fused_kernel(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> Kernel:
+    """a * b + c in one kernel; b is a row, c has a's shape in any layout."""
+    m, n = a.shape
+    p = Program("pointwise", x0=m, x1=n)
+    ins = [p.like(t) for t in (a, b, c)]
+    o = p.param((m, n), a.dtype, out=True)
+    prod = p.op("mul", p.load(ins[0], "x0", "x1"), p.load(ins[1], "x1"))
+    p.store(o, ("x0", "x1"), p.op("add", prod, p.load(ins[2], "x0", "x1")))
+    return p.kernel()
+
+
+def gather_kernel(rows: int, n: int, name: str = "kernel") -> Kernel:
+    """out[i, j] = table[index[i], j], with eager's bound check."""
+    p = Program("pointwise", x0=n, x1=3)
+    t, i = p.param((rows, 3), torch.bfloat16), p.param((n,), torch.int64)
+    o = p.param((n, 3), torch.bfloat16, out=True)
+    at = p.load(i, "x0")
+    p.lists["body"].append(Check(at, rows, (), 'index "out" of range'))
+    p.store(o, ("x0", "x1"), p.load(t, value(at.number, rows), "x1"))
+    return p.kernel(name)
+
+
+def fold_kernel(op: str, x: torch.Tensor, dtype: torch.dtype) -> Kernel:
+    """One fold of the last dimension of a matrix."""
+    m, n = x.shape
+    p = Program("reduction", x0=m, r0=n)
+    a, o = p.like(x), p.param((m,), dtype, out=True)
+    p.store(o, ("x0",), p.fold(op, p.load(a, "x0", "r0"), dtype))
+    return p.kernel()
+
+
+def norm_kernel(x: torch.Tensor, w: torch.Tensor) -> Kernel:
+    """Layer norm over the last dimension, and the mean: two folds, one depending on the other."""
+    m, n = x.shape
+    p = Program("reduction", x0=m, r0=n)
+    a, b = p.like(x), p.like(w)
+    o, mean_out = p.param((m, n), x.dtype, out=True), p.param((m,), torch.float32, out=True)
+    v = p.cast(p.load(a, "x0", "r0"), torch.float32)
+    mean = p.op("div", p.fold("sum", v), float(n))
+    d = p.op("sub", v, mean)
+    variance = p.op("div", p.fold("sum", p.op("mul", d, d)), float(n))
+    y = p.op("mul", d, p.op("rsqrt", p.op("add", variance, 1e-5)))
+    p.store(mean_out, ("x0",), mean)
+    y = p.op("mul", p.cast(y, x.dtype), p.load(b, "r0"))
+    p.store(o, ("x0", "r0"), y)
+    return p.kernel()
+
+
+def product_kernel(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, relu: bool = False) -> Kernel:
+    """a @ b, batched or not, with an optional bias row and relu."""
+    *batch, m, k = a.shape
+    n = b.shape[-1]
+    p = Program("matmul", **{f"x{i}": s for i, s in enumerate(batch)}, m=m, n=n, k=k)
+    ins = [p.like(t) for t in (a, b) + ((bias,) if bias is not None else ())]
+    o = p.param((*batch, m, n), a.dtype, out=True)
+    xs = [f"x{i}" for i in range(len(batch))]
+    p.part("a")
+    p.provides["a"] = p.load(ins[0], *xs, "m", "k")
+    p.part("b")
+    p.provides["b"] = p.load(ins[1], *xs, "k", "n")
+    p.part("body")
+    p.dtypes[ACC] = a.dtype
+    acc = Ref(ACC)
+    if bias is not None:
+        acc = p.op("add", acc, p.load(ins[2], "n"))
+    if relu:
+        acc = p.op("relu", acc)
+    p.store(o, (*xs, "m", "n"), acc)
+    return p.kernel()
+
+
+def attention_kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    lse: bool = True,
+    **attrs: Any,
+) -> Kernel:
+    """Output and lse; k and v may have fewer heads than q, mask broadcasts."""
+    batch, heads, m, d = q.shape
+    n, e = v.shape[-2:]
+    p = Program("attention", x0=batch, x1=heads, m=m, n=n, d=d, e=e)
+    ins = [p.like(t) for t in (q, k, v)]
+    bias = p.like(mask) if mask is not None else None
+    o = p.param((batch, heads, m, e), q.dtype, out=True)
+    row = p.param((batch, heads, m), torch.float32, out=True)
+    group = floordiv(p.axes["x1"], heads // k.shape[1]) if heads > 1 else p.axes["x1"]
+    p.part("q")
+    p.provides["q"] = p.load(ins[0], "x0", "x1", "m", "d")
+    p.part("k")
+    p.provides["k"] = p.load(ins[1], "x0", group, "n", "d")
+    p.part("v")
+    p.provides["v"] = p.load(ins[2], "x0", group, "n", "e")
+    p.part("score")
+    p.provides["score"] = Ref(ACC)
+    if bias is not None and mask is not None:
+        zero = p.axes["m"] * 0
+        names = ("x0", "x1", "m", "n")
+        got = p.load(bias, *(zero if s == 1 else w for w, s in zip(names, mask.shape)))
+        p.dtypes[ACC] = torch.float32
+        if mask.dtype == torch.bool:
+            p.provides["score"] = p.op("where", got, Ref(ACC), float("-inf"))
+        else:
+            p.provides["score"] = p.op("add", Ref(ACC), p.cast(got, torch.float32))
+    p.part("body")
+    p.dtypes[ACC], p.dtypes[LSE] = q.dtype, torch.float32
+    p.store(o, ("x0", "x1", "m", "e"), Ref(ACC))
+    if lse:
+        p.store(row, ("x0", "x1", "m"), Ref(LSE))
+    return p.kernel(**{"scale": 1 / math.sqrt(d), **attrs})

@@ -7,7 +7,19 @@ import math
 import pytest
 import sympy
 import torch
-from kernels import INTERPRET, Program, interpret, poisoned, run
+from kernels import (
+    INTERPRET,
+    Program,
+    check,
+    fold_kernel,
+    fused_kernel,
+    gather_kernel,
+    interpret,
+    norm_kernel,
+    poisoned,
+    rand,
+    run,
+)
 
 from tessel.codegen.triton import render
 from tessel.errors import TesselError
@@ -15,51 +27,19 @@ from tessel.ir.types import symbol
 from tessel.ops import OPS
 from tessel.targets import get_target
 from tessel.tiles.header import FAMILIES, load_header
-from tessel.tiles.index import Cond, constant, scale, value, var
-from tessel.tiles.kernel import Check
+from tessel.tiles.index import Cond, scale, value
 
 SIZES = (1, 2, 17, 129)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64, torch.uint8)
 
 
-def rand(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    if dtype == torch.bool:
-        return torch.rand(shape) > 0.5
-    if not dtype.is_floating_point:
-        return torch.randint(0 if dtype == torch.uint8 else -9, 9, shape, dtype=dtype)
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
-def check(got: torch.Tensor, want: torch.Tensor, size: torch.Tensor | None = None, steps: int = 1) -> None:
-    """Elementwise: ``steps`` roundings of terms whose magnitudes add up to ``size``, then one on store."""
-    if not got.dtype.is_floating_point:
-        assert torch.equal(got, want.to(got.dtype))
-        return
-    want = want.double()
-    size = want.abs() if size is None else size.double().abs()
-    unit = torch.finfo(got.dtype).eps / 2
-    inner = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32).eps / 2
-    gamma = steps * inner / (1 - steps * inner)
-    bound = gamma * size * (1 + unit) + unit * (1 + gamma) * want.abs() + torch.finfo(got.dtype).tiny
-    wrong = (got.double() - want).abs()
-    exact = (got.double() == want) | (got.isnan() & want.isnan())  # infinities, NaN
-    assert bool((exact | (wrong <= bound)).all()), f"off by {(wrong / bound).nan_to_num(0).max()} bounds"
-
-
 # ---------------------------------------------------------------- pointwise
 
 
 def fused(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, **knobs: int) -> torch.Tensor:
-    """a * b + c in one kernel; b is a row, c has a's shape in any layout."""
-    m, n = a.shape
-    p = Program("pointwise", x0=m, x1=n)
-    ins = [p.like(t) for t in (a, b, c)]
-    o = p.param((m, n), a.dtype, out=True)
-    prod = p.op("mul", p.load(ins[0], "x0", "x1"), p.load(ins[1], "x1"))
-    p.store(o, ("x0", "x1"), p.op("add", prod, p.load(ins[2], "x0", "x1")))
-    out = poisoned((m, n), a.dtype)
-    interpret(p.kernel(), [a, b, c, out], knobs=knobs)
+    out = poisoned(a.shape, a.dtype)
+    interpret(fused_kernel(a, b, c), [a, b, c, out], knobs=knobs)
     return out
 
 
@@ -109,21 +89,10 @@ def test_pad_cat_flip_slice() -> None:
     check(got[2], x[1::2])
 
 
-def gather_kernel(rows: int, n: int) -> Program:
-    """out[i, j] = table[index[i], j], with eager's bound check."""
-    p = Program("pointwise", x0=n, x1=3)
-    t, i = p.param((rows, 3), torch.bfloat16), p.param((n,), torch.int64)
-    o = p.param((n, 3), torch.bfloat16, out=True)
-    at = p.load(i, "x0")
-    p.lists["body"].append(Check(at, rows, (), 'index "out" of range'))
-    p.store(o, ("x0", "x1"), p.load(t, value(at.number, rows), "x1"))
-    return p
-
-
 def test_gather_and_bound_check() -> None:
     table, index = rand(5, 3, dtype=torch.bfloat16), torch.tensor([4, 0, 0, 2, 1, 3, 4])
     out = poisoned((7, 3), torch.bfloat16)
-    source = render(gather_kernel(5, 7).kernel(), INTERPRET)
+    source = render(gather_kernel(5, 7), INTERPRET)
     run(source, [table, index, out])
     assert source.checks and torch.equal(out, table[index])
     index[3] = 5
@@ -226,7 +195,7 @@ def test_every_pointwise_op(dtype: torch.dtype) -> None:
     wants, refs = [], []
     for name in POINTWISE:
         op = OPS[name]
-        two = name not in UNARY_ERRORS and _arity(op) == 2
+        two = "{1}" in op.code["triton"]
         for args, tensors in (((u, v), (x, y)), ((u, 2), (x, 2))) if two else (((u,), (x,)),):
             if dtype == torch.bool and 2 in args:
                 continue
@@ -252,27 +221,14 @@ def test_every_pointwise_op(dtype: torch.dtype) -> None:
             assert torch.equal(out, want.to(out.dtype)), name
 
 
-UNARY_ERRORS: set[str] = set()
-
-
-def _arity(op: object) -> int:
-    code = op.code["triton"]  # type: ignore[attr-defined]
-    return 2 if "{1}" in code else 1
-
-
 # ---------------------------------------------------------------- reductions
 
 LOOPED = {"XB": 4, "RB": 8}
 
 
 def reduced(op: str, x: torch.Tensor, dtype: torch.dtype, knobs: dict[str, int] | None) -> torch.Tensor:
-    """One fold of the last dimension of a matrix."""
-    m, n = x.shape
-    p = Program("reduction", x0=m, r0=n)
-    a, o = p.like(x), p.param((m,), dtype, out=True)
-    p.store(o, ("x0",), p.fold(op, p.load(a, "x0", "r0"), dtype))
-    out = poisoned((m,), dtype)
-    interpret(p.kernel(), [x, out], knobs=knobs)
+    out = poisoned(x.shape[:1], dtype)
+    interpret(fold_kernel(op, x, dtype), [x, out], knobs=knobs)
     return out
 
 
@@ -314,21 +270,8 @@ def test_reductions_of_nan_inf_and_bool(knobs: dict[str, int] | None) -> None:
 
 
 def norm(x: torch.Tensor, w: torch.Tensor, knobs: dict[str, int] | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Layer norm over the last dimension, and the mean: two folds, one depending on the other."""
-    m, n = x.shape
-    p = Program("reduction", x0=m, r0=n)
-    a, b = p.like(x), p.like(w)
-    o, mean_out = p.param((m, n), x.dtype, out=True), p.param((m,), torch.float32, out=True)
-    v = p.cast(p.load(a, "x0", "r0"), torch.float32)
-    mean = p.op("div", p.fold("sum", v), float(n))
-    d = p.op("sub", v, mean)
-    variance = p.op("div", p.fold("sum", p.op("mul", d, d)), float(n))
-    y = p.op("mul", d, p.op("rsqrt", p.op("add", variance, 1e-5)))
-    p.store(mean_out, ("x0",), mean)
-    y = p.op("mul", p.cast(y, x.dtype), p.load(b, "r0"))
-    p.store(o, ("x0", "r0"), y)
-    out, stat = poisoned((m, n), x.dtype), poisoned((m,), torch.float32)
-    interpret(p.kernel(), [x, w, out, stat], knobs=knobs)
+    out, stat = poisoned(x.shape, x.dtype), poisoned(x.shape[:1], torch.float32)
+    interpret(norm_kernel(x, w), [x, w, out, stat], knobs=knobs)
     return out, stat
 
 
@@ -422,12 +365,10 @@ def test_headers_declare_knobs_and_formulas() -> None:
 
 def test_readable_and_shared() -> None:
     """The header names what is computed; kernels that differ only in it share a body key."""
-    kernel = gather_kernel(5, 7).kernel("embedding")
-    a, b = render(kernel, get_target("h100")), render(gather_kernel(5, 7).kernel("other"), get_target("h100"))
+    kernel = gather_kernel(5, 7, "embedding")
+    a, b = render(kernel, get_target("h100")), render(gather_kernel(5, 7, "other"), get_target("h100"))
     assert a.body_key == b.body_key and a.text != b.text
     assert a.text.startswith("# %1 = made by a test   test.py:1\n# tile: XB=32")
     compile(a.text, "kernel", "exec")
-    assert render(gather_kernel(6, 7).kernel(), get_target("h100")).body_key != a.body_key
+    assert render(gather_kernel(6, 7), get_target("h100")).body_key != a.body_key
 
-
-_ = (constant, var)

@@ -7,46 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import INTERPRET, Program, interpret, poisoned, run
-from test_codegen import FLOATS, SIZES, check, rand
+from kernels import INTERPRET, Program, attention_kernel, check, interpret, poisoned, product_kernel, rand, run
 
 from tessel.codegen.triton import render
 from tessel.errors import TesselError
 from tessel.ir.types import symbol
 from tessel.targets import get_target
-from tessel.tiles.index import Cond, floordiv, value
-from tessel.tiles.kernel import ACC, LSE, Kernel, Ref
+from tessel.tiles.index import Cond, value
+from tessel.tiles.kernel import ACC, Ref
 
+SIZES = (1, 2, 17, 129)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SMALL = {"BM": 16, "BN": 16, "BK": 16, "GROUP": 4}
-
-
-def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, relu: bool = False) -> Kernel:
-    """a @ b, batched or not, with an optional bias row and relu."""
-    *batch, m, k = a.shape
-    n = b.shape[-1]
-    p = Program("matmul", **{f"x{i}": s for i, s in enumerate(batch)}, m=m, n=n, k=k)
-    ins = [p.like(t) for t in (a, b) + ((bias,) if bias is not None else ())]
-    o = p.param((*batch, m, n), a.dtype, out=True)
-    xs = [f"x{i}" for i in range(len(batch))]
-    p.part("a")
-    p.provides["a"] = p.load(ins[0], *xs, "m", "k")
-    p.part("b")
-    p.provides["b"] = p.load(ins[1], *xs, "k", "n")
-    p.part("body")
-    p.dtypes[ACC] = a.dtype
-    acc = Ref(ACC)
-    if bias is not None:
-        acc = p.op("add", acc, p.load(ins[2], "n"))
-    if relu:
-        acc = p.op("relu", acc)
-    p.store(o, (*xs, "m", "n"), acc)
-    return p.kernel()
 
 
 def multiplied(*tensors: torch.Tensor, knobs: dict[str, int] | None = None, **options: Any) -> torch.Tensor:
     a, b = tensors[:2]
     out = poisoned((*a.shape[:-1], b.shape[-1]), a.dtype)
-    interpret(product(*tensors, **options), [*tensors, out], knobs=knobs)
+    interpret(product_kernel(*tensors, **options), [*tensors, out], knobs=knobs)
     return out
 
 
@@ -136,7 +114,7 @@ def test_padded_operand_and_symbolic_sizes() -> None:
 
 def test_mixed_operands_are_refused() -> None:
     a, b = rand(4, 4), rand(4, 4)
-    kernel = product(a, b.bfloat16())
+    kernel = product_kernel(a, b.bfloat16())
     with pytest.raises(TesselError, match="cast one operand first"):
         render(kernel, get_target("h100"))
 
@@ -153,39 +131,10 @@ def attend(
     lse: bool = True,
     **attrs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output and lse of one kernel; k and v may have fewer heads than q, mask broadcasts."""
-    batch, heads, m, d = q.shape
-    n, e = v.shape[-2:]
-    p = Program("attention", x0=batch, x1=heads, m=m, n=n, d=d, e=e)
-    ins = [p.like(t) for t in (q, k, v)]
-    bias = p.like(mask) if mask is not None else None
-    o = p.param((batch, heads, m, e), q.dtype, out=True)
-    row = p.param((batch, heads, m), torch.float32, out=True)
-    group = floordiv(p.axes["x1"], heads // k.shape[1]) if heads > 1 else p.axes["x1"]
-    p.part("q")
-    p.provides["q"] = p.load(ins[0], "x0", "x1", "m", "d")
-    p.part("k")
-    p.provides["k"] = p.load(ins[1], "x0", group, "n", "d")
-    p.part("v")
-    p.provides["v"] = p.load(ins[2], "x0", group, "n", "e")
-    p.part("score")
-    p.provides["score"] = Ref(ACC)
-    if bias is not None and mask is not None:
-        zero = p.axes["m"] * 0
-        names = ("x0", "x1", "m", "n")
-        got = p.load(bias, *(zero if s == 1 else w for w, s in zip(names, mask.shape)))
-        p.dtypes[ACC] = torch.float32
-        if mask.dtype == torch.bool:
-            p.provides["score"] = p.op("where", got, Ref(ACC), float("-inf"))
-        else:
-            p.provides["score"] = p.op("add", Ref(ACC), p.cast(got, torch.float32))
-    p.part("body")
-    p.dtypes[ACC], p.dtypes[LSE] = q.dtype, torch.float32
-    p.store(o, ("x0", "x1", "m", "e"), Ref(ACC))
-    if lse:
-        p.store(row, ("x0", "x1", "m"), Ref(LSE))
-    out, stat = poisoned((batch, heads, m, e), q.dtype), poisoned((batch, heads, m), torch.float32)
-    interpret(p.kernel(**{"scale": 1 / math.sqrt(d), **attrs}), [q, k, v, *([mask] if mask is not None else []), out, stat], knobs=knobs)
+    out = poisoned((*q.shape[:-1], v.shape[-1]), q.dtype)
+    stat = poisoned(q.shape[:-1], torch.float32)
+    ins = [q, k, v] + ([mask] if mask is not None else [])
+    interpret(attention_kernel(q, k, v, mask, lse, **attrs), [*ins, out, stat], knobs=knobs)
     return out, stat
 
 

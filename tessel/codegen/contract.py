@@ -10,10 +10,10 @@ import torch
 
 from ..errors import check
 from ..ir.types import product
-from ..tiles.default import batch_axes, head_widths
-from ..tiles.kernel import ACC, LSE, Compute, Kernel, Load, Ref, Stmt, Store, indices_of, refs
+from ..tiles.default import batch_axes, head_widths, plain_dot
+from ..tiles.kernel import ACC, LSE, Compute, Kernel, Load, Ref, Stmt, Store, refs
 from .dialect import compute_dtype, literal, narrow, rounded, size_text, triton_dtype
-from .expr import NONE, Dims, Emitter, Lane, Names, depends_on
+from .expr import NONE, Dims, Emitter, Lane, Names, depends_on, used_indices
 from .families import divides, flat_axes, names_for
 
 BOTH: Dims = frozenset({0, 1})
@@ -41,10 +41,7 @@ def _part(e: Emitter, name: str, moving_axis: str) -> tuple[list[str], list[str]
             e.emit(s)
     still = frozenset(d for axis, lane in e.lanes.items() if axis != moving_axis for d in lane.dims)
     for i in sorted(moving):
-        s = stmts[i]
-        e.hoist(indices_of(s), still)
-        if isinstance(s, Load | Store):
-            e.hoist([s.access.address(e.kernel.params[s.access.param])], still)
+        e.hoist(used_indices(e.kernel, stmts[i]), still)
     before = e.take()
     for i, s in enumerate(stmts):
         if i in moving:
@@ -84,9 +81,9 @@ def operand(e: Emitter, part: str, zero: tuple[int, str | None]) -> tuple[str, t
     return text, dtype
 
 
-def dot(a: str, b: str, acc: str | None, dtype: torch.dtype, precision: str = "ieee") -> str:
+def dot(a: str, b: str, acc: str | None, dtype: torch.dtype, plain: bool, precision: str = "ieee") -> str:
     """The product of two tiles of ``dtype``, added to ``acc`` if there is one."""
-    if not dtype.is_floating_point:
+    if plain:
         text = f"dot_plain({a}, {b})"
         if dtype.itemsize < 4:  # small integers are summed in 32 bits and wrap afterwards
             text = f"{text}.to({triton_dtype(dtype)})"
@@ -97,11 +94,12 @@ def dot(a: str, b: str, acc: str | None, dtype: torch.dtype, precision: str = "i
 
 
 def _batch_index(kernel: Kernel, programs: str, interpret: bool) -> str:
-    return f"tl.full([1, 1], tile // ({programs}), INDEX)" if interpret else f"(tile // ({programs})).to(INDEX)"
+    return f"tl.full([1, 1], tile // {programs}, INDEX)" if interpret else f"(tile // {programs}).to(INDEX)"
 
 
-def matmul(kernel: Kernel, knobs: Mapping[str, int], interpret: bool) -> dict[str, Any]:
+def matmul(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str, Any]:
     """Context of ``matmul.triton.j2``."""
+    interpret = vendor == "interpret"
     extents = {n: kernel.axis(n).extent for n in "mnk"}
     over = {n: not divides(knobs[b], extents[n]) for n, b in (("m", "BM"), ("n", "BN"), ("k", "BK"))}
     names = names_for(
@@ -124,17 +122,18 @@ def matmul(kernel: Kernel, knobs: Mapping[str, int], interpret: bool) -> dict[st
         **{n: size_text(d) for n, d in extents.items()},
         **{f"{n}_masked": v for n, v in over.items()},
         "batched": product(a.extent for a in batch_axes(kernel)) != 1,
-        "batch_index": _batch_index(kernel, "tiles_m * tiles_n", interpret),
+        "batch_index": _batch_index(kernel, "(tiles_m * tiles_n)", interpret),
         "before": a_before + b_before,
         "loop": a_loop + b_loop,
         "acc_dtype": triton_dtype(acc_dtype),
-        "product": dot(a, b, "acc", dtype, kernel.attrs.get("precision", "ieee")),
+        "product": dot(a, b, "acc", dtype, plain_dot(kernel, vendor), kernel.attrs.get("precision", "ieee")),
         "body": epilogue.take(),
     }
 
 
-def attention(kernel: Kernel, knobs: Mapping[str, int], interpret: bool) -> dict[str, Any]:
+def attention(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str, Any]:
     """Context of ``attention.triton.j2``."""
+    interpret = vendor == "interpret"
     extents = {n: kernel.axis(n).extent for n in "mnde"}
     widths = head_widths(kernel)
     over = {n: not divides(b, extents[n]) for n, b in (("m", knobs["BM"]), ("n", knobs["BN"]), ("d", widths["BD"]), ("e", widths["BE"]))}
@@ -158,7 +157,7 @@ def attention(kernel: Kernel, knobs: Mapping[str, int], interpret: bool) -> dict
     k_tile, _ = operand(k, "k", (0, "dk_ok" if over["d"] else None))
     v_before, v_loop = _part(v, "v", "n")
     v_tile, v_dtype = operand(v, "v", (0, "nv_ok" if over["n"] else None))
-    acc_dtype = compute_dtype(dtype)
+    acc_dtype, plain = compute_dtype(dtype), plain_dot(kernel, vendor)
     if not q_tile.isidentifier():
         q_lines.append(f"q = {q_tile}")
         q_tile = "q"
@@ -194,13 +193,13 @@ def attention(kernel: Kernel, knobs: Mapping[str, int], interpret: bool) -> dict
         "offset_text": offset_text,
         "before": q_before + q_lines + k_before + v_before + s_before,
         "key_part": k_loop,
-        "scores": dot(q_tile, k_tile, None, dtype),
+        "scores": dot(q_tile, k_tile, None, dtype, plain),
         "scale": literal(scale, acc_dtype, False, "1, 1" if interpret else ""),
         "score": s_loop,
         "hidden": hidden,
         "score_name": score_name,
         "value_part": v_loop,
-        "product": dot(weight, v_tile, "acc", v_dtype),
+        "product": dot(weight, v_tile, "acc", v_dtype, plain),
         "acc_dtype": triton_dtype(acc_dtype),
         "needs_lse": any(LSE in list(refs(stmt)) for stmt in kernel.body),
         "body": o.take(),

@@ -19,7 +19,7 @@ from ..ir.node import Op
 from ..ir.types import simplify_dim
 from ..ops import OPS
 from ..tiles.index import Atom, Cond, Index, bounds, nonnegative, substitute
-from ..tiles.kernel import Access, Check, Compute, IndexOf, Kernel, Load, Ref, Stmt, Store, Test, axes_read, refs
+from ..tiles.kernel import ACC, Access, Check, Compute, IndexOf, Kernel, Load, Ref, Stmt, Store, Test, axes_read, indices_of, refs
 from .dialect import cast, compute_dtype, literal, narrow, rounded, size_text, triton_dtype, widen
 
 Dims = frozenset[int]
@@ -52,6 +52,8 @@ class Names:
     used: set[str] = field(default_factory=set)
     count: int = 0
     known: dict[object, str] = field(default_factory=dict)
+    # Pieces of batch coordinates, named ahead of all loops: every tile may use them.
+    shared: dict[Atom, tuple[str, Dims]] = field(default_factory=dict)
 
     def fresh(self, base: str) -> str:
         name, n = base, 0
@@ -138,7 +140,9 @@ class Emitter:
                     if atom.arg is None:
                         continue
                     if self._dims(atom) <= dims and not any(a.kind == "value" for a in atom.arg.atoms()):
-                        self._atom(atom)
+                        named = self._atom(atom)
+                        if not named[1]:
+                            self.names.shared[atom] = named
                     else:
                         todo.append(atom.arg)
 
@@ -181,8 +185,9 @@ class Emitter:
             check(atom.name in self.lanes, lambda: f"{self.kernel.name}: no axis {atom.name!r} at this place")
             lane = self.lanes[atom.name]
             return lane.text, lane.dims
-        if atom in self.atoms:
-            return self.atoms[atom]
+        for known in (self.atoms, self.names.shared):
+            if atom in known:
+                return known[atom]
         if atom.kind == "value":
             text, dims, _ = self.values[int(atom.name)]
             name = self._named(atom, f"{text}_at")
@@ -398,9 +403,17 @@ def _message(text: str) -> str:
     return f'"{kept}"'
 
 
+def used_indices(kernel: Kernel, stmt: Stmt) -> list[Index]:
+    """The indices that a statement's text is made of: an address in place of its coordinates."""
+    if isinstance(stmt, Load | Store):
+        access = stmt.access
+        return [access.address(kernel.params[access.param]), *(c.index for c in access.mask)]
+    return list(indices_of(stmt))
+
+
 def depends_on(stmts: Sequence[Stmt], names: set[str]) -> set[int]:
     """Numbers of the statements (by position) that vary along some axes, directly or through values."""
-    moving: set[int] = set()
+    moving: set[int] = {ACC}  # a score or a product is new at every step
     found: set[int] = set()
     for i, s in enumerate(stmts):
         if axes_read(s) & names or any(n in moving for n in refs(s)):

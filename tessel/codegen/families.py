@@ -11,9 +11,9 @@ import torch
 from ..ir.types import Dim, product
 from ..tiles.default import of_kind
 from ..tiles.index import Index, delinearize, exact_div, var
-from ..tiles.kernel import Axis, Kernel, Load, Reduce, Segment, Store, indices_of
+from ..tiles.kernel import Axis, Kernel, Reduce, Segment
 from .dialect import cast, compute_dtype, identity, literal, size_text, triton_dtype
-from .expr import Dims, Emitter, Lane, Names
+from .expr import Dims, Emitter, Lane, Names, used_indices
 
 X: Dims = frozenset({0})
 R: Dims = frozenset({1})
@@ -52,8 +52,9 @@ def arguments(kernel: Kernel) -> list[str]:
     return [f"{p.name}_ptr" for p in kernel.params] + list(kernel.symbols())
 
 
-def pointwise(kernel: Kernel, knobs: Mapping[str, int], interpret: bool) -> dict[str, Any]:
+def pointwise(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str, Any]:
     """Context of ``pointwise.triton.j2``."""
+    interpret = vendor == "interpret"
     extent = product(a.extent for a in of_kind(kernel, "x"))
     masked = not divides(knobs["XB"], extent)
     lanes = {"x": Lane("x", X, "x_ok" if masked else None)}
@@ -63,8 +64,9 @@ def pointwise(kernel: Kernel, knobs: Mapping[str, int], interpret: bool) -> dict
     return {"x_extent": size_text(extent), "x_masked": masked, "body": e.take()}
 
 
-def reduction(kernel: Kernel, knobs: Mapping[str, int], interpret: bool) -> dict[str, Any]:
+def reduction(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str, Any]:
     """Context of ``reduction.triton.j2``: one block where RB holds all of r, else loops."""
+    interpret = vendor == "interpret"
     x_extent, r_extent = product(a.extent for a in of_kind(kernel, "x")), product(a.extent for a in of_kind(kernel, "r"))
     x_masked = not divides(knobs["XB"], x_extent)
     looped = not (isinstance(r_extent, int) and knobs["RB"] >= r_extent)
@@ -100,10 +102,8 @@ def _segment(e: Emitter, folds: _Folds, segment: Segment) -> SegmentText:
             e.emit(stmt)
         text.before = e.take()
         return text
-    e.hoist((i for s in segment.stmts for i in indices_of(s)), X)
     for stmt in segment.stmts:
-        if isinstance(stmt, Load | Store):
-            e.hoist([stmt.access.address(e.kernel.params[stmt.access.param])], X)
+        e.hoist(used_indices(e.kernel, stmt), X)
     text.before = e.take()
     scope = e.scope()
     for stmt in segment.stmts:

@@ -2,11 +2,16 @@
 
     source = render(kernel, get_target("h100"))
     print(source.text)                            # a Python module
-    offline_compile([source], "sm_90")[0].ok      # True
+
+``codegen/offline.py`` compiles sources in another process; this file holds what calls Triton itself.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,11 +24,12 @@ from ..tiles.header import load_header
 from ..tiles.index import bounds
 from ..tiles.kernel import Check, IndexOf, Kernel
 from .contract import attention, matmul
+from .dialect import pointer_type
 from .families import arguments, pointwise, reduction
 from .helpers import helpers_for
 from .source import INT32_LIMIT, Source
 
-_CONTEXT: dict[str, Callable[[Kernel, Mapping[str, int], bool], dict[str, Any]]] = {
+_CONTEXT: dict[str, Callable[[Kernel, Mapping[str, int], str], dict[str, Any]]] = {
     "pointwise": pointwise,
     "reduction": reduction,
     "matmul": matmul,
@@ -47,7 +53,7 @@ def render(kernel: Kernel, target: Target, knobs: Mapping[str, int] | None = Non
     chosen = choose(kernel, target, knobs)
     header.check_knobs(chosen.knobs)
     interpret = target.vendor == "interpret"
-    context = _CONTEXT[kernel.family](kernel, chosen.knobs, interpret)
+    context = _CONTEXT[kernel.family](kernel, chosen.knobs, target.vendor)
     code = header.module.kernel({"name": kernel.name, "args": arguments(kernel), **context})
     code = "\n".join(line for line in str(code).strip("\n").split("\n") if line.strip()) + "\n"
     parts = [_IMPORTS, *(h + "\n" for h in helpers_for(code, interpret)), code]
@@ -65,7 +71,7 @@ def render(kernel: Kernel, target: Target, knobs: Mapping[str, int] | None = Non
         grid=grid_of(kernel, chosen.knobs),
         constexprs={**tiles, **launch},
         knobs=chosen.knobs,
-        smem_bytes=header.smem(target.arch, formula_values(kernel, chosen.knobs)),
+        smem_bytes=header.smem(target.arch, formula_values(kernel, chosen.knobs, target.vendor)),
         extents=symbolic,
         always_wide=known > INT32_LIMIT,
         checks=any(isinstance(s, Check) for s in kernel.statements()),
@@ -111,4 +117,66 @@ def _extents(kernel: Kernel, knobs: Mapping[str, int]) -> tuple[int, tuple[Dim, 
     return known, tuple(dict.fromkeys(d for d in dims if not isinstance(d, int)))
 
 
-__all__ = ["Source", "ceil_div", "grid_of", "render"]
+def job_for(source: Source) -> dict[str, Any]:
+    """What ``compile_job`` needs to know beside the module's file, as plain JSON values."""
+    pointers = {f"{p.name}_ptr": pointer_type(p.type.dtype) for p in source.kernel.params}
+    tiles = {n: v for n, v in source.constexprs.items() if n not in ("num_warps", "num_stages")}
+    options: dict[str, Any] = {n: source.constexprs[n] for n in ("num_warps", "num_stages")}
+    if source.checks:
+        options |= {"debug": True, "sanitize_overflow": False}
+    return {
+        "name": source.name,
+        "signature": pointers | dict.fromkeys(source.sizes, "i64" if source.always_wide else "i32"),
+        "tiles": tiles,
+        "index": "int64" if source.always_wide else "int32",
+        "options": options,
+    }
+
+
+def compile_job(path: str, job: Mapping[str, Any], gpu: tuple[str, int | str, int]) -> dict[str, Any]:
+    """Compile a kernel for a GPU that need not be there; pointers are taken for 16-byte aligned.
+
+    Runs in a process of its own (see ``offline.py``): an unlucky tile may abort the compiler.
+
+    Args:
+        path: the module's file.
+        job: what ``job_for`` gave.
+        gpu: ``Target.gpu_target``.
+
+    Returns:
+        ``shared`` (bytes), ``registers`` a thread and ``spills`` (bytes); ``None`` where the compiler does not say.
+    """
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    spec = importlib.util.spec_from_file_location(job["name"], path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    fn = getattr(module, job["name"])
+    constexprs = {**job["tiles"], "INDEX": getattr(tl, job["index"])}
+    signature = {n: "constexpr" if n in constexprs else job["signature"][n] for n in fn.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if signature[n].startswith("*")
+    }
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        source = ASTSource(fn, signature, constexprs, aligned)
+        got = triton.compile(source, target=GPUTarget(*gpu), options=dict(job["options"]))
+    found: dict[str, Any] = {"shared": got.metadata.shared, "registers": None, "spills": None}
+    text = got.asm.get("amdgcn", "") if gpu[0] == "hip" else log.getvalue()
+    for what, pattern in _RESOURCES[gpu[0]].items():
+        numbers = [int(n) for n in re.findall(pattern, str(text))]
+        found[what] = max(numbers) if numbers else None
+    return found
+
+
+_RESOURCES = {
+    "cuda": {"registers": r"Used (\d+) registers", "spills": r"(\d+) bytes spill stores"},
+    "hip": {"registers": r"\.vgpr_count:\s*(\d+)", "spills": r"\.vgpr_spill_count:\s*(\d+)"},
+}
+
+
+__all__ = ["Source", "ceil_div", "compile_job", "grid_of", "job_for", "render"]

@@ -42,7 +42,7 @@ def choose(kernel: Kernel, target: Target, knobs: Mapping[str, int] | None = Non
     if knobs is not None and set(load_header(kernel.family).knobs) <= set(knobs):
         return Choice(dict(knobs), "given")
     rule = {"pointwise": _pointwise, "reduction": _reduction, "matmul": _matmul, "attention": _attention}
-    got, why = rule[kernel.family](kernel, target.vendor == "interpret")
+    got, why = rule[kernel.family](kernel, target.vendor)
     if knobs:
         return Choice({**got, **knobs}, f"given: {', '.join(knobs)}; others by default")
     return Choice(fit(kernel, target, load_header(kernel.family), got), why)
@@ -54,7 +54,7 @@ def fit(kernel: Kernel, target: Target, header: Header, knobs: dict[str, int]) -
         return knobs
     limit = target.limits.shared_bytes_per_block
     order = ("num_stages", "RB", "XB", "BK", "BN", "BM")
-    while header.smem(target.arch, formula_values(kernel, knobs)) > limit:
+    while header.smem(target.arch, formula_values(kernel, knobs, target.vendor)) > limit:
         smaller = [(n, v) for n in order if n in knobs for v in header.knobs[n] if v < knobs[n]]
         check(bool(smaller), lambda: f"{kernel.name}: no tile fits {limit} bytes of shared memory on {target.name}")
         name = smaller[0][0]
@@ -62,12 +62,14 @@ def fit(kernel: Kernel, target: Target, header: Header, knobs: dict[str, int]) -
     return knobs
 
 
-def formula_values(kernel: Kernel, knobs: Mapping[str, int]) -> dict[str, int]:
-    """What the formulas of a header may name: knobs, item sizes in bytes, head widths."""
+def formula_values(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str, int]:
+    """What the formulas of a header may name: knobs, item sizes in bytes, head widths, whether products are plain."""
     ins = [p.type.dtype.itemsize for p in kernel.params if not p.out] or [4]
     outs = [p.type.dtype.itemsize for p in kernel.params if p.out] or [4]
     widths = head_widths(kernel) if kernel.family == "attention" else {}
-    return {**knobs, **widths, "itemsize": max(ins), "out_itemsize": max(outs), "widest": max(*ins, *outs, 4)}
+    plain = kernel.family in ("matmul", "attention") and plain_dot(kernel, vendor)
+    sizes = {"itemsize": max(ins), "out_itemsize": max(outs), "widest": max(*ins, *outs, 4)}
+    return {**knobs, **widths, **sizes, "plain": int(plain)}
 
 
 def of_kind(kernel: Kernel, kind: str) -> list[Axis]:
@@ -108,7 +110,8 @@ def size_or(d: Dim, unknown: int = UNKNOWN) -> int:
     return d if isinstance(d, int) else unknown
 
 
-def _pointwise(kernel: Kernel, interpret: bool) -> tuple[dict[str, int], str]:
+def _pointwise(kernel: Kernel, vendor: str) -> tuple[dict[str, int], str]:
+    interpret = vendor == "interpret"
     size = size_or(product(a.extent for a in of_kind(kernel, "x")))
     block = min(next_power(size), INTERPRET_TILE if interpret else 1024)
     warps = 1 if interpret else 4 if block >= 512 else 1
@@ -116,7 +119,8 @@ def _pointwise(kernel: Kernel, interpret: bool) -> tuple[dict[str, int], str]:
     return {"XB": block, "num_warps": warps, "num_stages": 1}, why
 
 
-def _reduction(kernel: Kernel, interpret: bool) -> tuple[dict[str, int], str]:
+def _reduction(kernel: Kernel, vendor: str) -> tuple[dict[str, int], str]:
+    interpret = vendor == "interpret"
     x_size = size_or(product(a.extent for a in of_kind(kernel, "x")))
     r_extent = product(a.extent for a in of_kind(kernel, "r"))
     r_size = size_or(r_extent)
@@ -139,9 +143,10 @@ def _reduction(kernel: Kernel, interpret: bool) -> tuple[dict[str, int], str]:
     return {"XB": xb, "RB": rb, "num_warps": warps, "num_stages": 1}, why
 
 
-def _matmul(kernel: Kernel, interpret: bool) -> tuple[dict[str, int], str]:
+def _matmul(kernel: Kernel, vendor: str) -> tuple[dict[str, int], str]:
+    interpret = vendor == "interpret"
     m, n, k = (size_or(kernel.axis(a).extent, 4096) for a in "mnk")
-    exact = _plain_product(kernel)
+    exact = plain_dot(kernel, vendor)
     if interpret:
         most = (32, 32, 64) if exact else (256, 256, 512)
         bm, bn, bk = (min(max(16, next_power(s)), top) for s, top in zip((m, n, k), most))
@@ -162,23 +167,35 @@ def _gemm(bm: int, bn: int, bk: int, group: int, warps: int, stages: int) -> dic
     return {"BM": bm, "BN": bn, "BK": bk, "GROUP": group, "num_warps": warps, "num_stages": stages}
 
 
-def _plain_product(kernel: Kernel) -> bool:
-    """Whether the operands are integers, which are multiplied without matrix instructions."""
-    ref = kernel.provides["a"]
-    stmt = next(s for s in kernel.parts["a"] if getattr(s, "out", None) == getattr(ref, "number", None))
-    return not stmt.dtype.is_floating_point  # type: ignore[union-attr]
+def plain_dot(kernel: Kernel, vendor: str) -> bool:
+    """Whether tiles are multiplied by plain sums of products instead of matrix instructions.
+
+    So are integers; and f64 on NVIDIA where a narrower load feeds the product, at which Triton's
+    compiler (3.7) aborts: "Currently fp64 don't support largeK MMA".
+    """
+    part = "a" if kernel.family == "matmul" else "q"
+    number = getattr(kernel.provides[part], "number", None)
+    dtype = next(s.dtype for s in kernel.parts[part] if getattr(s, "out", None) == number)  # type: ignore[union-attr]
+    loads = [s.dtype for part in kernel.parts.values() for s in part if isinstance(s, Load)]
+    narrow = any(d.itemsize < 8 for d in loads)
+    return not dtype.is_floating_point or (vendor == "nvidia" and dtype.itemsize == 8 and narrow)
 
 
-def _attention(kernel: Kernel, interpret: bool) -> tuple[dict[str, int], str]:
+def _attention(kernel: Kernel, vendor: str) -> tuple[dict[str, int], str]:
     m, n = (size_or(kernel.axis(a).extent, 4096) for a in "mn")
+    interpret = vendor == "interpret"
     width = max(head_widths(kernel).values())
     widest = max(p.type.dtype.itemsize for p in kernel.params if not p.out)
     if interpret:
         bm, bn, why = 256, 256, "large for the interpreter"
+    elif plain_dot(kernel, vendor):
+        bm, bn, why = 16, 16, "plain sums: a small tile"
     elif widest >= 4:
-        bm, bn, why = 32, 32, "full precision: bound by registers"
+        bm, bn, why = 32, 32 if width <= 64 else 16, "full precision: bound by registers"
     else:
         bm, bn, why = (128, 64, "wide in queries") if width <= 128 else (64, 32, "small: the heads are wide")
+        if vendor == "amd" and width > 64:
+            bn = 32  # 64 spills
     bm, bn = min(max(16, next_power(m)), bm), min(max(16, next_power(n)), bn)
     warps = 1 if interpret else 8 if bm >= 128 and width > 64 else 4
     return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": 1 if interpret else 2}, why

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import CodeType, MappingProxyType
 from typing import Any
@@ -81,12 +81,12 @@ class Header:
             raise TesselError(f"{self.family} template: the formula {formula!r} needs a value: {e}") from e
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(formula: str) -> CodeType:
     return compile(formula, "<smem_bytes>", "eval")
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_header(family: str, language: str = "triton") -> Header:
     """The declarations of ``<family>.<language>.j2``.
 

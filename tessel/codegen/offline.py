@@ -1,0 +1,129 @@
+"""Compile sources for GPUs that need not be there, in processes of their own.
+
+    done = offline_compile([source], "sm_90")[0]
+    done.ok, done.shared_bytes, done.registers
+
+A tile that is too much for the compiler may abort the process it runs in; that kernel is then
+reported as failed, and a fresh process goes on with the next. Shared memory above the device's
+limit never fails here, only when the kernel is loaded: compare ``shared_bytes`` with the limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import TesselError, check, did_you_mean
+from ..targets import TARGETS
+from .source import Source
+from .triton import compile_job, job_for
+
+__all__ = ["Compiled", "offline_compile"]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler said of one source. ``registers`` are a thread's, ``spills`` bytes; ``None``: not said."""
+
+    ok: bool
+    shared_bytes: int | None = None
+    registers: int | None = None
+    spills: int | None = None
+    error: str = ""
+
+
+def offline_compile(sources: Sequence[Source], arch: str, timeout_s: float = 120.0) -> list[Compiled]:
+    """Compile every source for ``arch`` (``sm_80``, ``sm_90``, ``sm_100``, ``gfx942`` ...).
+
+    Failures, aborts and time-outs (a process that says nothing for ``timeout_s``) are results, not errors.
+
+    Raises:
+        TesselError: no known target has that architecture, or a source is for the interpreter.
+    """
+    gpu = next((t.gpu_target for t in TARGETS.values() if t.arch == arch and t.gpu_target), None)
+    known = sorted({t.arch for t in TARGETS.values() if t.gpu_target})
+    if gpu is None:
+        raise TesselError(f"no GPU of architecture {arch!r}; {did_you_mean(arch, known)}")
+    for s in sources:
+        check(not s.interpret, lambda s=s: f"{s.name} was rendered for the interpreter; render it for a GPU")
+    with tempfile.TemporaryDirectory(prefix="tessel-compile-") as name:
+        folder = Path(name)
+        jobs = []
+        for i, s in enumerate(sources):
+            (folder / f"k{i}.py").write_text(s.text)
+            jobs.append(job_for(s))
+        (folder / "jobs.json").write_text(json.dumps({"gpu": gpu, "jobs": jobs}))
+        results: dict[int, Compiled] = {}
+        while len(results) < len(sources):
+            start = len(results)
+            why = _run(folder, start, timeout_s)
+            results = _read(folder)
+            if len(results) < len(sources) and (why or len(results) == start):
+                results[len(results)] = Compiled(False, error=why or "the compiler said nothing")
+                _write(folder, len(results) - 1, results[len(results) - 1])
+    return [results[i] for i in range(len(sources))]
+
+
+def _run(folder: Path, start: int, timeout_s: float) -> str:
+    """One process from job ``start`` on; why it ended early, or nothing."""
+    root = str(Path(__file__).parent.parent.parent)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in (root, env.get("PYTHONPATH", "")) if p)
+    env["TRITON_CACHE_DIR"] = str(folder / "cache")  # a cached kernel would not tell its registers
+    env["TRITON_DUMP_PTXAS_LOG"] = "1"
+    command = [sys.executable, "-m", "tessel.codegen.offline", str(folder), str(start)]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+        done = start
+        while True:
+            try:
+                code = process.wait(timeout_s)
+                break
+            except subprocess.TimeoutExpired:
+                now = len(_read(folder))
+                if now == done:
+                    process.kill()
+                    process.wait()
+                    return f"the compiler took more than {timeout_s:.0f} s"
+                done = now
+    if code == 0:
+        return ""
+    said = (folder / "log").read_text(errors="replace").strip().splitlines()
+    how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    return f"the compiler aborted ({how}): {said[-1] if said else 'no message'}"
+
+
+def _read(folder: Path) -> dict[int, Compiled]:
+    path = folder / "results"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {row["job"]: Compiled(**row["result"]) for row in rows}
+
+
+def _write(folder: Path, number: int, result: Compiled) -> None:
+    with (folder / "results").open("a") as out:
+        out.write(json.dumps({"job": number, "result": result.__dict__}) + "\n")
+
+
+def _work(folder: Path, start: int) -> None:
+    """The child process: compile jobs in order, one line of results each."""
+    task: dict[str, Any] = json.loads((folder / "jobs.json").read_text())
+    for i, job in enumerate(task["jobs"][start:], start):
+        try:
+            got = compile_job(str(folder / f"k{i}.py"), job, tuple(task["gpu"]))
+            result = Compiled(True, got["shared"], got["registers"], got["spills"])
+        except Exception as e:  # whatever the compiler raises is this kernel's result
+            result = Compiled(False, error=f"{type(e).__name__}: {e}"[:2000])
+        _write(folder, i, result)
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]), int(sys.argv[2]))
