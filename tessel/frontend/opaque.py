@@ -79,7 +79,8 @@ def opaque_call(
     symbols = [str(s) for s in unbacked_bindings(node)]
     if symbols:
         attrs["symbol"] = symbols[0]
-    op = c.find("call_random" if ordered or must_keep_order(target) else "call")
+    # What has no results is there for what it does.
+    op = c.find("call_random" if ordered or not types or must_keep_order(target) else "call")
     plain = isinstance(target, OpOverload) and all(map(_writable, (*args, *kwargs.values())))
     if not plain:
         flat: list[Any] = []
