@@ -371,4 +371,3 @@ def test_readable_and_shared() -> None:
     assert a.text.startswith("# %1 = made by a test   test.py:1\n# tile: XB=32")
     compile(a.text, "kernel", "exec")
     assert render(gather_kernel(6, 7), get_target("h100")).body_key != a.body_key
-

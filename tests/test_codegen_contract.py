@@ -139,7 +139,12 @@ def attend(
 
 
 def oracle(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = False, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output, lse and sum of |p||v| in float64."""
     q, k, v = (t.double() for t in (q, k, v))
@@ -199,6 +204,26 @@ def test_attention_masks() -> None:
     far = torch.full((1, 1, 20, 40), torch.finfo(torch.float32).min)
     got, _ = attend(q, k, v, far, knobs)
     assert not got.isnan().any()
+
+
+def test_score_edited_by_itself() -> None:
+    """A soft cap reads nothing but the score: it belongs in the loop all the same."""
+    q, k, v = (rand(1, 2, 40, 8) for _ in range(3))
+    p = Program("attention", x0=2, m=40, n=40, d=8, e=8)
+    ins = [p.like(t[0]) for t in (q, k, v)]
+    o = p.param((2, 40, 8), torch.float32, out=True)
+    for part, param, axes in zip("qkv", ins, (("m", "d"), ("n", "d"), ("n", "e"))):
+        p.part(part)
+        p.provides[part] = p.load(param, "x0", *axes)
+    p.part("score")
+    p.dtypes[ACC] = torch.float32
+    p.provides["score"] = p.op("mul", p.op("tanh", p.op("div", Ref(ACC), 0.5)), 0.5)
+    p.part("body")
+    p.store(o, ("x0", "m", "e"), Ref(ACC))
+    out = poisoned((2, 40, 8), torch.float32)
+    interpret(p.kernel(scale=0.3), [q, k, v, out], knobs={"BM": 16, "BN": 16})
+    score = ((q.double() @ k.double().transpose(-1, -2)) * 0.3 / 0.5).tanh() * 0.5
+    assert bool(((score.softmax(-1) @ v.double())[0] - out).abs().max() < 2e-6)
 
 
 def test_attention_without_lse_and_with_nan() -> None:

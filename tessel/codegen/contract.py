@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from ..errors import check
 from ..ir.types import product
 from ..tiles.default import batch_axes, head_widths, plain_dot
-from ..tiles.kernel import ACC, LSE, Compute, Kernel, Load, Ref, Stmt, Store, refs
+from ..tiles.kernel import ACC, LSE, Compute, Kernel, Load, Ref, Stmt, refs
 from .dialect import compute_dtype, literal, narrow, rounded, size_text, triton_dtype
-from .expr import NONE, Dims, Emitter, Lane, Names, depends_on, used_indices
+from .expr import Emitter
 from .families import divides, flat_axes, names_for
+from .names import NONE, Dims, Lane, Names, depends_on, used_indices
 
 BOTH: Dims = frozenset({0, 1})
 
 
+_Side: TypeAlias = tuple[str, str, bool]  # axis, variable, whether tiles overhang
+
+
 def _emitter(
-    kernel: Kernel, names: Names, rows: tuple[str, str, bool], cols: tuple[str, str, bool], shape: tuple[str, str], interpret: bool
+    kernel: Kernel, names: Names, rows: _Side, cols: _Side, shape: tuple[str, str], interpret: bool
 ) -> Emitter:
-    """An emitter for a tile whose dim 0 is axis ``rows`` and dim 1 axis ``cols``: (axis, variable, overhangs)."""
+    """An emitter for a tile whose dim 0 is axis ``rows`` and dim 1 axis ``cols``."""
     lanes = {"x": Lane("x", NONE)}
     for dim, (axis, text, masked) in enumerate((rows, cols)):
         lanes[axis] = Lane(text, frozenset({dim}), f"{text}_ok" if masked else None)
@@ -65,7 +69,7 @@ def operand(e: Emitter, part: str, zero: tuple[int, str | None]) -> tuple[str, t
     provided = e.kernel.provides[part]
     check(isinstance(provided, Ref), lambda: f"{e.kernel.name}: part {part!r} provides {provided!r}, not a value")
     text, dims, dtype = e.values[provided.number]
-    stmt = next((s for s in e.kernel.parts[part] if not isinstance(s, Store) and getattr(s, "out", None) == provided.number), None)
+    stmt = next((s for s in e.kernel.parts[part] if getattr(s, "out", None) == provided.number), None)
     raw = provided.number in e.raw
     clean = isinstance(stmt, Load) and (not stmt.access.mask or stmt.access.other == 0)
     dim, ok = zero
@@ -136,7 +140,8 @@ def attention(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str
     interpret = vendor == "interpret"
     extents = {n: kernel.axis(n).extent for n in "mnde"}
     widths = head_widths(kernel)
-    over = {n: not divides(b, extents[n]) for n, b in (("m", knobs["BM"]), ("n", knobs["BN"]), ("d", widths["BD"]), ("e", widths["BE"]))}
+    blocks = {"m": knobs["BM"], "n": knobs["BN"], "d": widths["BD"], "e": widths["BE"]}
+    over = {axis: not divides(block, extents[axis]) for axis, block in blocks.items()}
     names = names_for(
         kernel, "BM", "BN", "BD", "BE", "m", "n", "d", "e", "dk", "nv", "m_ok", "n_ok", "d_ok", "e_ok", "dk_ok",
         "nv_ok", "acc", "peak", "total", "keys", "score", "new_peak", "base", "weight", "fade", "out", "lse",

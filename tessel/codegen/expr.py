@@ -9,7 +9,7 @@ must hold.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -19,11 +19,10 @@ from ..ir.node import Op
 from ..ir.types import simplify_dim
 from ..ops import OPS
 from ..tiles.index import Atom, Cond, Index, bounds, nonnegative, substitute
-from ..tiles.kernel import ACC, Access, Check, Compute, IndexOf, Kernel, Load, Ref, Stmt, Store, Test, axes_read, indices_of, refs
+from ..tiles.kernel import Access, Check, Compute, IndexOf, Kernel, Load, Ref, Stmt, Store, Test
 from .dialect import cast, compute_dtype, literal, narrow, rounded, size_text, triton_dtype, widen
+from .names import NONE, Dims, Lane, Names
 
-Dims = frozenset[int]
-NONE: Dims = frozenset()
 # Arithmetic of booleans as torch has it; one-bit integers would wrap.
 _BOOL_CODE = {
     "add": "({0} | {1})",
@@ -35,37 +34,7 @@ _BOOL_CODE = {
     "relu": "{0}",
 }
 
-
-@dataclass(frozen=True)
-class Lane:
-    """A tile variable: its text, the tile dims it runs along, its mask (if a tile can overhang) and zero."""
-
-    text: str
-    dims: Dims
-    ok: str | None = None
-
-
-@dataclass
-class Names:
-    """Names of one kernel's values: unique, and the same each time a value is written."""
-
-    used: set[str] = field(default_factory=set)
-    count: int = 0
-    known: dict[object, str] = field(default_factory=dict)
-    # Pieces of batch coordinates, named ahead of all loops: every tile may use them.
-    shared: dict[Atom, tuple[str, Dims]] = field(default_factory=dict)
-
-    def fresh(self, base: str) -> str:
-        name, n = base, 0
-        while name in self.used:
-            n += 1
-            name = f"{base}_{n}"
-        self.used.add(name)
-        return name
-
-    def numbered(self, base: str) -> str:
-        self.count += 1
-        return self.fresh(f"{base}{self.count}")
+Scope: TypeAlias = "tuple[dict[int, tuple[str, Dims, torch.dtype]], dict[Atom, tuple[str, Dims]], dict[str, str]]"
 
 
 class Emitter:
@@ -105,12 +74,13 @@ class Emitter:
         """Make a value known under a name (an accumulator, a reduced value)."""
         self.values[number] = (text, dims, dtype)
 
-    def scope(self) -> tuple[dict, dict, dict]:
+    def scope(self) -> Scope:
         """What is known now, for ``restore`` at the end of a loop."""
         return dict(self.values), dict(self.atoms), dict(self.masks)
 
-    def restore(self, scope: tuple[dict, dict, dict]) -> None:
-        self.values, self.atoms, self.masks = (dict(s) for s in scope)
+    def restore(self, scope: Scope) -> None:
+        values, atoms, masks = scope
+        self.values, self.atoms, self.masks = dict(values), dict(atoms), dict(masks)
 
     def take(self) -> list[str]:
         """The lines written so far, which are then forgotten."""
@@ -139,7 +109,7 @@ class Emitter:
                 for atom, _ in todo.pop().terms:
                     if atom.arg is None:
                         continue
-                    if self._dims(atom) <= dims and not any(a.kind == "value" for a in atom.arg.atoms()):
+                    if not any(a.kind == "value" for a in atom.arg.atoms()) and self._dims(atom) <= dims:
                         named = self._atom(atom)
                         if not named[1]:
                             self.names.shared[atom] = named
@@ -147,12 +117,8 @@ class Emitter:
                         todo.append(atom.arg)
 
     def _dims(self, atom: Atom) -> Dims:
-        found = [
-            self.lanes[a.name].dims if a.kind == "var" else self.values[int(a.name)][1] if int(a.name) in self.values else NONE
-            for a in (atom.arg.atoms() if atom.arg is not None else {atom})
-            if a.kind in ("var", "value")
-        ]
-        return frozenset().union(*found)
+        assert atom.arg is not None
+        return frozenset(d for a in atom.arg.atoms() if a.kind == "var" for d in self.lanes[a.name].dims)
 
     def _affine(self, index: Index) -> tuple[str, Dims]:
         parts: list[str] = []
@@ -285,16 +251,17 @@ class Emitter:
                 text = f"{text if text.isidentifier() else f'({text})'}.to({triton_dtype(compute_dtype(stmt.dtype))})"
             else:
                 text = f"tl.full([{self.unit}], {text}, {triton_dtype(compute_dtype(stmt.dtype))})"
-            self._assign(stmt.out, "iota", rounded(text, stmt.dtype, self.interpret), dims, stmt.dtype)
+            self.assign(stmt.out, "iota", rounded(text, stmt.dtype, self.interpret), dims, stmt.dtype)
         elif isinstance(stmt, Test):
             texts, dims = self.conds(stmt.conds)
-            self._assign(stmt.out, "test", " & ".join(texts) or literal(True, torch.bool, True, self.unit), dims, torch.bool)
+            text = " & ".join(texts) or literal(True, torch.bool, True, self.unit)
+            self.assign(stmt.out, "test", text, dims, torch.bool)
         elif isinstance(stmt, Check):
             self._check(stmt)
         else:
             check(False, lambda: f"{self.kernel.name}: {type(stmt).__name__} at a place that has no reduced axis")
 
-    def _assign(self, number: int, base: str, text: str, dims: Dims, dtype: torch.dtype) -> None:
+    def assign(self, number: int, base: str, text: str, dims: Dims, dtype: torch.dtype) -> None:
         name = self.value_name(number, base)
         self.lines.append(f"{name} = {text}")
         self.values[number] = name, dims, dtype
@@ -335,7 +302,7 @@ class Emitter:
     def _compute(self, stmt: Compute) -> None:
         if stmt.op == "cast":
             text, dims = self.operand(stmt.args[0], stmt.arg_dtype, True)
-            self._assign(stmt.out, "cast", cast(text, stmt.arg_dtype, stmt.dtype, self.interpret), dims, stmt.dtype)
+            self.assign(stmt.out, "cast", cast(text, stmt.arg_dtype, stmt.dtype, self.interpret), dims, stmt.dtype)
             return
         op: Op = OPS[stmt.op]
         code = _BOOL_CODE.get(stmt.op) if stmt.arg_dtype == torch.bool else None
@@ -352,7 +319,7 @@ class Emitter:
             text, d = self.operand(arg, dtype, typed)
             texts.append(f"({text})" if text.startswith("-") else text)
             dims |= d
-        self._assign(stmt.out, stmt.op, _bare(code.format(*texts)), dims, stmt.dtype)
+        self.assign(stmt.out, stmt.op, _bare(code.format(*texts)), dims, stmt.dtype)
 
     def _check(self, stmt: Check) -> None:
         text, dims, _ = self.values[stmt.arg.number]
@@ -372,7 +339,7 @@ class Emitter:
         mask, want = self.mask(access.mask, want)
         pointer = self.pointer(access, want)
         if stmt.dtype != param.type.dtype:
-            text = cast(text, stmt.dtype, param.type.dtype, self.interpret)
+            text = cast(text, stmt.dtype, compute_dtype(param.type.dtype), self.interpret)
         text = narrow(text, param.type.dtype, self.interpret)
         self.lines.append(f"tl.store({pointer}, {text}{f', mask={mask}' if mask else ''})")
 
@@ -382,7 +349,7 @@ def _other(access: Access, dtype: torch.dtype) -> str:
     value = access.other if access.mask else 0
     if not isinstance(value, sympy.Basic) and dtype.is_floating_point:
         value = float(torch.tensor(value, dtype=torch.float64).to(dtype))
-    return literal(value, dtype, False) if value != 0 else "False" if dtype == torch.bool else "0.0" if dtype.is_floating_point else "0"
+    return literal(value, dtype, False)
 
 
 def _bare(text: str) -> str:
@@ -399,26 +366,5 @@ def _bare(text: str) -> str:
 
 def _message(text: str) -> str:
     """A string literal of plain ASCII: user text never reaches code."""
-    kept = "".join(c if c.isascii() and c.isprintable() and c not in "\"\\{}%" else "?" for c in text)
+    kept = "".join(c if c.isascii() and c.isprintable() and c not in '"\\{}%' else "?" for c in text)
     return f'"{kept}"'
-
-
-def used_indices(kernel: Kernel, stmt: Stmt) -> list[Index]:
-    """The indices that a statement's text is made of: an address in place of its coordinates."""
-    if isinstance(stmt, Load | Store):
-        access = stmt.access
-        return [access.address(kernel.params[access.param]), *(c.index for c in access.mask)]
-    return list(indices_of(stmt))
-
-
-def depends_on(stmts: Sequence[Stmt], names: set[str]) -> set[int]:
-    """Numbers of the statements (by position) that vary along some axes, directly or through values."""
-    moving: set[int] = {ACC}  # a score or a product is new at every step
-    found: set[int] = set()
-    for i, s in enumerate(stmts):
-        if axes_read(s) & names or any(n in moving for n in refs(s)):
-            found.add(i)
-            if not isinstance(s, Store | Check):
-                moving.add(s.out)
-    return found
-

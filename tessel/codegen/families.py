@@ -13,7 +13,8 @@ from ..tiles.default import of_kind
 from ..tiles.index import Index, delinearize, exact_div, var
 from ..tiles.kernel import Axis, Kernel, Reduce, Segment
 from .dialect import cast, compute_dtype, identity, literal, size_text, triton_dtype
-from .expr import Dims, Emitter, Lane, Names, used_indices
+from .expr import Emitter
+from .names import Dims, Lane, Names, used_indices
 
 X: Dims = frozenset({0})
 R: Dims = frozenset({1})
@@ -67,7 +68,7 @@ def pointwise(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str
 def reduction(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str, Any]:
     """Context of ``reduction.triton.j2``: one block where RB holds all of r, else loops."""
     interpret = vendor == "interpret"
-    x_extent, r_extent = product(a.extent for a in of_kind(kernel, "x")), product(a.extent for a in of_kind(kernel, "r"))
+    x_extent, r_extent = (product(a.extent for a in of_kind(kernel, kind)) for kind in "xr")
     x_masked = not divides(knobs["XB"], x_extent)
     looped = not (isinstance(r_extent, int) and knobs["RB"] >= r_extent)
     r_masked = not divides(knobs["RB"], r_extent)
@@ -166,7 +167,7 @@ class _Folds:
             text = f"fold_{op}({text}, r, {self.r_extent}).to({triton_dtype(stmt.dtype)})"
         else:
             text = f"fold_{op}({text})"
-        self.e._assign(stmt.out, stmt.op, text, X, stmt.dtype)
+        self.e.assign(stmt.out, stmt.op, text, X, stmt.dtype)
 
     def step(self, stmt: Reduce) -> None:
         """The accumulator's start and its update in the loop."""
@@ -208,7 +209,7 @@ class _Folds:
             text = f"fold_{op}({acc}, {acc}_at, {self.r_extent}).to({triton_dtype(stmt.dtype)})"
         else:
             text = f"fold_{op}({acc})"
-        self.e._assign(stmt.out, stmt.op, text, X, stmt.dtype)
+        self.e.assign(stmt.out, stmt.op, text, X, stmt.dtype)
 
 
 def _fold_name(stmt: Reduce) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import TesselError, check, did_you_mean
+from ..errors import TesselError, did_you_mean
 from ..targets import TARGETS
 from .source import Source
 from .triton import compile_job, job_for
@@ -53,7 +53,8 @@ def offline_compile(sources: Sequence[Source], arch: str, timeout_s: float = 120
     if gpu is None:
         raise TesselError(f"no GPU of architecture {arch!r}; {did_you_mean(arch, known)}")
     for s in sources:
-        check(not s.interpret, lambda s=s: f"{s.name} was rendered for the interpreter; render it for a GPU")
+        if s.interpret:
+            raise TesselError(f"{s.name} was rendered for the interpreter; render it for a GPU")
     with tempfile.TemporaryDirectory(prefix="tessel-compile-") as name:
         folder = Path(name)
         jobs = []

@@ -22,7 +22,7 @@ from ..targets import Target
 from ..tiles.default import batch_axes, choose, formula_values, head_widths, of_kind
 from ..tiles.header import load_header
 from ..tiles.index import bounds
-from ..tiles.kernel import Check, IndexOf, Kernel
+from ..tiles.kernel import Check, Compute, IndexOf, Kernel
 from .contract import attention, matmul
 from .dialect import pointer_type
 from .families import arguments, pointwise, reduction
@@ -54,7 +54,7 @@ def render(kernel: Kernel, target: Target, knobs: Mapping[str, int] | None = Non
     header.check_knobs(chosen.knobs)
     interpret = target.vendor == "interpret"
     context = _CONTEXT[kernel.family](kernel, chosen.knobs, target.vendor)
-    code = header.module.kernel({"name": kernel.name, "args": arguments(kernel), **context})
+    code = header.module.kernel({"name": kernel.name, "args": arguments(kernel), "sizes": kernel.symbols(), **context})
     code = "\n".join(line for line in str(code).strip("\n").split("\n") if line.strip()) + "\n"
     parts = [_IMPORTS, *(h + "\n" for h in helpers_for(code, interpret)), code]
     sizes = {**chosen.knobs, **(head_widths(kernel) if kernel.family == "attention" else {})}
@@ -110,10 +110,12 @@ def _extents(kernel: Kernel, knobs: Mapping[str, int]) -> tuple[int, tuple[Dim, 
     for p in kernel.params:
         dims.append(sum((n - 1) * s for n, s in zip(p.type.shape, p.type.strides)) + 1)
     for stmt in kernel.statements():
+        if isinstance(stmt, Compute):  # sizes as numbers
+            dims += [s for a in stmt.args if isinstance(a, sympy.Basic) for s in a.free_symbols]
         if isinstance(stmt, IndexOf) and (got := bounds(stmt.index)) is not None:
             dims += [got[1], -got[0]]
     dims = [simplify_dim(d) for d in dims]
-    known = max(d for d in dims if isinstance(d, int))
+    known = max((d for d in dims if isinstance(d, int)), default=0)
     return known, tuple(dict.fromkeys(d for d in dims if not isinstance(d, int)))
 
 
@@ -158,9 +160,7 @@ def compile_job(path: str, job: Mapping[str, Any], gpu: tuple[str, int | str, in
     fn = getattr(module, job["name"])
     constexprs = {**job["tiles"], "INDEX": getattr(tl, job["index"])}
     signature = {n: "constexpr" if n in constexprs else job["signature"][n] for n in fn.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if signature[n].startswith("*")
-    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if signature[n].startswith("*")}
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         source = ASTSource(fn, signature, constexprs, aligned)

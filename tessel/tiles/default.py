@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..errors import check
+from ..errors import TesselError, check
 from ..ir.types import Dim, product
 from ..targets import Target
 from .header import Header, load_header
@@ -91,7 +91,8 @@ def head_widths(kernel: Kernel) -> dict[str, int]:
     out: dict[str, int] = {}
     for axis, name in (("d", "BD"), ("e", "BE")):
         extent = kernel.axis(axis).extent
-        check(isinstance(extent, int), lambda e=extent: f"{kernel.name}: the head width {e} must be a known number")
+        if not isinstance(extent, int):
+            raise TesselError(f"{kernel.name}: the head width {extent} must be a known number")
         out[name] = max(16, next_power(int(extent)))
     return out
 
@@ -197,7 +198,7 @@ def _attention(kernel: Kernel, vendor: str) -> tuple[dict[str, int], str]:
         if vendor == "amd" and width > 64:
             bn = 32  # 64 spills
     bm, bn = min(max(16, next_power(m)), bm), min(max(16, next_power(n)), bn)
-    warps = 1 if interpret else 8 if bm >= 128 and width > 64 else 4
+    warps = 1 if interpret else 8 if bm >= 128 else 4
     return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": 1 if interpret else 2}, why
 
 
@@ -212,9 +213,8 @@ def reads_across(kernel: Kernel) -> bool:
     for stmt in kernel.body:
         if not isinstance(stmt, Load | Store):
             continue
-        address = substitute(
-            stmt.access.address(kernel.params[stmt.access.param]), lambda a: axes.get(a.name) if a.kind == "var" else None
-        )
+        address = stmt.access.address(kernel.params[stmt.access.param])
+        address = substitute(address, lambda a: axes.get(a.name) if a.kind == "var" else None)
         step = {kind: _unit_step(address, kind) for kind in ("x", "r")}
         if step["x"] != step["r"]:
             votes += 1 if step["x"] else -1
@@ -223,7 +223,9 @@ def reads_across(kernel: Kernel) -> bool:
 
 def _unit_step(address: Index, name: str) -> bool:
     """Whether moving one along ``name`` moves one element, as far as the outermost term tells."""
-    return any(
-        c == 1 and ((a.kind == "var" and a.name == name) or (a.kind == "mod" and a.arg is not None and _unit_step(a.arg, name)))
-        for a, c in address.terms
-    )
+    for a, c in address.terms:
+        if c == 1 and a.kind == "var" and a.name == name:
+            return True
+        if c == 1 and a.kind == "mod" and a.arg is not None and _unit_step(a.arg, name):
+            return True
+    return False

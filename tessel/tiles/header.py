@@ -58,14 +58,10 @@ class Header:
     def check_knobs(self, knobs: Mapping[str, int]) -> None:
         """Raise ``TesselError`` unless every knob is declared, given and has an allowed value."""
         for name, value in knobs.items():
-            check(
-                name in self.knobs,
-                lambda n=name: f"{self.family} template: no knob {n!r}; {did_you_mean(n, self.knobs)}",
-            )
-            check(
-                value in self.knobs[name],
-                lambda n=name, v=value: f"{self.family} template: {n}={v} is none of {self.knobs[n]}",
-            )
+            if name not in self.knobs:
+                raise TesselError(f"{self.family} template: no knob {name!r}; {did_you_mean(name, self.knobs)}")
+            if value not in self.knobs[name]:
+                raise TesselError(f"{self.family} template: {name}={value} is none of {self.knobs[name]}")
         missing = [n for n in self.knobs if n not in knobs]
         check(not missing, lambda: f"{self.family} template: no value for the knobs {', '.join(missing)}")
 
@@ -99,7 +95,8 @@ def load_header(family: str, language: str = "triton") -> Header:
     try:
         module = environment().get_template(f"{family}.{language}.j2").module
     except jinja2.TemplateNotFound:
-        raise TesselError(f"no {language} template for the family {family!r}; {did_you_mean(family, FAMILIES)}") from None
+        words = did_you_mean(family, FAMILIES)
+        raise TesselError(f"no {language} template for the family {family!r}; {words}") from None
     knobs = {name: tuple(values) for name, values in module.knobs.items()}  # type: ignore[attr-defined]
     smem = dict(module.smem_bytes)  # type: ignore[attr-defined]
     return Header(family, MappingProxyType(knobs), MappingProxyType(smem), module)
