@@ -64,6 +64,17 @@ def debug_level() -> int:
     return int(text)
 
 
+def child_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """This process's environment for a child process, with some variables set, or dropped (None).
+
+    Tessel is importable in the child, wherever it was imported from here.
+    """
+    env = {**os.environ, **{k: v for k, v in changes.items() if v is not None}}
+    own = str(Path(__file__).parent.parent)
+    env["PYTHONPATH"] = os.pathsep.join(p for p in (own, os.environ.get("PYTHONPATH")) if p)
+    return {k: v for k, v in env.items() if k not in changes or changes[k] is not None}
+
+
 def _dump_dir() -> str | None:
     return os.environ.get("TESSEL_DUMP") or None
 

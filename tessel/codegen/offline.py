@@ -11,7 +11,6 @@ limit never fails here, only when the kernel is loaded: compare ``shared_bytes``
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import child_environment
 from ..errors import TesselError, did_you_mean
 from ..targets import TARGETS
 from .source import Source
@@ -75,11 +75,13 @@ def offline_compile(sources: Sequence[Source], arch: str, timeout_s: float = 120
 
 def _run(folder: Path, start: int, timeout_s: float) -> str:
     """One process from job ``start`` on; why it ended early, or nothing."""
-    root = str(Path(__file__).parent.parent.parent)
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(p for p in (root, env.get("PYTHONPATH", "")) if p)
-    env["TRITON_CACHE_DIR"] = str(folder / "cache")  # a cached kernel would not tell its registers
-    env["TRITON_DUMP_PTXAS_LOG"] = "1"
+    env = child_environment(
+        {
+            "TRITON_INTERPRET": None,
+            "TRITON_CACHE_DIR": str(folder / "cache"),  # a cached kernel would not tell its registers
+            "TRITON_DUMP_PTXAS_LOG": "1",
+        }
+    )
     command = [sys.executable, "-m", "tessel.codegen.offline", str(folder), str(start)]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
