@@ -7,7 +7,9 @@ Options are the fields of ``tessel.Options`` and ``target``.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import fx
 
 from .config import Options
 from .driver import Session, compile_graph, resolve_target
-from .errors import check
+from .errors import TesselError, check
 from .frontend.capture import GraphInfo, aot
 from .frontend.dynamo import recompilation
 from .frontend.importer import Imported
@@ -39,7 +41,19 @@ class Backend:
         def compile_one(imported: Imported, info: GraphInfo) -> Callable[[list[Any]], list[Any]]:
             return compile_graph(imported, info, session)
 
-        return aot(gm, example_inputs, compile_one)
+        try:
+            return aot(gm, example_inputs, compile_one)
+        except TesselError:
+            raise
+        except Exception as e:
+            where = _own_frame(e)
+            if where is None:
+                raise  # torch's: eager says it better
+            raise TesselError(
+                f"internal error while capturing {session.report.name or 'a graph'} ({where}): "
+                f"{type(e).__name__}: {e}. This is a fault of Tessel: run the function without it for now (call the "
+                "original), and report it with the output of TESSEL_DEBUG=3"
+            ) from e
 
 
 def tessel(
@@ -79,6 +93,14 @@ def tessel(
         check(options is None, lambda: f"options given twice: {options!r} and {more!r}")
     session = Session(resolve_target(target), Options.of(given))
     return Backend(session)(gm, example_inputs)
+
+
+def _own_frame(e: BaseException) -> str | None:
+    """Where in Tessel an exception came through, ``file.py:line``; None if only torch was at work."""
+    package = str(Path(__file__).parent)
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.startswith(package)]
+    frames = [f for f in frames if f.filename != __file__ and f.name != "aot"]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else None
 
 
 def name_of(fn: object) -> str:

@@ -7,6 +7,7 @@ that buffer planning knows whose memory a result may be.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,11 +51,17 @@ def called(node: Node, attention: str = "auto", device: str = "cpu") -> Called:
     return Called(f"op_{name}", node.op.ref, attrs, owned, flat=flat)
 
 
+# The IR drops copies that only change the layout, so a view may meet a tensor that it cannot be a view of.
+_AS_RESHAPE: dict[str, Callable[..., Any]] = dict.fromkeys(
+    ("aten.view.default", "aten._unsafe_view.default"), torch.reshape
+)
+
+
 def _opaque(node: Node) -> Called:
     """A call by name. Tensors handed over by keyword are the last arguments, ``names`` says which."""
     target = node.attrs["target"]
     held = getattr(target, "fn", None)  # a Python function instead of an operator
-    fn = held if held is not None else torch_op(str(target))
+    fn = held if held is not None else _AS_RESHAPE.get(str(target)) or torch_op(str(target))
     kwargs = dict(node.attrs.get("kwargs") or ())
     returns = getattr(getattr(fn, "_schema", None), "returns", None)
     simple = returns is not None and all(str(r.type) == "Tensor" for r in returns) and len(returns) == len(node.types)
