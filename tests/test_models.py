@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import tessel
 from tessel.models import load_model
@@ -102,17 +103,20 @@ def test_inference(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_dynamic(name: str) -> None:
-    """With dynamic=True the kernels of the first call serve other batches and lengths."""
+    """With dynamic=True the kernels of the first call serve other batches and lengths, where Dynamo's capture does."""
     module, kwargs = load(name)
+    captures = CompileCounter()
+    plain = torch.compile(module, backend=captures, dynamic=True)
     fast = tessel.compile(module, target="triton-interpret", dynamic=True)
-    counts = []
     with torch.no_grad():
         for batch, seq in ((2, 9), (3, 12), (5, 7)):
             _, kwargs = load(name, batch, seq)
             exact, exact_kwargs = double(name, module, kwargs)
             same(tensors(fast(**kwargs)), tensors(module(**kwargs)), tensors(exact(**exact_kwargs)), half=False)
-            counts.append(len(session_of(fast).report.compilations))
-    assert counts[0] == counts[-1], f"compiled again: {session_of(fast).report.recompiles}"
+            plain(**kwargs)
+    compiled = len(session_of(fast).report.compilations)
+    assert compiled <= captures.frame_count, f"compiled again: {session_of(fast).report.recompiles}"
+    assert captures.frame_count == 1 or name == "mamba", "its scan is unrolled by length, a capture each"
 
 
 @pytest.mark.parametrize("name", ("llama", "gemma3", "gpt2", "bert", "vit", "t5"))
