@@ -436,6 +436,19 @@ def test_cond_stays_a_call() -> None:
     assert fallback.loc.file == __file__
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_regions_are_inlined(dynamic: bool) -> None:
+    @torch.compiler.nested_compile_region
+    def region(x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x).clone()
+
+    with torch.no_grad():
+        seen = check_function(lambda x: region(region(x) + 1), torch.randn(5, 3), dynamic=dynamic)
+    if not dynamic:
+        names = [n.op.name for n in seen[0][1].graph.nodes]
+        assert names.count("gelu") == 2 and "call_random" not in names
+
+
 def test_while_loop_stays_a_call() -> None:
     from torch._higher_order_ops.while_loop import while_loop
 
@@ -595,6 +608,17 @@ def test_export() -> None:
         close(got[0], want["y"], rtol=1e-4, atol=1e-5)
         close(got[1], want["n"])
         assert count.item() == 1
+
+
+def test_host_tensors_in_a_graph_on_a_device() -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.arange(4, device="cpu")[1] + torch.arange(4, device=x.device)
+
+    imported = export_graph(Mixed(), (torch.ones(4, device="meta"),))
+    iotas = [n for n in imported.graph.nodes if n.op.name == "iota"]
+    assert [n.type.device for n in iotas] == ["cpu", None]
+    assert [n.attrs.get("device") for n in iotas] == ["cpu", None]
 
 
 def test_export_of_meta_tensors() -> None:

@@ -374,7 +374,7 @@ def _arange(c: Lowering, start: Any, end: Any, step: Any = 1, **__: Any) -> Valu
     if c.dtype in INTEGERS and not all(_whole(v) for v in (start, step)):
         raise Opaque("an integer range with fractional bounds")
     start, step = (v if isinstance(v, sympy.Basic) else kind(v) for v in (start, step))
-    return c("iota", shape=c.out.shape, start=start, step=step, dtype=c.dtype)
+    return c("iota", shape=c.out.shape, start=start, step=step, dtype=c.dtype, **c.placed())
 
 
 @register(TABLE, "aten.arange.start")
@@ -389,7 +389,7 @@ def _arange_end(c: Lowering, end: Any, **__: Any) -> Value:
 
 @register(TABLE, "prims.iota.default")
 def _iota(c: Lowering, length: Dim, *, start: Any, step: Any, **__: Any) -> Value:
-    return c("iota", shape=(length,), start=start, step=step, dtype=c.dtype)
+    return c("iota", shape=(length,), start=start, step=step, dtype=c.dtype, **c.placed())
 
 
 def _whole(v: Any) -> bool:

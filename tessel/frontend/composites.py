@@ -27,8 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "enable_gqa": False,
 }
 _SDPA = {
-    torch.nn.functional.scaled_dot_product_attention,
-    torch._C._nn.scaled_dot_product_attention,
+    torch.nn.functional.scaled_dot_product_attention,  # torch._C._nn has the same object
     torch.ops.aten.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
 }

@@ -13,47 +13,22 @@ shapes and dtypes with what the IR operators infer.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from ..errors import TesselError, check
-from ..ir.exprs import normal
 from ..ir.node import Builder, Graph, Node, Value, make_input, map_values
-from ..ir.types import (
-    Dim,
-    Loc,
-    SymType,
-    TensorType,
-    dim_equal,
-    simplify_dim,
-    symbol,
-    unbacked,
-)
-from .compat import HigherOrderOperator, OpOverload, guarded_equalities, size_hints, unbacked_bindings
+from ..ir.types import Dim, SymType, TensorType, dim_equal
+from .compat import HigherOrderOperator, OpOverload, size_hints, unbacked_bindings
 from .locs import Locations
 from .lower import PLAIN, VIEWS, Lowering, Opaque, nest, target_name
-from .opaque import Foreign, opaque_call
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """One fx node that became an opaque call to torch."""
-
-    node: str
-    target: str
-    reason: str
-    loc: Loc
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.node, self.target, self.reason, self.loc))
-
-    def __str__(self) -> str:
-        return f"{self.node} = {self.target} at {self.loc}: {self.reason}"
+from .opaque import Fallback, Foreign, opaque_call
+from .sizes import equalities, symbolic_example, to_ir
+from .special import SPECIAL, escaping, fake_tensors
 
 
 @dataclass(frozen=True)
@@ -92,7 +67,7 @@ def import_graph(
         TesselError: metadata is missing, or an operator's shape or dtype differs from eager's
             (a fault of Tessel; the message names node and line).
     """
-    return _Importer(gm, name, roles or {}).run()
+    return Importer(gm, name, roles or {}).run()
 
 
 def graph_device(gm: fx.GraphModule) -> str:
@@ -105,7 +80,7 @@ def graph_device(gm: fx.GraphModule) -> str:
     return "cpu"
 
 
-class _Importer:
+class Importer:
     def __init__(self, gm: fx.GraphModule, name: str, roles: Mapping[int, tuple[str, str]]) -> None:
         # Operators are looked up when a graph is imported, so that importing this module stays cheap.
         from ..ops import OPS
@@ -113,18 +88,18 @@ class _Importer:
 
         self.gm, self.name, self.roles, self.entries = gm, name, roles, TABLE
         self.device = graph_device(gm)
-        example = _symbolic_example(gm)
+        example = symbolic_example(gm)
         self.hints = size_hints(example)
         self.builder = Builder()
         self.c = Lowering(self.builder, OPS, self.hints)
         self.env: dict[fx.Node, Any] = {}
         self.c.env, self.c.offset = self.env, self.offset
-        self.escaping = _escaping(gm)
+        self.escaping = escaping(gm)
         self.exprs: dict[Any, Any] = {}
-        self.equal = _equalities(example)
+        self.equal = equalities(example)
         self.locations = Locations()
         self.constants: dict[str, torch.Tensor] = {}
-        self.constant_inputs: dict[str, Value] = {}
+        self.constant_inputs: dict[int, Value] = {}  # by id of the tensor, which the module keeps
         self.fallbacks: list[Fallback] = []
         self.effects: dict[Node, Value] = {}
         self.used_names: set[str] = set()
@@ -132,26 +107,31 @@ class _Importer:
     # ------------------------------------------------------------ driver
 
     def run(self) -> Imported:
-        outputs: tuple[Any, ...] = ()
-        position = 0
-        for node in self.gm.graph.nodes:
+        placeholders = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
+        for i, node in enumerate(placeholders):
             self.builder.loc = self.locations.of(node.meta)
-            if node.op == "placeholder":
-                self.env[node] = self.placeholder(node, position)
-                position += 1
-            elif node.op == "get_attr":
-                self.env[node] = self.attribute(node)
+            self.env[node] = self.placeholder(node, i)
+        outputs = self.outputs(self.block(self.gm))
+        graph = self.builder.finish(outputs, tuple(self.effects.items()), self.name)
+        return Imported(graph, self.constants, tuple(self.fallbacks), self.hints, self.device)
+
+    def block(self, gm: fx.GraphModule) -> Any:
+        """Import a graph's nodes, placeholders aside, and return its output argument."""
+        outputs: Any = ()
+        for node in gm.graph.nodes:
+            self.builder.loc = self.locations.of(node.meta)
+            if node.op == "get_attr":
+                self.env[node] = self.attribute(gm, node)
             elif node.op == "call_function":
                 self.env[node] = self.call(node)
             elif node.op == "output":
-                outputs = self.outputs(node.args[0])
-            else:
+                outputs = self.argument(node.args[0])
+            elif node.op != "placeholder":
                 raise TesselError(
                     f"{self.where(node)}: an fx node of kind {node.op} cannot be imported; "
                     "hand in a graph from AOTAutograd or torch.export"
                 )
-        graph = self.builder.finish(outputs, tuple(self.effects.items()), self.name)
-        return Imported(graph, self.constants, tuple(self.fallbacks), self.hints, self.device)
+        return outputs
 
     def where(self, node: fx.Node) -> str:
         return f"{self.name}: {node.name} = {target_name(node.target)} at {self.builder.loc}"
@@ -186,25 +166,23 @@ class _Importer:
         self.builder.inputs.append(node)
         return node
 
-    def attribute(self, node: fx.Node) -> Any:
+    def attribute(self, gm: fx.GraphModule, node: fx.Node) -> Any:
         target = str(node.target)
-        held: Any = self.gm
+        held: Any = gm
         for part in target.split("."):
             held = getattr(held, part)
         if not isinstance(held, torch.Tensor):
             return Foreign(held)
-        if target not in self.constant_inputs:
+        if id(held) not in self.constant_inputs:
             val = node.meta.get("val")
             kind = self.tensor_type(val if isinstance(val, torch.Tensor) else held)
             made = self.add_input(target, kind, "constant")
             self.constants[made.attrs["name"]] = held
-            self.constant_inputs[target] = made.out
-        return self.constant_inputs[target]
+            self.constant_inputs[id(held)] = made.out
+        return self.constant_inputs[id(held)]
 
-    def outputs(self, args: Any) -> tuple[Any, ...]:
-        if not isinstance(args, tuple | list):
-            args = (args,)
-        outs = tuple(self.argument(a) for a in args)
+    def outputs(self, outs: Any) -> tuple[Any, ...]:
+        outs = outs if isinstance(outs, tuple) else (outs,)
         bad = [a for a in outs if isinstance(a, Foreign | tuple)]
         check(not bad, lambda: f"{self.name}: the graph returns {bad[0]!r}, neither a tensor nor a number")
         return outs
@@ -257,7 +235,7 @@ class _Importer:
             if isinstance(held, tuple):
                 return held[at]  # type: ignore[index]
         name = target_name(target)
-        handler = _SPECIAL.get(name)
+        handler = SPECIAL.get(name)
         if handler is not None:
             return handler(self, node)
         if isinstance(val, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool):
@@ -267,7 +245,7 @@ class _Importer:
 
     def tensor_call(self, node: fx.Node, name: str, val: Any) -> Any:
         args, kwargs = self.argument(node.args), self.argument(dict(node.kwargs))
-        fakes = list(_tensors(val))
+        fakes = list(fake_tensors(val))
         types = tuple(map(self.tensor_type, fakes))
         start = len(self.builder.nodes)
         self.c.types, self.c.node = types, node
@@ -365,106 +343,6 @@ class _Importer:
         return _mapped(got, moved)
 
 
-# ---------------------------------------------------------------- special targets
-
-
-def _drop(self: _Importer, node: fx.Node) -> Any:
-    return None
-
-
-def _item(self: _Importer, node: fx.Node) -> Any:
-    """A number read from a tensor: an effect that binds an unbacked symbol."""
-    value = self.scalar(node.meta.get("val"))
-    names = list(getattr(value, "free_symbols", ()))
-    bound = list(unbacked_bindings(node))
-    if not bound and not names:
-        return value  # known while tracing
-    name = str(bound[0]) if bound else names[0].name
-    x = self.c.reshape(self.argument(node.args[0]), ())
-    self.builder.node(self.c.find("item"), x, symbol=name)
-    return value
-
-
-def _assert_scalar(self: _Importer, node: fx.Node) -> Any:
-    cond = self.argument(node.args[0])
-    if cond is True:
-        return None
-    message = str(node.args[1]) if len(node.args) > 1 else "a runtime assertion failed"
-    self.builder.node(self.c.find("assert_scalar"), cond, message=message)
-    return None
-
-
-def _assert_tensor(self: _Importer, node: fx.Node) -> Any:
-    x = self.argument(node.args[0])
-    given = len(node.args) > 1 and isinstance(node.args[1], str)
-    message = str(node.args[1]) if given else "Expected Tensor with single nonzero value"
-    if x.dtype != torch.bool:
-        x = self.c("ne", x, 0)
-    self.builder.node(self.c.find("assert_true"), x, message=message)
-    if "functional" in target_name(node.target):
-        return self.argument(node.args[2])
-    return None
-
-
-def _copy_into(self: _Importer, node: fx.Node) -> Any:
-    """``copy_`` into a graph input, which AOTAutograd puts at the end of the graph."""
-    owner: Any = node.args[0]
-    target, value = self.argument(owner), self.argument(node.args[1])
-    self.c.types, self.c.node = (target.type,), node
-    value = self.c.expand(self.c.cast(value, target.dtype), target.shape)
-    if target.node.op.kind == "input":
-        if value != target:
-            self.effects[target.node] = value
-        return value
-    # A tensor that the graph made: from here on it is the new value, unless a view would see it change.
-    views = [owner, *owner.users] if owner.op == "call_function" else []
-    check(
-        not any(n is not node and self.c.is_view(n) for n in views),
-        lambda: f"{self.where(node)}: copy_ into a view; functionalize the graph first",
-    )
-    self.env[owner] = value
-    return value
-
-
-def _with_effects(self: _Importer, node: fx.Node) -> Any:
-    """An operator with side effects: a call that keeps its place, which is what the token was for."""
-    token, target, *args = (self.env.get(a, a) if isinstance(a, fx.Node) else a for a in node.args)
-    given = tuple(map(self.argument, args))
-    kwargs = self.argument(dict(node.kwargs))
-    _, *val = node.meta["val"]
-    types = tuple(map(self.tensor_type, _tensors(val)))
-    reason = "an operator with side effects"
-    self.fallbacks.append(Fallback(node.name, target_name(target), reason, self.builder.loc))
-    outs = opaque_call(self.c, node, target, given, kwargs, types, ordered=True)
-    return (token, *nest(val, iter(outs)))
-
-
-def _token(self: _Importer, node: fx.Node) -> Any:
-    self.c.types, self.c.node = (), node
-    return self.c.full((0,), 0, torch.float32)
-
-
-_SPECIAL: dict[str, Callable[[_Importer, fx.Node], Any]] = {
-    "aten._local_scalar_dense.default": _item,
-    "aten.item.default": _item,
-    "aten._assert_scalar.default": _assert_scalar,
-    "aten._assert_async.default": _assert_tensor,
-    "aten._assert_async.msg": _assert_tensor,
-    "aten._functional_assert_async.msg": _assert_tensor,
-    "aten._assert_tensor_metadata.default": _drop,
-    "aten.sym_constrain_range.default": _drop,
-    "aten.sym_constrain_range_for_size.default": _drop,
-    "aten.copy_.default": _copy_into,
-    "higher_order.with_effects": _with_effects,
-    "prims._make_token.default": _token,
-    "prims._sink_tokens.default": _drop,
-    "aten._make_dep_token.default": _token,
-}
-
-
-# ---------------------------------------------------------------- helpers
-
-
 def _no_entry(node: fx.Node) -> str:
     target = node.target
     if unbacked_bindings(node):
@@ -474,69 +352,6 @@ def _no_entry(node: fx.Node) -> str:
     if isinstance(target, OpOverload) and target.namespace not in ("aten", "prims"):
         return "a custom operator"
     return "no IR operator"
-
-
-def to_ir(expr: Any) -> Any:
-    """A torch size expression in the IR's symbols: positive sizes, or integers of any sign."""
-    if not isinstance(expr, sympy.Basic):
-        return expr
-    names = {}
-    for s in expr.free_symbols:
-        if s.is_integer:
-            names[s] = symbol(s.name) if s.is_positive else unbacked(s.name)
-    found = normal(expr.xreplace(names))
-    return simplify_dim(found) if isinstance(found, sympy.Expr) and found.is_integer else found
-
-
-def _symbolic_example(gm: fx.GraphModule) -> torch.SymInt | None:
-    """A symbolic size of the graph, which knows all that torch knows of the sizes."""
-    for node in gm.graph.nodes:
-        val = node.meta.get("val")
-        if isinstance(val, torch.SymInt):
-            return val
-        if isinstance(val, torch.Tensor):
-            for n in val.shape:
-                if isinstance(n, torch.SymInt):
-                    return n
-    return None
-
-
-def _equalities(example: torch.SymInt | None) -> dict[Any, Any]:
-    """The simpler side of each guarded equality of sizes, by the other side."""
-    simpler: dict[Any, Any] = {}
-    for pair in guarded_equalities(example):
-        a, b = sorted(map(to_ir, pair), key=lambda e: (sympy.sympify(e).count_ops(), str(e)))
-        if a != b and not isinstance(b, int):
-            simpler[b] = a
-    return simpler
-
-
-def _escaping(gm: fx.GraphModule) -> set[fx.Node]:
-    """Nodes whose own storage can be seen outside: they leave the graph, perhaps through views.
-
-    A copy among them must stay a copy: its reader may write to it, or relies on its layout.
-    """
-    seen: set[fx.Node] = set()
-    for node in reversed(gm.graph.nodes):
-        if node.op == "output":
-            seen.update(node.all_input_nodes)
-        elif node.op == "call_function":
-            name = target_name(node.target)
-            viewed = node in seen and name in VIEWS
-            if viewed or name in _LAYOUT_MATTERS:
-                seen.update(node.all_input_nodes)
-    return seen
-
-
-_LAYOUT_MATTERS = frozenset({"aten.as_strided.default", "aten.view.dtype", "aten.copy_.default"})
-
-
-def _tensors(val: Any) -> Iterator[torch.Tensor]:
-    if isinstance(val, torch.Tensor):
-        yield val
-    elif isinstance(val, tuple | list):
-        for v in val:
-            yield from _tensors(v)
 
 
 def _values(arg: Any) -> Iterator[Value]:
@@ -570,4 +385,4 @@ def _same_type(a: TensorType, b: TensorType) -> bool:
     return a.shape == b.shape and a.strides == b.strides and a.device == b.device
 
 
-__all__ = ["Fallback", "Imported", "graph_device", "import_graph", "target_name", "to_ir"]
+__all__ = ["Fallback", "Imported", "graph_device", "import_graph"]

@@ -208,11 +208,16 @@ class Lowering:
         return self("slice", x, dim=dim, start=start, size=size, step=step)
 
     def full(self, shape: Sequence[Dim], value: Any, dtype: torch.dtype) -> Value:
-        return self("full", shape=tuple(shape), value=literal(value, dtype), dtype=dtype)
+        return self("full", shape=tuple(shape), value=literal(value, dtype), dtype=dtype, **self.placed())
+
+    def placed(self) -> dict[str, str]:
+        """The attribute of a tensor made from nothing that is not on the graph's own device."""
+        device = self.types[0].device if self.types else None
+        return {} if device is None else {"device": device}
 
     def iota(self, size: Dim, like: int, rank: int, dtype: torch.dtype = torch.int64) -> Value:
         """0, 1, ... along axis ``like`` of a tensor of ``rank`` axes, the other axes of size one."""
-        x = self("iota", shape=(size,), start=0, step=1, dtype=dtype)
+        x = self("iota", shape=(size,), start=0, step=1, dtype=dtype, **self.placed())
         return self.reshape(x, tuple(size if i == like else 1 for i in range(rank)))
 
     def hint(self, d: Dim) -> int | None:

@@ -8,7 +8,8 @@ a ``Callee``: its text names it, and it carries the Python function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -16,7 +17,7 @@ import torch
 from torch import fx
 
 from ..ir.node import Value
-from ..ir.types import TensorType
+from ..ir.types import Loc, TensorType
 from .compat import HigherOrderOperator, OpOverload, unbacked_bindings
 from .lower import Lowering
 
@@ -44,6 +45,22 @@ class Foreign:
 
     def __repr__(self) -> str:
         return f"{type(self.held).__name__}"
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """One fx node that became an opaque call to torch."""
+
+    node: str
+    target: str
+    reason: str
+    loc: Loc
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.node, self.target, self.reason, self.loc))
+
+    def __str__(self) -> str:
+        return f"{self.node} = {self.target} at {self.loc}: {self.reason}"
 
 
 _LITERAL = (int, float, bool, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -153,4 +170,4 @@ class _Rebuild:
         return self.fn(*args, **kwargs)
 
 
-__all__ = ["Callee", "Foreign", "must_keep_order", "opaque_call"]
+__all__ = ["Callee", "Fallback", "Foreign", "must_keep_order", "opaque_call"]
