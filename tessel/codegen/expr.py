@@ -205,7 +205,7 @@ class Emitter:
             text = " & ".join(texts)
             if text not in self.masks:
                 name = self._named(("mask", text), "mask")
-                self.lines.append(f"{name} = {text}")
+                self.lines.append(f"{name} = {_bare(text)}")
                 self.masks[text] = name
             texts = [self.masks[text]]
         bound = [lane.ok for lane in self.lanes.values() if lane.ok and lane.dims & dims]
@@ -255,7 +255,7 @@ class Emitter:
         elif isinstance(stmt, Test):
             texts, dims = self.conds(stmt.conds)
             text = " & ".join(texts) or literal(True, torch.bool, True, self.unit)
-            self.assign(stmt.out, "test", text, dims, torch.bool)
+            self.assign(stmt.out, "test", _bare(text), dims, torch.bool)
         elif isinstance(stmt, Check):
             self._check(stmt)
         else:
@@ -301,8 +301,12 @@ class Emitter:
 
     def _compute(self, stmt: Compute) -> None:
         if stmt.op == "cast":
-            text, dims = self.operand(stmt.args[0], stmt.arg_dtype, True)
-            self.assign(stmt.out, "cast", cast(text, stmt.arg_dtype, stmt.dtype, self.interpret), dims, stmt.dtype)
+            held, dims = self.operand(stmt.args[0], stmt.arg_dtype, True)
+            text = cast(held, stmt.arg_dtype, stmt.dtype, self.interpret)
+            if text == held and held.isidentifier():  # widened already
+                self.values[stmt.out] = held, dims, stmt.dtype
+            else:
+                self.assign(stmt.out, "cast", text, dims, stmt.dtype)
             return
         op: Op = OPS[stmt.op]
         code = _BOOL_CODE.get(stmt.op) if stmt.arg_dtype == torch.bool else None
@@ -326,7 +330,7 @@ class Emitter:
         mask, _ = self.mask(stmt.mask, dims)
         good = f"({text} >= 0) & ({text} < {size_text(stmt.high)})"
         if mask is not None:
-            good = f"({good}) | (({mask}) == 0)"
+            good = f"({good}) | ({mask if mask.isidentifier() else f'({mask})'} == 0)"
         fn = "check_bound" if self.interpret else "tl.device_assert"
         self.lines.append(f"{fn}({good}, {_message(stmt.message)})")
 
@@ -365,6 +369,10 @@ def _bare(text: str) -> str:
 
 
 def _message(text: str) -> str:
-    """A string literal of plain ASCII: user text never reaches code."""
+    """A string literal: plain ASCII, and without the place in brackets, which the header names.
+
+    So no user's text reaches code, and equal kernels stay equal.
+    """
+    text = text.split(" (")[0]
     kept = "".join(c if c.isascii() and c.isprintable() and c not in '"\\{}%' else "?" for c in text)
     return f'"{kept}"'

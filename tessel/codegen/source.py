@@ -66,7 +66,8 @@ class Source:
     def body_key(self) -> str:
         """A digest that two kernels share if they differ only in name, header and sizes of the grid."""
         neutral = self.body.replace(f"def {self.name}(", "def kernel(")
-        return hashlib.sha256(repr((neutral, sorted(self.constexprs.items()))).encode()).hexdigest()
+        launch = (sorted(self.constexprs.items()), self.extents, self.always_wide)
+        return hashlib.sha256(repr((neutral, launch)).encode()).hexdigest()
 
     def wide(self, sizes: Mapping[str, int]) -> bool:
         """Whether some offset needs 64 bits, given the symbols' values."""
