@@ -257,6 +257,9 @@ class Importer:
                 if t.dtype not in PLAIN and not hasattr(entry, "any_dtype"):
                     raise Opaque(f"{str(t.dtype).removeprefix('torch.')} tensors")
             got = entry(self.c, *args, **kwargs)
+            if node in self.escaping and name not in VIEWS:
+                got = self.own_storage(got, start)
+            return self.settled(node, got, types, start)
         except Opaque as reason:
             del self.builder.nodes[start:]
             return self.opaque(node, args, kwargs, val, types, str(reason))
@@ -266,9 +269,6 @@ class Importer:
             # torch has guarded on an equality of sizes that their expressions do not show
             del self.builder.nodes[start:]
             return self.opaque(node, args, kwargs, val, types, f"sizes that only a guard makes fit: {e}")
-        if node in self.escaping and name not in VIEWS:
-            got = self.own_storage(got, start)
-        return self.settled(node, got, types, start)
 
     def own_storage(self, got: Any, start: int) -> Any:
         """Copy what eager would give storage of its own and the IR made a view, or did nothing for."""
@@ -322,9 +322,10 @@ class Importer:
     def agree(self, a: Dim, b: Dim) -> bool:
         if dim_equal(a, b):
             return True
-        # Equal sizes may look different; torch has guarded on them being equal.
         x, y = self.c.hint(a), self.c.hint(b)
-        return x is None or y is None or (x == y and not (isinstance(a, int) and isinstance(b, int)))
+        if x == y or x is None or y is None:
+            raise Opaque(f"sizes that only a guard makes equal: {a} and {b}")
+        return False
 
     def retype(self, got: Any, retyped: dict[Value, TensorType], start: int) -> Any:
         """Rebuild the nodes from ``start`` on with some results' types replaced."""
