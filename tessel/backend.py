@@ -19,7 +19,7 @@ from .config import Options
 from .driver import Session, compile_graph, resolve_target
 from .errors import TesselError, check
 from .frontend.capture import GraphInfo, aot
-from .frontend.dynamo import recompilation
+from .frontend.dynamo import current_compilation
 from .frontend.importer import Imported
 from .report import Recompile
 
@@ -34,9 +34,11 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **rest: Any) -> Callable[..., Any]:
         session = self.session
-        again = recompilation()
-        if again is not None:
-            session.report.recompiles.append(Recompile(again.function, again.number, again.reason))
+        now = current_compilation()
+        before = session.compiled[now.function]
+        session.compiled[now.function] += 1
+        if before and now.again:
+            session.report.recompiles.append(Recompile(now.function, before, now.reason))
 
         def compile_one(imported: Imported, info: GraphInfo) -> Callable[[list[Any]], list[Any]]:
             return compile_graph(imported, info, session)

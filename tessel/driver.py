@@ -9,7 +9,9 @@ import dataclasses
 import difflib
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,8 +30,8 @@ from .report import Call, Compilation, Fused, Kernel, Pass, Report
 from .runtime.kernels import Kernels, by_torch
 from .runtime.launch import interpreting
 from .runtime.library import called
-from .runtime.program import Program, build
-from .runtime.replay import check_replayable
+from .runtime.program import build
+from .runtime.replay import Replayed, check_replayable
 from .targets import TARGETS, Target, get_target, match_device
 from .tiles.cost import base_values, bytes_moved, node_bytes
 
@@ -44,11 +46,13 @@ class Session:
         target: a target's name, "auto" or "cuda".
         options: see ``Options``.
         report: filled by every compilation.
+        compiled: how many times each function has been handed to the backend.
     """
 
     target: str = "auto"
     options: Options = field(default_factory=Options)
     report: Report = field(default_factory=Report)
+    compiled: Counter[str] = field(default_factory=Counter)
 
     def __reduce__(self) -> Any:
         """A copy of a compiled module starts its own record."""
@@ -151,7 +155,7 @@ def compile_graph(imported: Imported, info: GraphInfo, session: Session) -> Call
     started = time.perf_counter()
     stage = ["import"]
     try:
-        program = _compile(imported, session, record, stage)
+        run = _compile(imported, info, session, record, stage)
     except TesselError:
         raise
     except Exception as e:
@@ -163,16 +167,18 @@ def compile_graph(imported: Imported, info: GraphInfo, session: Session) -> Call
         ) from e
     record.seconds = time.perf_counter() - started
     session.report.compilations.append(record)
-    return program.run
+    return run
 
 
-def _compile(imported: Imported, session: Session, record: Compilation, stage: list[str]) -> Program:
+def _compile(
+    imported: Imported, info: GraphInfo, session: Session, record: Compilation, stage: list[str]
+) -> Callable[[list[Any]], list[Any]]:
     options, device = session.options, imported.device
     place = place_for(session.target, device)
     record.target = place.target.name
     record.passes.append(Pass("import", 0.0, len(imported.graph.nodes), imported.graph))
     record.fallbacks = [Call(f.target, str(f.loc), f.reason) for f in imported.fallbacks]
-    if options.cuda_graphs:
+    if options.cuda_graphs and info.is_inference:
         check_replayable(imported.graph, device)
 
     graph = _run_passes(imported, _resolved(options, place), place, record, stage)
@@ -201,7 +207,7 @@ def _compile(imported: Imported, session: Session, record: Compilation, stage: l
         device=device,
         hints=imported.hints,
         about=_about(graph, record),
-        around=interpreting if place.how == "interpret" else None,
+        around=_around(place, device),
     )
     record.host, record.host_file = program.source.text, str(program.path)
     record.peak_bytes = program.buffers.peak_bytes
@@ -209,7 +215,20 @@ def _compile(imported: Imported, session: Session, record: Compilation, stage: l
         for kernel in record.kernels:
             print(f"# {kernel.file}\n{kernel.source}", file=sys.stderr)
         print(f"# {record.host_file}\n{record.host}", file=sys.stderr)
-    return program
+    if options.cuda_graphs:
+        if info.is_inference:
+            return Replayed(program.run, info.static_inputs)
+        record.notes.append("cuda_graphs: gradients would live in memory that is overwritten; run as it is")
+    return program.run
+
+
+def _around(place: Place, device: str) -> Callable[[], AbstractContextManager[Any]] | None:
+    """What every call of a program runs in."""
+    if place.how == "interpret":
+        return interpreting
+    if place.how == "launch" and torch.cuda.device_count() > 1:
+        return lambda: torch.cuda.device(device)  # Triton launches on the current device
+    return None
 
 
 def _resolved(options: Options, place: Place) -> Options:

@@ -9,7 +9,7 @@ report.to_dict()               # plain data, ready for json.dumps
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,7 +172,7 @@ class Report:
 
 
 def _compilation_dict(c: Compilation) -> dict[str, Any]:
-    out = {k: v for k, v in vars(c).items() if isinstance(v, str | int | float)}
+    out: dict[str, Any] = {k: v for k, v in vars(c).items() if isinstance(v, str | int | float)}
     out["passes"] = [{"name": p.name, "seconds": p.seconds, "nodes": p.nodes, "graph": p.text} for p in c.passes]
     for name in ("kernels", "groups", "calls", "fallbacks"):
         out[name] = [vars(x).copy() for x in getattr(c, name)]
@@ -264,6 +264,3 @@ def _table(rows: list[tuple[str, ...]]) -> Iterable[str]:
     wide = [min(max(len(r[i]) for r in rows), 60) for i in range(len(rows[0]))]
     for r in rows:
         yield "  " + "  ".join(f"{cell:<{w}}" for cell, w in zip(r, wide, strict=True)).rstrip()
-
-
-Observer = Callable[[str, Graph, float], None]

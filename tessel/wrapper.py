@@ -91,7 +91,7 @@ def _guarded(made: Callable[..., Any], fn: Callable[..., Any], session: Session,
             if said:
                 warnings.warn(said.pop(), RecompileLimit, stacklevel=2)
             return result
-        except (dynamo.DynamoError, *dynamo.LimitReached, RecursionError) as e:
+        except dynamo.Caught as e:
             failure = e
         finally:
             undo()

@@ -328,6 +328,10 @@ def test_recompiles_are_counted_and_explained() -> None:
     assert [r.number for r in report.recompiles] == [1, 2]
     assert "size" in report.recompiles[0].reason and "double" in report.recompiles[0].function
     assert "2 recompiles" in str(report)
+    # another caller's compilations of the same function are none of its own
+    other = tessel.compile(double._torchdynamo_orig_callable, options={"fusion": False})
+    other(torch.ones(5))
+    assert not tessel.explain(other).recompiles
 
 
 def test_the_recompile_limit_is_said() -> None:

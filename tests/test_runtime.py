@@ -20,7 +20,7 @@ from tessel.ops import OPS
 from tessel.passes.pipeline import run_pipeline
 from tessel.runtime.buffers import plan_buffers, span_bytes
 from tessel.runtime.kernels import Kernels, by_torch
-from tessel.runtime.launch import _wide_rule, interpreting
+from tessel.runtime.launch import Launcher, _wide_rule, interpreting, load
 from tessel.runtime.library import called
 from tessel.runtime.modules import execute, place
 from tessel.runtime.program import build, fit, reuse
@@ -309,6 +309,43 @@ def test_offsets_are_64_bit_where_sizes_ask_for_it() -> None:
     b = Builder([big])
     (node,) = kernel_nodes(b.finish([b.add(OPS["exp"], big.out)]))
     assert _wide_rule(render(lower(node), INTERPRET))()
+
+
+def test_a_gpu_launch_is_compiled_once_a_variant(tmp_path: Path) -> None:
+    """With a stand-in for Triton's own launch: what it is told, and that it is asked once a variant."""
+    s = symbol("s0")
+    x = make_input("x", TensorType((s, 4), torch.float32))
+    b = Builder([x])
+    (node,) = kernel_nodes(b.finish([b.add(OPS["exp"], x.out)]))
+    source = render(lower(node), get_target("h100"))
+    launcher = load(source, tmp_path)
+    assert isinstance(launcher, Launcher)
+    asked: list[Any] = []
+    reused: list[Any] = []
+
+    class Variant:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args: reused.append((grid, args))
+
+    class Fn:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*args: Any, **options: Any) -> Variant:
+                asked.append((grid, args, options))
+                return Variant()
+
+            return launch
+
+    launcher.fn = Fn()
+    x_, y_ = torch.zeros(64), torch.zeros(64)
+    launcher((0,), x_, y_, 0)
+    for n in (16, 32, 48):
+        launcher((n,), x_, y_, n)
+    launcher((5,), x_, y_, 5)  # 5 is not a multiple of 16
+    launcher((16,), x_[1:], y_, 16)  # not aligned to 16 bytes
+    assert [a[1][2] for a in asked] == [16, 5, 16] and [r[0] for r in reused] == [(32, 1, 1), (48, 1, 1)]
+    assert "num_warps" in asked[0][2] and str(asked[0][2]["INDEX"]) == "int32"
+    # the kept variant takes every parameter of the function, in order
+    assert len(reused[0][1]) == len(execute(source.text, launcher.path)[source.name].arg_names)
 
 
 def test_nothing_is_launched_for_an_empty_tensor(tmp_path: Path) -> None:

@@ -18,40 +18,40 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch._guards import CompileContext
 
 __all__ = [
-    "Again",
-    "DynamoError",
+    "Caught",
+    "Current",
     "LimitReached",
     "NotCaptured",
     "OptimizedModule",
+    "current_compilation",
     "limit_listener",
     "patcher",
-    "recompilation",
 ]
 
 
 @dataclass(frozen=True)
-class Again:
-    """A compilation of a function that has been compiled before."""
+class Current:
+    """The compilation that Dynamo is at: of which function, whether not its first, and why again."""
 
     function: str
-    number: int
+    again: bool
     reason: str
 
 
-def recompilation() -> Again | None:
-    """Inside a backend: which recompile this is and why; None for a first compile.
+def current_compilation() -> Current:
+    """To be called inside a backend.
 
-    A graph after a graph break belongs to the frame's own resume function, so it is a first compile.
+    What follows a graph break is a function of its own. Torch counts compilations of a function whoever
+    asked for them, so a first one for some caller may be "again".
     """
     identity = CompileContext.current_compile_id()
-    number = getattr(identity, "frame_compile_id", None) or 0
-    if number == 0 or (getattr(CompileContext.try_get(), "attempt", 0) or 0) < 0:
-        return None
+    again = bool(getattr(identity, "frame_compile_id", None))
+    if not again:
+        return Current(_function(), False, "")
     from torch._dynamo.utils import get_metrics_context
 
     metrics = getattr(get_metrics_context(), "_metrics", {})
-    reason = str(metrics.get("recompile_reason") or "torch gives no reason")
-    return Again(_function(), number, reason)
+    return Current(_function(), True, str(metrics.get("recompile_reason") or "torch gives no reason"))
 
 
 def _function() -> str:
@@ -122,9 +122,11 @@ def limit_listener(listener: Listener) -> Iterator[None]:
 # ---------------------------------------------------------------- errors
 
 # Everything that Dynamo raises itself: it could not trace, an operator failed on fake tensors, a backend failed.
-DynamoError = exc.TorchDynamoException
+DynamoError: type[Exception] = exc.TorchDynamoException
 LimitReached: tuple[type[Exception], ...] = tuple(
     t for t in (getattr(exc, "FailOnRecompileLimitHit", None), getattr(exc, "RecompileLimitExceeded", None)) if t
 )
+# What a call of a compiled function is caught for; anything else is the program's own exception.
+Caught: tuple[type[Exception], ...] = (DynamoError, *LimitReached, RecursionError)
 # Only raised to the caller with fullgraph=True.
 NotCaptured: tuple[type[Exception], ...] = (exc.Unsupported, exc.UserError)

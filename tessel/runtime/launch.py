@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
@@ -53,6 +54,10 @@ class Launcher:
         if 0 in grid:
             return
         tensors, sizes = args[: self.tensors], args[self.tensors :]
+        if torch.version.hip:  # there variants depend on more than this
+            index = tl.int64 if self.wide(*sizes) else tl.int32
+            self.fn[grid](*args, INDEX=index, **self.options)
+            return
         key = (
             *[t.data_ptr() & 15 == 0 for t in tensors],
             *[(n == 1, n & 15 == 0, n > INT32_LIMIT) for n in sizes],
