@@ -209,24 +209,14 @@ def _compilation_lines(c: Compilation) -> Iterable[str]:
         yield f"most intermediate memory at once: {size(c.peak_bytes)}"
     yield from (f"note: {n}" for n in c.notes)
     yield ""
-    yield "passes"
+    yield "passes (the graph after each: .compilations[...].passes[...].text, and .html())"
     yield from _table([(p.name, f"{p.seconds * 1e3:.1f} ms", f"{p.nodes} nodes") for p in c.passes])
     if c.kernels:
         yield "kernels"
         yield from _table([(k.name, k.family, f"x{len(k.sites)}", k.file) for k in c.kernels])
     if c.groups:
         yield "what fused and why"
-        yield from _table(
-            [
-                (
-                    g.kernel,
-                    _short(g.operators),
-                    f"saves {size(g.saved_bytes)}" if g.saved_bytes else "",
-                    g.why,
-                )
-                for g in c.groups
-            ]
-        )
+        yield from _table(_group_rows(c.groups))
     yield "what fell back and why" if c.fallbacks else "nothing fell back"
     yield from _counted((f.operator, f.reason, f.where) for f in c.fallbacks)
     if c.calls:
@@ -234,6 +224,17 @@ def _compilation_lines(c: Compilation) -> Iterable[str]:
         yield from _counted((f.operator, f.reason, f.where) for f in c.calls)
     if c.host_file:
         yield f"host program: {c.host_file}"
+
+
+def _group_rows(groups: list[Fused]) -> list[tuple[str, ...]]:
+    """Equal groups once, with their number and all that they save."""
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for g in groups:
+        rows.setdefault((g.kernel, _short(g.operators), g.why), []).append(g.saved_bytes)
+    return [
+        (kernel, operators, f"x{len(saved)}", f"saves {size(sum(saved))}" if sum(saved) > 0 else "", why)
+        for (kernel, operators, why), saved in rows.items()
+    ]
 
 
 def _recompile_lines(recompiles: list[Recompile]) -> Iterable[str]:
