@@ -183,6 +183,7 @@ def indexing() -> Iterator[Case]:
 def contractions() -> Iterator[Case]:
     yield "matmul", (real(3, 5), real(5, 7)), {}
     yield "matmul", (real(2, 3, 3, 5), real(2, 3, 5, 7)), {}
+    yield "addmm", (real(7), real(3, 5), real(5, 7)), {}
     q, k, v = real(2, 6, 5, 4), real(2, 6, 7, 4), real(2, 6, 7, 3)
     yield "attention", (q, k, v), {}
     yield "attention", (q, k, v), {"causal": True, "scale": 0.3}

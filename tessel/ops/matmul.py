@@ -1,4 +1,7 @@
-"""Matrix product. Transposes and bias are separate nodes: a split ``k`` would add a bias twice."""
+"""Matrix product. Transposes and bias are separate nodes: a split ``k`` would add a bias twice.
+
+``addmm`` is the library's product with a bias, which the fuse pass makes; its ``k`` stays whole.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,14 @@ def _flops(node: Node) -> Dim:
     return product((2, *node.type.shape, operand_types(node)[0].shape[-1]))
 
 
+def _addmm_infer(bias: Any, a: Any, b: Any) -> tuple[TensorType, ...]:
+    (out,) = _infer(a, b)
+    need_tensor("addmm", bias)
+    fits = a.rank == 2 and bias.rank == 1 and dim_equal(bias.shape[0], b.shape[1]) and bias.dtype == a.dtype
+    check(fits, lambda: f"addmm: bias {bias} does not fit the product of {a} and {b}, both of rank 2")
+    return (out,)
+
+
 MATMUL = table(
     Op(
         "matmul",
@@ -44,5 +55,15 @@ MATMUL = table(
         flops=_flops,
         cost=1000,
         doc="matmul(a [B, m, k], b [B, k, n]) with equal batch sizes",
+    ),
+    Op(
+        "addmm",
+        "library",
+        dims="n, m k*, k* n -> m n",
+        ref=torch.addmm,
+        infer=_addmm_infer,
+        flops=lambda node: product((2, *node.type.shape, operand_types(node)[1].shape[-1])),
+        cost=1000,
+        doc="addmm(bias [n], a [m, k], b [k, n]): the library's product with a bias",
     )
 )

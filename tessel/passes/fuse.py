@@ -29,6 +29,7 @@ from ..ops import OPS
 from ..ops.view import view_strides
 from ..tiles.axes import Axes, join
 from ._groups import FREE, MAX_NODES, MAX_TENSORS, Group, inline_problem, outside_reads, refusal, start
+from ._products import with_bias
 from ._regions import KERNEL, make_kernel
 
 ORDER = {"pointwise": 0, "reduction": 1, "matmul": 2, "attention": 3}
@@ -37,17 +38,29 @@ ORDER = {"pointwise": 0, "reduction": 1, "matmul": 2, "attention": 3}
 def run(graph: Graph, options: Options | None = None) -> Graph:
     """The graph with its computing nodes grouped into ``kernel`` nodes, in an order that respects all uses."""
     options = Options() if options is None else options
-    return _Fuser(_own_copies(graph), options).run()
+    if options.matmul == "library":
+        graph = with_bias(graph)
+    return _Fuser(_own_copies(graph, options), options).run()
 
 
-def _own_copies(graph: Graph) -> Graph:
+def _host(node: Node, options: Options) -> str | None:
+    """Why torch runs a node, ``None`` where a kernel does."""
+    if node.op.kind == "contract" and options.matmul == "library":
+        return "matrix products go to the library (options.matmul)"
+    if node.op.kind == "attention" and options.attention == "library":
+        return "attention goes to the library (options.attention)"
+    return refusal(node)
+
+
+def _own_copies(graph: Graph, options: Options) -> Graph:
     """Where a call to torch or an output needs a view that memory cannot express, the copy is a node."""
-    host = {v for n in graph.nodes if refusal(n) and n.op.kind not in FREE for v in n.operands} | set(graph.results())
+    calls = {n for n in graph.nodes if n.op.kind not in FREE and _host(n, options)}
+    host = {v for n in calls for v in n.operands} | set(graph.results())
     builder = Builder(graph.inputs)
     new: dict[Value, Value] = {v: v for i in graph.inputs for v in i.outs}
     copies: dict[Value, Value] = {}
     for old in graph.nodes:
-        table = copies if refusal(old) and old.op.kind not in FREE else {}
+        table = copies if old in calls else {}
         args = map_values(old.args, lambda v, t=table: t.get(v, new[v]))
         node = builder.append(old if args == old.args else old.replace(args=args))
         new.update(zip(old.outs, node.outs, strict=True))
@@ -83,7 +96,7 @@ class _Fuser:
         for node in self.graph.nodes:
             if node.op.kind in FREE:
                 continue
-            group = start(node, self.place[node], self._refusal(node))
+            group = start(node, self.place[node], _host(node, self.options))
             group.after.update((binds[s], None) for s in node.symbols() if s in binds)
             if "symbol" in node.attrs:
                 binds[node.attrs["symbol"]] = node
@@ -105,13 +118,6 @@ class _Fuser:
         return self._emit()
 
     # ------------------------------------------------------------------ joining
-
-    def _refusal(self, node: Node) -> str | None:
-        if node.op.kind == "contract" and self.options.matmul == "library":
-            return "matrix products go to the library (options.matmul)"
-        if node.op.kind == "attention" and self.options.attention == "library":
-            return "attention goes to the library (options.attention)"
-        return refusal(node)
 
     def _users(self) -> dict[Value, set[Node | None]]:
         """The computing nodes that read a value, views looked through; ``None`` stands for an output."""
