@@ -178,6 +178,8 @@ def _flash_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":  # its flash kernel takes no groups
+        k, v = _whole_heads(k, q.shape[1]), _whole_heads(v, q.shape[1])
     if _fused_on_cpu(q, k, v, mask):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         bias = _flash_mask(mask, q.dtype)

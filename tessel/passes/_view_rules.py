@@ -153,6 +153,31 @@ def _scatter_whole(b: Builder, node: Node) -> Value | None:
     return instead(src, node) if _is(start, 0) and dim_equal(size, x.shape[dim]) else None
 
 
+def _grouped_heads(b: Builder, node: Node) -> tuple[Value, ...] | None:
+    """Attention repeats the heads of keys and values by itself."""
+    q, k, v, *rest = node.args
+    few = [_unrepeated(b, x) for x in (k, v)]
+    if few[0] is None or few[1] is None or not all(map(dim_equal, few[0].shape[:2], few[1].shape[:2])):
+        return None
+    return b.node(node.op, q, *few, *rest, types=node.types, **node.attrs).outs
+
+
+def _unrepeated(b: Builder, x: Value) -> Value | None:
+    """``[b, g, s, d]`` of which ``x`` ``[b, g * r, s, d]`` repeats each head ``r`` times."""
+    expand = producer(x.node.args[0], "expand") if x.op.name == "reshape" else None
+    if expand is None or expand.type.rank != 5:
+        return None
+    few, shape = expand.args[0], expand.type.shape
+    if few.type.rank != 5 or not _is(few.shape[2], 1) or not _is(x.shape[1], shape[1] * shape[2]):
+        return None
+    kept = (0, 1, 3, 4)
+    if not all(dim_equal(few.shape[d], shape[d]) for d in kept) or not dim_equal(x.shape[3], shape[4]):
+        return None
+    if not dim_equal(x.shape[0], shape[0]) or not dim_equal(x.shape[2], shape[3]):
+        return None
+    return b.node(OPS["reshape"], few, shape=tuple(shape[d] for d in kept)).out
+
+
 VIEWS = ("reshape", "permute", "expand", "slice", "flip")
 VIEW_RULES: tuple[Rule, ...] = (
     Rule("view of a constant", VIEWS, _of_constant),
@@ -173,5 +198,6 @@ VIEW_RULES: tuple[Rule, ...] = (
     Rule("cat with empty pieces", ("cat",), _cat_empty),
     Rule("pad by nothing", ("pad",), _pad_nothing),
     Rule("pad of pad", ("pad",), _pad),
+    Rule("attention over repeated heads", ("attention",), _grouped_heads),
     Rule("slice_scatter over everything", ("slice_scatter",), _scatter_whole),
 )
