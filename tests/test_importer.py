@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tessel.frontend.aten import TABLE
-from tessel.frontend.importer import import_graph
+from tessel.frontend.importer import Imported, import_graph
 from tessel.frontend.special import SPECIAL
 from tessel.ops.library import torch_op
 
@@ -364,11 +364,16 @@ def assert_same(got: Any, want: Any, tol: float = 1e-5) -> None:
             torch.testing.assert_close(g, w, rtol=tol, atol=tol, equal_nan=True)
 
 
-def round_trip(fn: Callable[..., Any], inputs: list[Any], mode: str) -> Any:
-    """Trace, import, evaluate; the import and the outputs."""
+def round_trip_import(fn: Callable[..., Any], inputs: list[Any], mode: str = "fake") -> Imported:
+    """Trace and import."""
     gm = make_fx(fn, tracing_mode=mode)(*inputs)
     gm.graph.eliminate_dead_code()
-    imported = import_graph(gm)
+    return import_graph(gm)
+
+
+def round_trip(fn: Callable[..., Any], inputs: list[Any], mode: str) -> Any:
+    """Trace, import, evaluate; the import and the outputs."""
+    imported = round_trip_import(fn, inputs, mode)
     return imported, run(imported, inputs, strides=True)
 
 
@@ -387,6 +392,23 @@ def test_target(index: int, mode: str) -> None:
     if mode == "fake":
         assert [g.stride() for g in got] == [w.stride() for w in want]
     assert str(imported.graph)
+
+
+def test_a_target_that_is_no_class() -> None:
+    x, bad = T(3, 4), torch.tensor([1, 4, -100])
+
+    def loss(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.nll_loss_forward.default(x, target, None, 1, -100)[0]
+
+    imported, _ = round_trip(loss, [x, torch.tensor([1, 3, -100])], "fake")
+    assert any(n.op.name == "call_random" for n in imported.graph.live().nodes)
+    with pytest.raises(IndexError, match="Target 4 is out of bounds"):
+        run(imported, [x, bad])
+    with torch.device("meta"):
+        elsewhere = round_trip_import(loss, [T(3, 4).to("meta"), bad.to("meta")])
+    (got,) = run(elsewhere, [x, bad])
+    assert got.isnan()
+    assert_same(run(elsewhere, [x, bad.clamp(max=3)]), [loss(x, bad.clamp(max=3))])
 
 
 def test_fused_rms_norm() -> None:

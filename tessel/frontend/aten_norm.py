@@ -6,6 +6,7 @@ fuse pass can make one kernel of each. f16 and bf16 operands are computed in f32
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from ..ir.node import Value
 from ..ir.types import Dim, product
+from .checks import check_classes
 from .lower import Lowering, Opaque, Table, axis, register
 
 TABLE: Table = {}
@@ -282,7 +284,7 @@ class _Classes:
     """Which class each row asks for, as a comparison along the class axis.
 
     A comparison rather than a gather keeps the loss and its gradient in the row's own kernel.
-    A target outside the classes selects nothing.
+    A target outside the classes selects nothing; ``checked`` sees to that.
     """
 
     def __init__(self, c: Lowering, x: Value, target: Value, ignore: Any) -> None:
@@ -292,6 +294,20 @@ class _Classes:
         self.valid = c("ne", wanted, ignore)
         hit = c("eq", c.iota(x.shape[self.dim], self.dim, rank, target.dtype), wanted)
         self.hit = c("logical_and", hit, self.valid)
+
+    def checked(self, target: Value, loss: Value, ignore: Any) -> Value:
+        """The rows' losses, where a target is a class or ignored.
+
+        On the CPU any other target raises, as in eager. A GPU would have to wait for that: there such a
+        row gives NaN.
+        """
+        c, classes = self.c, self.shape[self.dim]
+        if c.device == "cpu":
+            name = str(check_classes)
+            c.builder.node(c.find("call_random"), target, classes, ignore, types=(), target=name)
+            return loss
+        known = c("logical_and", c("ge", target, 0), c("lt", target, classes))
+        return c("where", c("logical_or", known, c("eq", target, ignore)), loss, math.nan)
 
     def pick(self, x: Value) -> Value:
         """The element of each row at its class, 0 for rows that do not count."""
@@ -321,7 +337,7 @@ def _nll_loss(
     x = c.wide(x)
     rows = _Classes(c, x, target, ignore_index)
     scored = x if weight is None else c("mul", x, rows.per_class(weight, x.dtype))
-    loss = c("neg", rows.pick(scored))
+    loss = rows.checked(target, c("neg", rows.pick(scored)), ignore_index)
     if reduction == _NONE:
         return c.cast(loss, c.dtype), c.full(c.types[1].shape, 0, c.types[1].dtype)
     every = tuple(range(len(loss.shape)))

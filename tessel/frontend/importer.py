@@ -91,7 +91,7 @@ class Importer:
         example = symbolic_example(gm)
         self.hints = size_hints(example)
         self.builder = Builder()
-        self.c = Lowering(self.builder, OPS, self.hints)
+        self.c = Lowering(self.builder, OPS, self.hints, self.device)
         self.env: dict[fx.Node, Any] = {}
         self.c.env, self.c.offset = self.env, self.offset
         self.escaping = escaping(gm)
@@ -264,11 +264,11 @@ class Importer:
             del self.builder.nodes[start:]
             return self.opaque(node, args, kwargs, val, types, str(reason))
         except TesselError as e:
-            if not self.symbolic((args, kwargs), types):
-                raise TesselError(f"{self.where(node)}: {e}") from e
-            # torch has guarded on an equality of sizes that their expressions do not show
+            # What the IR refuses eager may refuse too, with its own words, when it runs; and torch may have
+            # guarded on an equality of sizes that their expressions do not show.
+            why = "sizes that only a guard makes fit" if self.symbolic((args, kwargs), types) else "refused by the IR"
             del self.builder.nodes[start:]
-            return self.opaque(node, args, kwargs, val, types, f"sizes that only a guard makes fit: {e}")
+            return self.opaque(node, args, kwargs, val, types, f"{why}: {e}")
 
     def own_storage(self, got: Any, start: int) -> Any:
         """Copy what eager would give storage of its own and the IR made a view, or did nothing for."""

@@ -91,12 +91,14 @@ class Lowering:
         builder: where nodes go.
         types: the type of each tensor result of the fx node at hand, as eager has it.
         node: the fx node at hand, for its metadata.
+        device: what a type without a device stands for.
         env: what each fx node became.
         offset: the storage offset of an fx node's tensor, in elements.
     """
 
-    def __init__(self, builder: Builder, ops: dict[str, Op], hints: dict[str, int]) -> None:
+    def __init__(self, builder: Builder, ops: dict[str, Op], hints: dict[str, int], device: str) -> None:
         self.builder = builder
+        self.device = device
         self.table = ops
         self.hints = hints
         self.env: dict[torch.fx.Node, Any] = {}
