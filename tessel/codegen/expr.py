@@ -163,7 +163,13 @@ class Emitter:
             text, dims = self._affine(atom.arg)
             name = self._named(atom, "i")
             inner = text if text.isidentifier() else f"({text})"
-            self.lines.append(f"{name} = {inner} {'//' if atom.kind == 'div' else '%'} {size_text(atom.n)}")
+            n = size_text(atom.n)
+            least = bounds(atom.arg)
+            if least is None or not nonnegative(least[0]):  # the machine rounds towards zero, an index down
+                rest = f"({inner} % {n} + {n}) % {n}"
+                self.lines.append(f"{name} = " + (f"({inner} - {rest}) // {n}" if atom.kind == "div" else rest))
+            else:
+                self.lines.append(f"{name} = {inner} {'//' if atom.kind == 'div' else '%'} {n}")
         self.atoms[atom] = name, dims
         return name, dims
 

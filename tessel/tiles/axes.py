@@ -79,13 +79,13 @@ class Axes:
             if node in self.operand_layouts and _axes(self.operand_layouts[node]) != whole:
                 return f"{node.op.name} folds a value that does not have all the axes"
         for v in self.computed:
-            axes = _axes(self.layouts[v])
-            if sum(map(len, self.layouts[v])) != len(axes):
+            mine = _axes(self.layouts[v])
+            if sum(map(len, self.layouts[v])) != len(mine):
                 return f"two dims of {v.node.op.name} would be one loop"
             if v.node in self.folded:
-                if axes != parallel:
+                if mine != parallel:
                     return f"{v.node.op.name} does not have all parallel axes"
-            elif axes not in (whole, parallel):
+            elif mine not in (whole, parallel):
                 return f"{v.node.op.name} has only some of the axes, it would be computed again and again"
         return None
 
@@ -225,6 +225,8 @@ def join(
         shared: values from outside that both read: the same place where that is possible.
     """
     through = tuple(through)
+    if not inline and producer.computed and any(v in consumer.moved for v in through):
+        return "its value is read at other places than it is computed at"
     moved = producer.moved | consumer.moved
     if inline or any(v in consumer.moved for v in through):
         moved |= frozenset(producer.reads)

@@ -190,15 +190,28 @@ def _split(a: Index, n: Dim) -> tuple[Index, Index]:
             r[atom] = c
         else:
             q[atom] = d
-    if isinstance(a.const, int) and isinstance(n, int):
-        cq, cr = divmod(a.const, n)
-        # A constant moves only where the rest stays non-negative without it.
-        if cq and not less(_make(dict(r), cr), n):
-            cq, cr = 0, a.const
-    else:
-        d = exact_div(a.const, n)
-        cq, cr = (d, 0) if d is not None else (0, a.const)
-    return _make(q, cq), _make(r, cr)
+    rest = _make(r, a.const)
+    moved = _multiples(rest, n)
+    return _make(q, moved), rest + simplify_dim(-moved * n)
+
+
+def _multiples(rest: Index, n: Dim) -> Dim:
+    """How many ``n`` to take off so that what stays is >= 0 and small.
+
+    Generated code divides as C does, which is floor division only from zero up.
+    """
+    got = bounds(rest)
+    if got is None:
+        return 0
+    low = got[0]
+    if isinstance(low, int) and isinstance(n, int):
+        return low // n
+    whole = sympy.div(low, n)[0] if sympy.sympify(n).is_polynomial() and sympy.sympify(low).is_polynomial() else 0
+    for q in (whole, whole - 1):
+        q = simplify_dim(sympy.sympify(q))
+        if (isinstance(q, int) or q.is_integer) and nonnegative(simplify_dim(low - q * n)):
+            return q
+    return 0
 
 
 @lru_cache(maxsize=65536)
@@ -273,8 +286,12 @@ def _whole(high: Atom, low: Atom) -> Index | None:
     quotient = floordiv(e, n)
     if quotient.terms == ((high, 1),) and quotient.const == 0:
         return e
-    if high.kind == "mod" and high.arg == quotient:
-        return mod(e, simplify_dim(n * high.n))
+    if high.kind == "mod":
+        assert high.arg is not None
+        rest = high.arg + scale(quotient, -1)
+        if len(rest.terms) == len(high.arg.terms) - len(quotient.terms):
+            # n*((rest + e//n) % m) + e % n is (n*rest + e) % (n*m)
+            return mod(scale(rest, n) + e, simplify_dim(n * high.n))
     return None
 
 
@@ -289,7 +306,8 @@ def delinearize(flat: Index, shape: Sequence[Dim]) -> tuple[Index, ...]:
     for axis in range(len(shape) - 1, -1, -1):
         c = floordiv(flat, step)
         step = simplify_dim(step * shape[axis])
-        coords.append(c if less(c, shape[axis]) else mod(c, shape[axis]))
+        outermost = all(isinstance(n, int) and n == 1 for n in shape[:axis])
+        coords.append(c if outermost or less(c, shape[axis]) else mod(c, shape[axis]))
     return tuple(reversed(coords))
 
 

@@ -14,17 +14,14 @@ import torch
 
 from ..errors import TesselError, check
 from ..ir.node import Graph, Node, Value
-from ..ir.types import Dim, TensorType, contiguous_strides, dim_equal, product, simplify_dim
-from ..ops.view import groups
-from .index import Cond, Index, constant, delinearize, exact_div, linearize, scale, value, var
+from ..ir.types import Dim, TensorType, dim_equal, product, simplify_dim
+from .index import Cond, Index, constant, delinearize, exact_div, scale, var
 from .index import floordiv as index_div
-from .index import mod as index_mod
 from .kernel import (
     ACC,
     LSE,
     Access,
     Axis,
-    Check,
     Compute,
     IndexOf,
     Kernel,
@@ -37,9 +34,7 @@ from .kernel import (
     Store,
     Test,
 )
-
-Coords = tuple[Index, ...]
-Mask = tuple[Cond, ...]
+from .places import INDEXED, Coords, Mask, Wants, broadcast, reshape_coords, through_view
 
 
 def lower(node: Node) -> Kernel:
@@ -52,10 +47,10 @@ def lower(node: Node) -> Kernel:
     check(node.op.name == "kernel", lambda: f"{node.op.name} is not a kernel node")
     family = node.attrs["family"]
     maker = {"matmul": _matmul, "attention": _attention}.get(family, _plain)
-    return maker(_Lowering(node))
+    return maker(Lowering(node))
 
 
-class _Lowering:
+class Lowering:
     """One kernel being written down."""
 
     def __init__(self, node: Node) -> None:
@@ -85,6 +80,9 @@ class _Lowering:
     def compute(self, op: str, args: Sequence[Operand], dtype: torch.dtype, arg_dtype: torch.dtype) -> Operand:
         return self.new(lambda out: Compute(out, op, tuple(args), dtype, arg_dtype))
 
+    def test(self, *conds: Cond) -> Ref:
+        return self.new(lambda out: Test(out, conds))
+
     def take(self) -> tuple[Stmt, ...]:
         """The statements so far; the next part starts empty and remembers no value."""
         stmts = tuple(self.stmts)
@@ -108,7 +106,7 @@ class _Lowering:
 
     def at(self, v: Value, coords: Coords, mask: Mask = ()) -> Operand:
         """The value at a place, as an earlier statement or a literal. Deep chains use an explicit stack."""
-        stack = [self._eval(v, coords, mask)]
+        stack = [self.evaluate(v, coords, mask)]
         send: Operand = None
         while stack:
             try:
@@ -121,11 +119,11 @@ class _Lowering:
             if key in self.memo:
                 send = self.memo[key]
             else:
-                stack.append(self._eval(*want))
+                stack.append(self.evaluate(*want))
                 send = None
         return send
 
-    def _eval(self, v: Value, coords: Coords, mask: Mask):  # type: ignore[no-untyped-def]
+    def evaluate(self, v: Value, coords: Coords, mask: Mask) -> Wants:
         """A generator: yields (value, coords, mask) it needs and is sent the operand."""
         key = (v, coords, mask)
         if key in self.memo:
@@ -137,13 +135,13 @@ class _Lowering:
         if kind == "input":
             got: Operand = self.new(lambda out: Load(out, Access(self.input_number[node], coords, mask), v.dtype))
         elif kind == "view":
-            got = yield (node.operands[0], _through_view(node, coords), mask)
+            got = yield (node.operands[0], through_view(node, coords), mask)
         elif kind == "generate":
             got = self._generate(node, coords)
         elif kind == "pointwise":
             args: list[Operand] = []
             for a in node.args:
-                args.append((yield (a, _broadcast(a.type, coords), mask)) if isinstance(a, Value) else a)
+                args.append((yield (a, broadcast(a.type, coords), mask)) if isinstance(a, Value) else a)
             tensors = [a for a in node.args if isinstance(a, Value)]
             operand = tensors[-1] if node.op.name == "where" else tensors[0] if tensors else v
             if node.op.name == "where" and operand is node.args[0]:
@@ -174,7 +172,7 @@ class _Lowering:
         scaled = self.compute("mul", (place, step), dtype, dtype)
         return self.compute("add", (scaled, start), dtype, dtype)
 
-    def _reduce(self, node: Node, coords: Coords, mask: Mask):  # type: ignore[no-untyped-def]
+    def _reduce(self, node: Node, coords: Coords, mask: Mask) -> Wants:
         x = node.operands[0]
         mine = self.coords(self.layout[node])
         check(
@@ -222,202 +220,17 @@ def _tensor(t: object) -> TensorType:
     return t
 
 
-def _broadcast(t: TensorType, coords: Coords) -> Coords:
-    """The coordinates in an operand that broadcasts to the result."""
-    zero = constant(0)
-    mine = coords[len(coords) - t.rank :] if t.rank else ()
-    return tuple(zero if n == 1 else c for c, n in zip(mine, t.shape, strict=True))
-
-
-def _through_view(node: Node, coords: Coords) -> Coords:
-    x = node.operands[0].type
-    name = node.op.name
-    if name == "permute":
-        out: list[Index] = [constant(0)] * x.rank
-        for c, d in zip(coords, node.attrs["dims"], strict=True):
-            out[d] = c
-        return tuple(out)
-    if name == "expand":
-        return _broadcast(x, coords)
-    if name == "slice":
-        d = node.attrs["dim"] % x.rank
-        moved = scale(coords[d], node.attrs.get("step", 1)) + node.attrs["start"]
-        return (*coords[:d], moved, *coords[d + 1 :])
-    if name == "flip":
-        flipped = {d % x.rank for d in node.attrs["dims"]}
-        return tuple(
-            scale(c, -1) + simplify_dim(n - 1) if d in flipped else c
-            for d, (c, n) in enumerate(zip(coords, x.shape, strict=True))
-        )
-    check(name == "reshape", lambda: f"no index map for the view {name} at {node.loc}")
-    return reshape_coords(x.shape, node.type.shape, coords)
-
-
-def reshape_coords(old: Sequence[Dim], new: Sequence[Dim], coords: Coords) -> Coords:
-    """Coordinates in shape ``old`` of the element at ``coords`` in shape ``new``.
-
-    >>> x, y = var("x", 4), var("y", 6)
-    >>> [str(c) for c in reshape_coords((2, 2, 6), (4, 6), (x, y))]
-    ['x // 2', 'x % 2', 'y']
-    """
-    out: list[Index] = [constant(0)] * len(old)
-    for before, after in groups(old, new):
-        shape = [new[d] for d in after]
-        flat = linearize([coords[d] for d in after], contiguous_strides(shape))
-        for d, c in zip(before, delinearize(flat, [old[d] for d in before]), strict=True):
-            out[d] = constant(0) if old[d] == 1 else c
-    return tuple(out)
-
-
-# ---------------------------------------------------------------------- gathers, padding, concatenation
-
-
-def _cat(low: _Lowering, node: Node, coords: Coords, mask: Mask):  # type: ignore[no-untyped-def]
-    d = node.attrs["dim"] % node.type.rank
-    pieces = list(node.operands)
-    offset: Dim = 0
-    ends: list[Dim] = []
-    starts: list[Dim] = []
-    for v in pieces:
-        starts.append(offset)
-        offset = simplify_dim(offset + v.shape[d])
-        ends.append(offset)
-    got: Operand = None
-    # From the last piece to the first: where(place < end of piece, piece, what comes after).
-    for v, start, end in reversed(list(zip(pieces, starts, ends, strict=True))):
-        cond = Cond(coords[d], start, end)
-        inside = (*coords[:d], coords[d] + simplify_dim(-start), *coords[d + 1 :])
-        if got is None and len(pieces) == 1:
-            return (yield (v, inside, mask))
-        one = yield (v, inside, (*mask, cond))
-        if got is None:
-            got = one
-            continue
-        test = low.new(lambda out, e=end: Test(out, (Cond(coords[d], None, e),)))
-        got = low.compute("where", (test, one, got), node.type.dtype, node.type.dtype)
-    return got
-
-
-def _pad(low: _Lowering, node: Node, coords: Coords, mask: Mask):  # type: ignore[no-untyped-def]
-    x = node.operands[0]
-    conds: list[Cond] = []
-    inside: list[Index] = []
-    sides = zip(coords, node.attrs["low"], node.attrs["high"], x.shape, strict=True)
-    for c, before, after, size in sides:
-        inside.append(c + simplify_dim(-before))
-        if before != 0 or after != 0:
-            conds.append(Cond(c, before if before != 0 else None, simplify_dim(before + size) if after != 0 else None))
-    got = yield (x, tuple(inside), (*mask, *conds))
-    if not conds:
-        return got
-    test = low.new(lambda out: Test(out, tuple(conds)))
-    return low.compute("where", (test, got, node.attrs["value"]), node.type.dtype, node.type.dtype)
-
-
-def _slice_scatter(low: _Lowering, node: Node, coords: Coords, mask: Mask):  # type: ignore[no-untyped-def]
-    x, src = node.operands
-    d = node.attrs["dim"] % node.type.rank
-    start, size, step = node.attrs["start"], node.attrs["size"], node.attrs.get("step", 1)
-    away = coords[d] + simplify_dim(-start)
-    conds = [Cond(coords[d], start, simplify_dim(start + size * step))]
-    place = away
-    if step != 1:
-        conds.append(Cond(index_mod(away, step), 0, 1))
-        place = index_div(away, step)
-    new = yield (src, (*coords[:d], place, *coords[d + 1 :]), (*mask, *conds))
-    old = yield (x, coords, mask)
-    test = low.new(lambda out: Test(out, tuple(conds)))
-    return low.compute("where", (test, new, old), node.type.dtype, node.type.dtype)
-
-
-def _lookup(low: _Lowering, node: Node, index: Operand, v: Value, size: Dim, mask: Mask, wrap: bool) -> Index:
-    """An index read from memory as a coordinate, checked as eager checks it."""
-    if not isinstance(index, Ref):
-        return constant(index)
-    dtype = v.dtype
-    if wrap:
-        negative = low.compute("lt", (index, 0), torch.bool, dtype)
-        moved = low.compute("add", (index, size), dtype, dtype)
-        index = low.compute("where", (negative, moved, index), dtype, dtype)
-    assert isinstance(index, Ref)
-    low.stmts.append(Check(index, size, mask, f"index out of range in self ({node.op.name} at {node.loc})"))
-    return value(index.number, size)
-
-
-def _embedding(low: _Lowering, node: Node, coords: Coords, mask: Mask):  # type: ignore[no-untyped-def]
-    weight, ids = node.operands
-    _whole(node)
-    index = yield (ids, coords[: ids.type.rank], mask)
-    row = _lookup(low, node, index, ids, weight.shape[0], mask, wrap=False)
-    return (yield (weight, (row, *coords[ids.type.rank :]), mask))
-
-
-def _gather(low: _Lowering, node: Node, coords: Coords, mask: Mask):  # type: ignore[no-untyped-def]
-    x, ids = node.operands
-    _whole(node)
-    d = node.attrs["dim"] % max(x.type.rank, 1)
-    index = yield (ids, coords, mask)
-    row = _lookup(low, node, index, ids, x.shape[d], mask, wrap=False)
-    return (yield (x, (*coords[:d], row, *coords[d + 1 :]), mask))
-
-
-def _index_select(low: _Lowering, node: Node, coords: Coords, mask: Mask):  # type: ignore[no-untyped-def]
-    x, ids = node.operands
-    _whole(node)
-    d = node.attrs["dim"] % max(x.type.rank, 1)
-    index = yield (ids, (coords[d],) if ids.type.rank else (), mask)
-    row = _lookup(low, node, index, ids, x.shape[d], mask, wrap=False)
-    return (yield (x, (*coords[:d], row, *coords[d + 1 :]), mask))
-
-
-def _index(low: _Lowering, node: Node, coords: Coords, mask: Mask):  # type: ignore[no-untyped-def]
-    """``x[i, :, j]``: the broadcast index dims come where the indices stand together, else first."""
-    x, indices = node.args
-    used = [d for d, i in enumerate(indices) if i is not None]
-    together = used == list(range(used[0], used[-1] + 1))
-    rank = max(indices[d].type.rank for d in used)
-    at = used[0] if together else 0
-    chosen, rest = coords[at : at + rank], iter((*coords[:at], *coords[at + rank :]))
-    place: list[Index] = []
-    for d in range(x.type.rank):
-        ids = indices[d] if d < len(indices) else None
-        if ids is None:
-            place.append(next(rest))
-            continue
-        index = yield (ids, _broadcast(ids.type, chosen), mask)
-        place.append(_lookup(low, node, index, ids, x.shape[d], mask, wrap=True))
-    return (yield (x, tuple(place), mask))
-
-
-def _whole(node: Node) -> None:
-    check(
-        node.attrs.get("offset") is None,
-        lambda: f"{node.op.name} at {node.loc}: a split table has no kernel yet",
-    )
-
-
-INDEXED: dict[str, Any] = {
-    "cat": _cat,
-    "pad": _pad,
-    "slice_scatter": _slice_scatter,
-    "embedding": _embedding,
-    "gather": _gather,
-    "index_select": _index_select,
-    "index": _index,
-}
-
-
 # ---------------------------------------------------------------------- families
 
 
-def _plain(low: _Lowering) -> Kernel:
+def _plain(low: Lowering) -> Kernel:
     """Pointwise and reduction kernels."""
     for i, v in enumerate(low.region.outputs):
         low.store(i, v, low.coords(low.layout[v.node]))
     return low.kernel(low.axes, low.take())
 
 
-def _matmul(low: _Lowering) -> Kernel:
+def _matmul(low: Lowering) -> Kernel:
     """The loops of the product's rows and columns become one m and one n."""
     (product_node,) = (n for n in low.region.nodes if n.op.kind == "contract")
     a, b = product_node.operands
@@ -449,7 +262,7 @@ def _matmul(low: _Lowering) -> Kernel:
     return low.kernel(axes, low.take(), parts=parts, provides=provides, flops=flops)
 
 
-def _attention(low: _Lowering) -> Kernel:
+def _attention(low: Lowering) -> Kernel:
     """Rows m of the queries, columns n of the keys, head widths d and e; a mask edits the score."""
     (node,) = (n for n in low.region.nodes if n.op.kind == "attention")
     q, k, v, mask, *_ = (*node.args, None)
@@ -467,7 +280,7 @@ def _attention(low: _Lowering) -> Kernel:
         parts[name] = low.take()
     score: Operand = Ref(ACC)
     if mask is not None:
-        got = low.at(mask, _broadcast(mask.type, (*batch, m, n)))
+        got = low.at(mask, broadcast(mask.type, (*batch, m, n)))
         if mask.dtype == torch.bool:
             score = low.compute("where", (got, Ref(ACC), float("-inf")), torch.float32, torch.float32)
         else:
