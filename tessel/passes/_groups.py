@@ -43,6 +43,7 @@ class Group:
         operand_bases: what a matmul's own operands are made of.
         first, last: places of its nodes in the graph.
         reason: why it is a call to torch.
+        reach: the largest ``last`` of it and of all that must run before it.
     """
 
     nodes: list[Node]
@@ -57,6 +58,10 @@ class Group:
     reason: str = ""
     joined: list[str] = field(default_factory=list)
     after: dict[Node, None] = field(default_factory=dict)  # nodes that must run before, without a value
+    reach: int = -1
+
+    def __post_init__(self) -> None:
+        self.reach = max(self.reach, self.last)
 
     @property
     def values(self) -> set[Value]:
@@ -80,6 +85,8 @@ def refusal(node: Node) -> str | None:
             return "a tensor has no elements"
     if node.op.kind in ("contract", "attention") and not node.type.dtype.is_floating_point:
         return f"{node.op.name} of {node.type.dtype} has no matrix instruction here"
+    if node.op.kind == "attention" and not all(isinstance(v.shape[-1], int) for v in node.operands[:3]):
+        return "a head width of attention is not a known number"
     return None
 
 
@@ -97,8 +104,9 @@ def start(node: Node, place: int, reason: str | None) -> Group:
             continue
         view = axes_of(v.node)
         got = join(view, axes, (v,), inline=node.op.kind == "attention")
-        if isinstance(got, str):
-            continue  # read as the tensor it is: the view is taken outside
+        if isinstance(got, str):  # one view read at two places, as in x @ x.T: a read of its own at each
+            got = join(view, axes, (v,), inline=True)
+        assert isinstance(got, Axes)
         free[v.node] = None
         axes = got
         stack.extend(v.node.operands)

@@ -35,8 +35,6 @@ def make_kernel(
     nodes: list[Node] = []
     sources: list[Node] = []
     for old in sorted({*group.nodes, *group.free}, key=place.__getitem__):
-        if not all(v in new for v in old.operands):
-            continue  # a view of something another node of the group made differently; read from outside
         node = old.replace(args=map_values(old.args, new.__getitem__))
         new.update(zip(old.outs, node.outs, strict=True))
         nodes.append(node)

@@ -60,13 +60,18 @@ def _own_copies(graph: Graph, options: Options) -> Graph:
     new: dict[Value, Value] = {v: v for i in graph.inputs for v in i.outs}
     copies: dict[Value, Value] = {}
     for old in graph.nodes:
-        table = copies if old in calls else {}
+        table: dict[Value, Value] = copies if old in calls else {}
         args = map_values(old.args, lambda v, t=table: t.get(v, new[v]))
         node = builder.append(old if args == old.args else old.replace(args=args))
         new.update(zip(old.outs, node.outs, strict=True))
         if old.out in host if old.types else False:
             x = node.operands[0].type if node.operands else None
-            hard = old.op.name == "reshape" and isinstance(x, TensorType) and view_strides(x, old.type.shape) is None
+            hard = (
+                old.op.name == "reshape"
+                and isinstance(x, TensorType)
+                and not x.contiguous
+                and view_strides(x, old.type.shape) is None
+            )
             if (hard or old.op.name == "flip") and refusal(node.replace(op=OPS["copy"], args=(node.out,))) is None:
                 builder.loc = old.loc
                 made = builder.node(OPS["copy"], node.out, types=old.types)
@@ -88,6 +93,7 @@ class _Fuser:
         self.group_of: dict[Node, Group] = {}
         self.groups: dict[Group, None] = {}
         self.users = self._users()
+        self.followers: dict[Node, list[Node]] = {}  # nodes that must run later without reading a value
         self.refused: dict[Node, str] = {}
 
     def run(self) -> Graph:
@@ -104,6 +110,8 @@ class _Fuser:
                 if ordered is not None:
                     group.after[ordered] = None
                 ordered = node
+            for earlier in group.after:
+                self.followers.setdefault(earlier, []).append(node)
             self._add(group)
         if self.options.fusion:
             computing = [n for n in self.graph.nodes if n in self.group_of]
@@ -160,7 +168,7 @@ class _Fuser:
         stack = [g for g in self._before(late) if g is not early]
         while stack:
             g = stack.pop()
-            if g in seen or g.last < early.first:
+            if g in seen or g.reach < early.last:
                 continue
             seen.add(g)
             before = self._before(g)
@@ -168,6 +176,18 @@ class _Fuser:
                 return True
             stack.extend(before)
         return False
+
+    def _raise(self, group: Group) -> None:
+        """All that must run after a group reaches at least as far."""
+        stack = [group]
+        while stack:
+            g = stack.pop()
+            users = {u for v in g.values for u in self.users.get(v, ()) if u is not None}
+            for u in users.union(*(self.followers.get(n, ()) for n in g.nodes)):
+                later = self.group_of[u]
+                if later.reach < g.reach:
+                    later.reach = g.reach
+                    stack.append(later)
 
     def _grow_epilogue(self, node: Node) -> None:
         """Take pointwise work into the matmul that feeds it, as long as what it reads is then never stored."""
@@ -272,6 +292,7 @@ class _Fuser:
             a.operand_bases | b.operand_bases,
             joined=[*a.joined, *b.joined, how],
             after={**a.after, **b.after},
+            reach=max(a.reach, b.reach),
         )
         group.reads = outside_reads(group)
         if inline and b.family == "matmul" and any(v in b.operand_bases for v in a.values):
@@ -282,6 +303,7 @@ class _Fuser:
             return "it feeds the matmul itself"
         del self.groups[a], self.groups[b]
         self._add(group)
+        self._raise(group)
         return None
 
     def _stored(self, v: Value, group: Group) -> bool:
