@@ -11,7 +11,8 @@ import sympy
 import torch
 
 from tessel import TesselError
-from tessel.codegen.host import Called, Launch, bindings, render_host
+from tessel.codegen.bindings import bindings
+from tessel.codegen.host import Called, Launch, render_host
 from tessel.codegen.triton import render
 from tessel.ir.node import Builder, Graph, Node, Value, make_input
 from tessel.ir.parse import parse_graph
