@@ -4,10 +4,10 @@ Attributes of a kernel node:
 
     name      a readable identifier
     family    pointwise, reduction, matmul or attention
-    axes      ((name, extent, "x" or "r"), ...): the loops, parallel ones first
-    layouts   for each node of the region the loops of each dim of its (first) result, as
-              positions in ``axes``; ``None`` for values computed where they are read
-    folds     for each node of the region that reduces, the layout of its operand; else ``None``
+    axes      ((name, extent), ...): the loops, parallel ones (``x0``) before reduced ones (``r1``)
+    layouts   for each node of the region the loops of each dim of its (first) result, written as
+              in a dims string: ``"x0 (x1 x2) 1"``; for one that folds ``"x0 r1 -> x0"``, operand
+              and result; ``None`` for what is computed where it is read
     why       what was joined, and what was not and why
 """
 
@@ -17,9 +17,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..ir.node import Graph, Node, Value, make_input, map_values
-from ..ir.types import TensorType
+from ..ir.types import Dim, TensorType, substitute, symbols_of
 from ..ops import OPS
-from ..tiles.axes import Axes, Layout
+from ..tiles.axes import Axes, Layout, layout_text
 from ._groups import Group
 
 KERNEL = OPS["kernel"]
@@ -40,7 +40,7 @@ def make_kernel(
         nodes.append(node)
         sources.append(old)
     region = Graph(inputs, tuple(nodes), tuple(new[v] for v in outs), (), "region")
-    axes, layouts, folds = _axes(group, sources, outs)
+    axes, layouts = _axes(group, sources, outs)
     main = [n for n in group.nodes if n.op.kind in ("contract", "attention", "reduce")] or group.nodes
     used = list(dict.fromkeys(n.op.name for n in main))
     why = [*group.joined, *(f"not more: {refused[n]}" for n in group.nodes if n in refused)]
@@ -52,7 +52,6 @@ def make_kernel(
             "family": group.family,
             "axes": axes,
             "layouts": layouts,
-            "folds": folds,
             "why": tuple(dict.fromkeys(why)),
         },
         tuple(v.type for v in outs),
@@ -61,31 +60,21 @@ def make_kernel(
     )
 
 
-def _axes(group: Group, sources: Iterable[Node], outs: Iterable[Value]) -> tuple[Any, Any, Any]:
+def _axes(group: Group, sources: Iterable[Node], outs: Iterable[Value]) -> tuple[Any, Any]:
     axes = group.axes
     assert axes is not None
     order = _loop_order(axes, outs)
-    number = {a: i for i, a in enumerate(order)}
-    reduced = axes.reduced
-    names = iter(range(len(order)))
-    table = tuple(
-        (
-            f"r{next(names)}" if a in reduced else f"x{next(names)}",
-            axes.extent[a],
-            "r" if a in reduced else "x",
-        )
-        for a in order
-    )
-
-    def place(layout: Layout) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(number[a] for a in dim) for dim in layout)
-
+    names = {a: f"{'r' if a in axes.reduced else 'x'}{i}" for i, a in enumerate(order)}
     computed = set(axes.computed)
-    layouts = tuple(
-        place(axes.layouts[n.out]) if n.out in computed and n.op.kind != "attention" else None for n in sources
-    )
-    folds = tuple(place(axes.operand_layouts[n]) if n in axes.operand_layouts else None for n in sources)
-    return table, layouts, folds
+
+    def text(node: Node) -> str | None:
+        if node.out not in computed or node.op.kind == "attention":
+            return None
+        place = layout_text(axes.layouts[node.out], names)
+        folded = axes.operand_layouts.get(node)
+        return place if folded is None else f"{layout_text(folded, names)} -> {place}"
+
+    return tuple((names[a], axes.extent[a]) for a in order), tuple(map(text, sources))
 
 
 def _loop_order(axes: Axes, outs: Iterable[Value]) -> list[int]:
@@ -93,17 +82,17 @@ def _loop_order(axes: Axes, outs: Iterable[Value]) -> list[int]:
     order: dict[int, None] = {}
     ranked = sorted((v for v in outs if v in set(axes.computed)), key=lambda v: -len(_flat(axes.layouts[v])))
     for v in [*ranked, *axes.computed]:
-        by_stride = sorted(
-            zip(v.type.strides, axes.layouts[v], strict=True),
-            key=lambda item: -item[0] if isinstance(item[0], int) else 0,
-        )
-        if any(not isinstance(s, int) for s, _ in by_stride):
-            by_stride = list(zip(v.type.strides, axes.layouts[v], strict=True))
+        by_stride = sorted(zip(v.type.strides, axes.layouts[v], strict=True), key=lambda item: -_about(item[0]))
         order.update((a, None) for _, dim in by_stride for a in dim if a not in axes.reduced)
-    for layout in axes.operand_layouts.values():
-        order.update((a, None) for a in _flat(layout) if a in axes.reduced)
+    for folded in axes.fold_orders():
+        order.update((a, None) for a in folded)
     order.update((a, None) for n in axes.folded.values() for a in n)
     return list(order)
+
+
+def _about(d: Dim) -> int:
+    """A size that depends on others as if they were large."""
+    return substitute(d, dict.fromkeys(symbols_of([d]), 4096))
 
 
 def _flat(layout: Layout) -> list[int]:

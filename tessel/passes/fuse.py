@@ -25,10 +25,9 @@ from collections.abc import Iterable
 from ..config import Options
 from ..ir.node import Builder, Graph, Node, Value, map_values
 from ..ir.types import TensorType
-from ..ops import OPS
-from ..ops.view import view_strides
 from ..tiles.axes import Axes, join
-from ._groups import FREE, MAX_NODES, MAX_TENSORS, Group, inline_problem, outside_reads, refusal, start
+from ._copies import own_copies, torch_runs
+from ._groups import FREE, MAX_NODES, MAX_TENSORS, Group, inline_problem, outside_reads, start
 from ._products import with_bias
 from ._regions import KERNEL, make_kernel
 
@@ -40,47 +39,7 @@ def run(graph: Graph, options: Options | None = None) -> Graph:
     options = Options() if options is None else options
     if options.matmul == "library":
         graph = with_bias(graph)
-    return _Fuser(_own_copies(graph, options), options).run()
-
-
-def _host(node: Node, options: Options) -> str | None:
-    """Why torch runs a node, ``None`` where a kernel does."""
-    if node.op.kind == "contract" and options.matmul == "library":
-        return "matrix products go to the library (options.matmul)"
-    if node.op.kind == "attention" and options.attention == "library":
-        return "attention goes to the library (options.attention)"
-    return refusal(node)
-
-
-def _own_copies(graph: Graph, options: Options) -> Graph:
-    """Where a call to torch or an output needs a view that memory cannot express, the copy is a node."""
-    calls = {n for n in graph.nodes if n.op.kind not in FREE and _host(n, options)}
-    host = {v for n in calls for v in n.operands} | set(graph.results())
-    builder = Builder(graph.inputs)
-    new: dict[Value, Value] = {v: v for i in graph.inputs for v in i.outs}
-    copies: dict[Value, Value] = {}
-    for old in graph.nodes:
-        table: dict[Value, Value] = copies if old in calls else {}
-        args = map_values(old.args, lambda v, t=table: t.get(v, new[v]))
-        node = builder.append(old if args == old.args else old.replace(args=args))
-        new.update(zip(old.outs, node.outs, strict=True))
-        if old.out in host if old.types else False:
-            x = node.operands[0].type if node.operands else None
-            hard = (
-                old.op.name == "reshape"
-                and isinstance(x, TensorType)
-                and not x.contiguous
-                and view_strides(x, old.type.shape) is None
-            )
-            if (hard or old.op.name == "flip") and refusal(node.replace(op=OPS["copy"], args=(node.out,))) is None:
-                builder.loc = old.loc
-                made = builder.node(OPS["copy"], node.out, types=old.types)
-                copies[old.out] = made.out
-    return builder.finish(
-        map_values(graph.outputs, lambda v: copies.get(v, new[v])),
-        tuple((i, copies.get(v, new[v])) for i, v in graph.effects),
-        graph.name,
-    )
+    return _Fuser(own_copies(graph, options), options).run()
 
 
 class _Fuser:
@@ -102,7 +61,7 @@ class _Fuser:
         for node in self.graph.nodes:
             if node.op.kind in FREE:
                 continue
-            group = start(node, self.place[node], _host(node, self.options))
+            group = start(node, self.place[node], torch_runs(node, self.options))
             group.after.update((binds[s], None) for s in node.symbols() if s in binds)
             if "symbol" in node.attrs:
                 binds[node.attrs["symbol"]] = node
@@ -260,7 +219,8 @@ class _Fuser:
         shared = [v for v in b.reads if v in a.reads and v in a.axes.reads and v in b.axes.reads]
         axes = join(a.axes, b.axes, through, shared=shared)
         if isinstance(axes, str):
-            return axes
+            # cheap work on fewer axes is repeated rather than stored
+            return axes if not through or self._inline(a, b, through) else None
         if "matmul" in (a.family, b.family) and (why := _not_an_epilogue(axes)):
             return why
         return self._replace(a, b, axes, f"{_name(a)} with {_name(b)}")
@@ -322,7 +282,7 @@ class _Fuser:
         for v, nodes in readers.items():
             if not 2 <= len(nodes) <= 16:
                 continue
-            for left, right in itertools.pairwise(nodes):
+            for left, right in itertools.combinations(nodes, 2):
                 a, b = self.group_of[left], self.group_of[right]
                 if a is b or not self._worth_sharing(v, a, b):
                     continue

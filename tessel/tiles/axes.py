@@ -13,6 +13,7 @@ mesh exactly as a grid of programs splits it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +26,28 @@ from ..ops.dims import Shape, dims_of, factor_sizes
 from .index import exact_div
 
 Layout: TypeAlias = "tuple[tuple[int, ...], ...]"  # for each dim its axes, outermost first
+PLACES = frozenset({"argmax", "argmin"})  # folds whose result says where along the axes
 _ids = count()
+
+
+def layout_text(layout: Layout, names: Mapping[int, str]) -> str:
+    """A layout with named axes, in the notation of dims strings.
+
+    >>> layout_text(((0,), (1, 2), ()), {0: "x0", 1: "x1", 2: "r2"})
+    'x0 (x1 r2) 1'
+    """
+    words = [" ".join(names[a] for a in dim) or "1" for dim in layout]
+    return " ".join(f"({w})" if " " in w else w for w in words) or "."
+
+
+def parse_layout(text: str, number: Mapping[str, int]) -> Layout:
+    """The layout that ``layout_text`` wrote, its axes by number.
+
+    >>> parse_layout("x0 (x1 r2) 1", {"x0": 0, "x1": 1, "r2": 2})
+    ((0,), (1, 2), ())
+    """
+    dims = re.findall(r"\(([^)]*)\)|(\w+)", text)
+    return tuple(tuple(number[w] for w in (many or one).split() if w != "1") for many, one in dims)
 
 
 class Mismatch(Exception):
@@ -69,6 +91,11 @@ class Axes:
     def parallel(self) -> frozenset[int]:
         return self.domain - self.reduced
 
+    def fold_orders(self) -> list[tuple[int, ...]]:
+        """The reduced axes as they lie in each folded operand, those first whose result is a place."""
+        ranked = sorted(self.operand_layouts.items(), key=lambda item: item[0].op.name not in PLACES)
+        return [tuple(a for dim in layout for a in dim if a in self.reduced) for _, layout in ranked]
+
     def problem(self) -> str | None:
         """Why this is no legal group, or ``None`` if it is one."""
         reduced, parallel = self.reduced, self.parallel
@@ -78,6 +105,8 @@ class Axes:
                 return f"{node.op.name} folds other axes than the rest of the group"
             if node in self.operand_layouts and _axes(self.operand_layouts[node]) != whole:
                 return f"{node.op.name} folds a value that does not have all the axes"
+        if len(set(self.fold_orders()[: sum(n.op.name in PLACES for n in self.operand_layouts)])) > 1:
+            return "places are counted in different orders"
         for v in self.computed:
             mine = _axes(self.layouts[v])
             if sum(map(len, self.layouts[v])) != len(mine):
@@ -318,4 +347,4 @@ def _in_order(j: _Joiner, group: Axes, wanted: Sequence[int]) -> list[int]:
     return list(wanted)
 
 
-__all__ = ["Axes", "Layout", "Mismatch", "axes_of", "join"]
+__all__ = ["Axes", "Layout", "Mismatch", "axes_of", "join", "layout_text", "parse_layout"]

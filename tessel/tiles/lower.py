@@ -15,6 +15,7 @@ import torch
 from ..errors import TesselError, check
 from ..ir.node import Graph, Node, Value
 from ..ir.types import Dim, TensorType, dim_equal, product, simplify_dim
+from .axes import Layout, parse_layout
 from .index import Cond, Index, constant, delinearize, exact_div, scale, var
 from .index import floordiv as index_div
 from .kernel import (
@@ -56,9 +57,15 @@ class Lowering:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.region: Graph = node.regions[0]
-        self.axes = tuple(Axis(n, e, k) for n, e, k in node.attrs["axes"])
-        self.layout = dict(zip(self.region.nodes, node.attrs["layouts"], strict=True))
-        self.folds = dict(zip(self.region.nodes, node.attrs["folds"], strict=True))
+        self.axes = tuple(Axis(name, extent, name[0]) for name, extent in node.attrs["axes"])
+        number = {a.name: i for i, a in enumerate(self.axes)}
+        self.layout: dict[Node, Layout] = {}  # where each node's result lives
+        self.folds: dict[Node, Layout] = {}  # and the operand of a reduction
+        for n, text in zip(self.region.nodes, node.attrs["layouts"], strict=True):
+            if text is not None:
+                *folded, place = (parse_layout(t, number) for t in text.split("->"))
+                self.layout[n] = place
+                self.folds.update((n, f) for f in folded)
         self.place: list[Index] = [var(a.name, a.extent) for a in self.axes]
         inputs = [Param(f"in{i}", _tensor(n.types[0]), False, i) for i, n in enumerate(self.region.inputs)]
         outputs = [Param(f"out{i}", _tensor(t), True, i) for i, t in enumerate(node.types)]
