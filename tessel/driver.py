@@ -177,7 +177,7 @@ def _compile(
     place = place_for(session.target, device)
     record.target = place.target.name
     record.passes.append(Pass("import", 0.0, len(imported.graph.nodes), imported.graph))
-    record.fallbacks = [Call(f.target, str(f.loc), f.reason) for f in imported.fallbacks]
+    record.fallbacks = [Call(f.target, f.loc.short, f.reason) for f in imported.fallbacks]
     if options.cuda_graphs and info.is_inference:
         check_replayable(imported.graph, device)
 
@@ -288,20 +288,20 @@ def _describe(
             inside = [n.op.name for n in region.nodes if n.op.kind not in ("view", "generate")]
             saved = bytes_moved(region, imported.hints) - node_bytes(node, roots, imported.hints)
             name = kernels.at[node].name if node in kernels.at else str(node.attrs["name"])
-            record.groups.append(Fused(name, inside, saved, "; ".join(node.attrs["why"]), str(node.loc)))
+            record.groups.append(Fused(name, inside, saved, "; ".join(node.attrs["why"]), node.loc.short))
             record.launches += node in kernels.at
             if node in kernels.failed:
                 reason = f"no kernel: {kernels.failed[node]}"
-                record.calls.append(Call(f"kernel of {len(inside)} operators", str(node.loc), reason))
+                record.calls.append(Call(f"kernel of {len(inside)} operators", node.loc.short, reason))
                 record.notes.append(f"{node.attrs['name']} runs operator by operator: {kernels.failed[node]}")
             continue
         target = node.attrs.get("target")
         if target is not None and str(target) in known:
             continue  # listed among the fallbacks, with its own reason
-        record.calls.append(Call(str(target or node.op.name), str(node.loc), _why_torch(node, place, options)))
+        record.calls.append(Call(str(target or node.op.name), node.loc.short, _why_torch(node, place, options)))
     for name, source in kernels.sources.items():
         file = str(kernels.launchers[name].path)
-        sites = [str(n.loc) for n in kernels.sites[name]]
+        sites = [n.loc.short for n in kernels.sites[name]]
         record.kernels.append(Kernel(name, source.kernel.family, file, source.text, sites))
     if place.why:
         record.notes.append(place.why)

@@ -370,7 +370,7 @@ def _same_layout(a: TensorType, b: TensorType) -> bool:
 
 
 def _comment(node: Node) -> str:
-    loc = str(node.loc).rpartition("site-packages/")[2]
+    loc = node.loc.short
     where = "" if loc.startswith("(no") else f"   {_safe(loc)}"
     if node.op.kind == "kernel":
         inside = list(dict.fromkeys(n.op.name for r in node.regions for n in r.nodes if n.op.kind != "view"))

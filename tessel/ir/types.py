@@ -224,6 +224,15 @@ class Loc:
         where = f"{self.file}:{self.line}" if self.file else ""
         return " in ".join(p for p in (where, self.module) if p) or "(no location)"
 
+    @property
+    def short(self) -> str:
+        """The same with the file of an installed package named from the package on.
+
+        >>> Loc("/usr/lib/python3/site-packages/pkg/model.py", 3).short
+        'pkg/model.py:3'
+        """
+        return str(Loc(self.file.rpartition("site-packages/")[2], self.line, self.module))
+
 
 NOWHERE = Loc()
 

@@ -207,7 +207,7 @@ class Lowering:
         lines: dict[str, list[str]] = {}
         for n in self.region.nodes:
             if n.op.kind not in ("view", "generate"):
-                lines.setdefault(str(n.loc), []).append(n.op.name)
+                lines.setdefault(n.loc.short, []).append(n.op.name)
         return tuple(f"{where}: {', '.join(ops)}" for where, ops in lines.items())
 
     def kernel(self, axes: tuple[Axis, ...], body: tuple[Stmt, ...], **more: Any) -> Kernel:
