@@ -86,7 +86,7 @@ def count_inductor(model: Callable[..., Any], kwargs: Mapping[str, Any], *args: 
     try:
         caches_off = torch._functorch.config.patch(enable_autograd_cache=False)
         with caches_off, torch._inductor.config.patch(fx_graph_cache=False), torch.no_grad():
-            torch.compile(model, dynamic=False)(*args, **kwargs)
+            torch.compile(model, dynamic=False, fullgraph=True)(*args, **kwargs)
     except Exception as e:
         if not stopped_by_done(e):
             raise

@@ -174,7 +174,7 @@ def captured(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise Done("captured")
 
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=lambda gm, inputs: aot(gm, inputs, keep), dynamic=False)
+    compiled = torch.compile(model, backend=lambda gm, inputs: aot(gm, inputs, keep), dynamic=False, fullgraph=True)
     try:
         with torch.no_grad():
             compiled(*args, **kwargs)
