@@ -207,3 +207,17 @@ def test_two_orders_of_one_argmax_are_not_one_loop() -> None:
     check_kernels(fuse.run(graph), [x])
     swapped = parse_graph(text.replace("return %b, %d, %e", "return %e, %d"), OPS).live()
     check_kernels(fuse.run(swapped), [x])
+
+
+def test_a_view_read_directly_and_through_another() -> None:
+    text = """graph "g"
+  %x: i64[4,6,4] = input "x"
+  %s = sum(%x, dims=(2,), keepdim=True)
+  %a = slice(%s, dim=2, start=0, size=1, step=1)
+  %b = permute(%a, dims=(2, 1, 0))
+  %c = add(%b, %a)
+  return %c, %s
+"""
+    graph = parse_graph(text, OPS)
+    assert kernels(text) == ["reduction", "pointwise"]
+    check_kernels(fuse.run(graph), inputs_of(graph, 0))

@@ -97,25 +97,36 @@ def start(node: Node, place: int, reason: str | None) -> Group:
         return Group([node], {}, reads, None, place, place, reason=reason)
     axes = axes_of(node)
     free: dict[Node, None] = {}
-    stack = list(dict.fromkeys(node.operands))
-    while stack:
-        v = stack.pop()
-        if v.node.op.kind not in FREE or v.node in free:
-            continue
-        view = axes_of(v.node)
-        got = join(view, axes, (v,), inline=node.op.kind == "attention")
+    for maker in reversed(_free_operands(node)):  # a view after all that read it
+        view = axes_of(maker)
+        got = join(view, axes, (maker.out,), inline=node.op.kind == "attention")
         if isinstance(got, str):  # one view read at two places, as in x @ x.T: a read of its own at each
-            got = join(view, axes, (v,), inline=True)
+            got = join(view, axes, (maker.out,), inline=True)
         assert isinstance(got, Axes)
-        free[v.node] = None
         axes = got
-        stack.extend(v.node.operands)
+        free[maker] = None
     family = {"reduce": "reduction", "contract": "matmul", "attention": "attention"}.get(node.op.kind, "pointwise")
     group = Group([node], free, {}, axes, place, place, family)
     group.reads = outside_reads(group)
     if family == "matmul":
         group.operand_bases = frozenset(group.reads)
     return group
+
+
+def _free_operands(node: Node) -> list[Node]:
+    """The views and generated values that a node reads, also through others, each after its operands."""
+    found: dict[Node, None] = {}
+    stack = [(node, iter(node.operands))]
+    while stack:
+        reader, rest = stack[-1]
+        maker = next((v.node for v in rest if v.node.op.kind in FREE and v.node not in found), None)
+        if maker is not None:
+            stack.append((maker, iter(maker.operands)))
+            continue
+        stack.pop()
+        if reader is not node:
+            found[reader] = None
+    return list(found)
 
 
 def outside_reads(group: Group) -> dict[Value, None]:
