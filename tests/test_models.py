@@ -70,7 +70,9 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
     return float(distance) if distance == distance else float("inf")
 
 
-def same(got: dict[str, torch.Tensor], eager: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], half: bool) -> None:
+def same(
+    got: dict[str, torch.Tensor], eager: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], half: bool
+) -> None:
     assert got.keys() == eager.keys() == exact.keys() and got
     for name, want in exact.items():
         assert got[name].dtype == eager[name].dtype and got[name].shape == eager[name].shape, name
