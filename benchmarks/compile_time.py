@@ -9,6 +9,7 @@ the machine hits all of them.
 
     tessel triton-interpret   kernels for Triton's interpreter, ready to be called
     tessel h100               kernels for an absent H100, as source; Triton compiles each at its first launch
+    tessel h100, compiled     the same and Triton's compilation of every kernel, one after another
     torch.compile             Inductor for the CPU, ready to be called
     torch.compile, source     the same without its C++ compiler, up to the generated source
 """
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 from common import Done, Size, build, captured, spread, stopped_by_done, table
 
-WAYS = ("tessel triton-interpret", "tessel h100", "torch.compile", "torch.compile, source")
+WAYS = ("tessel triton-interpret", "tessel h100", "tessel h100, compiled", "torch.compile", "torch.compile, source")
 COLD = Size(layers=2)
 
 
@@ -72,13 +73,26 @@ def _tessel(way: str, report: list[Any]) -> Callable[..., Any]:
     from tessel.backend import Backend
     from tessel.targets import get_target
 
-    name = way.split()[1]
+    name = way.split()[1].rstrip(",")
     session = driver.Session(name)
     report.append(session.report)
     if name != "triton-interpret":  # for a device that is not there: as if it were
         place = driver.Place(get_target(name), "launch")
         driver.place_for = lambda name, device: place
+    if way.endswith("compiled"):
+        driver.Kernels.load = _loaded_and_compiled(driver.Kernels.load)
     return Backend(session)
+
+
+def _loaded_and_compiled(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    from tessel.codegen.triton import compile_job, job_for
+
+    def loaded(self: Any) -> None:
+        load(self)
+        for name, source in self.sources.items():
+            compile_job(str(self.launchers[name].path), job_for(source), self.target.gpu_target)
+
+    return loaded
 
 
 def _inductor(way: str) -> Callable[..., Any]:
