@@ -86,7 +86,7 @@ def op(
 
 def _unary(name: str, triton: str, cpp: str = "", cost: int = 10, ref: Any = None) -> Op:
     """A function of one float operand."""
-    return op(name, ref or getattr(torch, name), triton, cpp or f"std::{name}({{0}})", "float", cost=cost)
+    return op(name, ref or getattr(torch, name), triton, cpp or f"tessel::{name}({{0}})", "float", cost=cost)
 
 
 def _shift(fn: Callable[..., torch.Tensor], name: str) -> Callable[..., tuple[TensorType, ...]]:
@@ -161,7 +161,7 @@ _ARITHMETIC = (
     op("sign", torch.sign, "tessel_sign({0})", "tessel::sign({0})"),
     op("maximum", torch.maximum, "tessel_maximum({0}, {1})", "tessel::maximum({0}, {1})", doc="NaN wins"),
     op("minimum", torch.minimum, "tessel_minimum({0}, {1})", "tessel::minimum({0}, {1})", doc="NaN wins"),
-    op("relu", torch.relu, "tl.where({0} < 0, 0, {0})", "({0} < 0 ? decltype({0})(0) : {0})"),
+    op("relu", torch.relu, "tl.where({0} < 0, 0, {0})", "tessel::relu({0})"),
 )
 
 _FUNCTIONS = (
@@ -173,7 +173,7 @@ _FUNCTIONS = (
     _unary("log10", "tessel_log10({0})"),
     _unary("log1p", "tessel_log1p({0})"),
     _unary("sqrt", "tessel_sqrt({0})", cost=4),
-    _unary("rsqrt", "tl.math.rsqrt({0})", "(1 / std::sqrt({0}))", cost=4),
+    _unary("rsqrt", "tl.math.rsqrt({0})", "(1 / tessel::sqrt({0}))", cost=4),
     _unary("reciprocal", "tessel_reciprocal({0})", "(1 / {0})", cost=4),
     _unary("sin", "tl.sin({0})"),
     _unary("cos", "tl.cos({0})"),
@@ -189,14 +189,14 @@ _FUNCTIONS = (
     _unary("atanh", "tessel_atanh({0})"),
     _unary("erf", "tl.math.erf({0})"),
     _unary("erfc", "tessel_erfc({0})", cost=20),
-    _unary("sigmoid", "tessel_sigmoid({0})", "(1 / (1 + std::exp(-{0})))"),
+    _unary("sigmoid", "tessel_sigmoid({0})", "tessel::sigmoid({0})"),
     _unary("floor", "tl.floor({0})", cost=1),
     _unary("ceil", "tl.ceil({0})", cost=1),
-    _unary("round", "tessel_round({0})", "std::nearbyint({0})", cost=2),
+    _unary("round", "tessel_round({0})", "tessel::round({0})", cost=2),
     _unary("trunc", "tessel_trunc({0})", cost=1),
-    op("atan2", torch.atan2, "tessel_atan2({0}, {1})", "std::atan2({0}, {1})", "float", cost=20),
-    op("hypot", torch.hypot, "tessel_hypot({0}, {1})", "std::hypot({0}, {1})", "float", cost=8),
-    op("copysign", torch.copysign, "tessel_copysign({0}, {1})", "std::copysign({0}, {1})", "float", cost=2),
+    op("atan2", torch.atan2, "tessel_atan2({0}, {1})", "tessel::atan2({0}, {1})", "float", cost=20),
+    op("hypot", torch.hypot, "tessel_hypot({0}, {1})", "tessel::hypot({0}, {1})", "float", cost=8),
+    op("copysign", torch.copysign, "tessel_copysign({0}, {1})", "tessel::copysign({0}, {1})", "float", cost=2),
 )
 
 _LOGIC = (
@@ -210,14 +210,14 @@ _LOGIC = (
         "logical_and",
         torch.logical_and,
         "(({0} != 0) & ({1} != 0))",
-        "(({0} != 0) && ({1} != 0))",
+        "(({0} != 0) & ({1} != 0))",
         to_bool=True,
     ),
     op(
         "logical_or",
         torch.logical_or,
         "(({0} != 0) | ({1} != 0))",
-        "(({0} != 0) || ({1} != 0))",
+        "(({0} != 0) | ({1} != 0))",
         to_bool=True,
     ),
     op(
@@ -243,7 +243,7 @@ _OTHER = (
         dims=pointwise_dims,
         ref=lifted(torch.bitwise_left_shift),
         infer=_shift(torch.bitwise_left_shift, "shift_left"),
-        code={"triton": "({0} << {1})", "cpp": "({0} << {1})"},
+        code={"triton": "({0} << {1})", "cpp": "tessel::shift_left({0}, {1})"},
     ),
     Op(
         "shift_right",
@@ -251,7 +251,7 @@ _OTHER = (
         dims=pointwise_dims,
         ref=lifted(torch.bitwise_right_shift),
         infer=_shift(torch.bitwise_right_shift, "shift_right"),
-        code={"triton": "({0} >> {1})", "cpp": "({0} >> {1})"},
+        code={"triton": "({0} >> {1})", "cpp": "tessel::shift_right({0}, {1})"},
         doc="arithmetic for signed integers",
     ),
     Op(

@@ -1,0 +1,127 @@
+"""Tile programs as C++ for the CPU: pointwise and reduction kernels, and the file that holds a graph's.
+
+    source = render(kernel)
+    unit = translation_unit([source])     # one file, to be compiled once
+
+A kernel is ``int name(const i64* args, i64 threads)``: addresses of its tensors, then sizes. It returns the
+reasons to stop, as bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..errors import TesselError, check
+from ..ir.types import Dim, product
+from ..ops import OPS
+from ..tiles.header import TEMPLATES, environment
+from ..tiles.kernel import Compute, Kernel, Load, Store
+from .cpp_expr import Emitter
+from .cpp_reduce import reduction
+from .cpp_space import Space, space_of
+from .cpp_text import coordinates, items, simd
+from .cpp_words import memory_type, size_text
+
+__all__ = ["CppSource", "header", "render", "translation_unit"]
+
+HEADER = TEMPLATES / "tessel.hpp"
+
+
+@dataclass(frozen=True, eq=False)
+class CppSource:
+    """One kernel as C++ text.
+
+    Attributes:
+        name: the function's name.
+        header: comment lines: nodes computed and the user's lines.
+        body: the function.
+        sizes: names of the symbols it takes, in order.
+        kernel: the tile program.
+    """
+
+    name: str
+    header: str
+    body: str
+    sizes: tuple[str, ...]
+    kernel: Kernel
+
+    @property
+    def text(self) -> str:
+        return self.header + self.body
+
+    @cached_property
+    def body_key(self) -> str:
+        """A digest that two kernels share if they differ only in name and header."""
+        return hashlib.sha256(self.body.replace(self.name, "kernel").encode()).hexdigest()
+
+
+def header() -> str:
+    """The text of the header that all kernels include."""
+    return HEADER.read_text(encoding="utf-8")
+
+
+def render(kernel: Kernel) -> CppSource:
+    """The source of a kernel.
+
+    Raises:
+        TesselError: another family than pointwise and reduction, or a value that has no C++ form.
+    """
+    makers = {"pointwise": _pointwise, "reduction": reduction}
+    if kernel.family not in makers:
+        raise TesselError(f"no C++ template for {kernel.family} kernels")
+    space = space_of(kernel)
+    params = [(p.name, memory_type(p.type.dtype), p.out) for p in kernel.params]
+    context: dict[str, Any] = {
+        "name": kernel.name,
+        "params": params,
+        "sizes": kernel.symbols(),
+        "work": _work(kernel),
+        **makers[kernel.family](kernel, space),
+    }
+    code = str(environment().get_template(f"{kernel.family}.cpp.j2").render(k=context))
+    code = "\n".join(line.rstrip() for line in code.strip("\n").split("\n") if line.strip()) + "\n"
+    loops = ", ".join(f"{a.name}<{a.extent}" for a in (*space.xs, *space.rs)) or "one point"
+    how = " (vectors across rows)" if space.across else ""
+    notes = "".join(f"// {_comment(n)}\n" for note in (*kernel.notes, f"loops: {loops}{how}") for n in note.split("\n"))
+    return CppSource(kernel.name, notes, code, kernel.symbols(), kernel)
+
+
+def translation_unit(sources: Iterable[CppSource]) -> str:
+    """One file with all kernels; it includes ``tessel.hpp``."""
+    return '#include "tessel.hpp"\nusing namespace tessel;\n\n' + "\n".join(s.text for s in sources)
+
+
+def _comment(line: str) -> str:
+    """A line that stays one comment line, whatever a user's file is called."""
+    return "".join(c if c.isascii() and c.isprintable() and c != "\\" else "?" for c in line)
+
+
+def _work(kernel: Kernel) -> str:
+    """Roughly how many elements of a plain addition a call is worth."""
+    counted = [s for s in kernel.body if isinstance(s, Compute | Load | Store)]
+    cost = sum(OPS[s.op].cost if isinstance(s, Compute) else 1 for s in counted)
+    total: Dim = product(a.extent for a in kernel.axes)
+    return f"{size_text(total)} * {max(1, cost // 4)}"
+
+
+def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
+    """Context of ``pointwise.cpp.j2``."""
+    check(not space.rs, lambda: f"{kernel.name}: a pointwise kernel has no reduced axes")
+    outer, lane = (space.xs[:-1], space.xs[-1]) if space.xs else ((), None)
+    e = Emitter(kernel, space)
+    e.nest([a.name for a in outer], [lane.name] if lane else [])
+    for stmt in kernel.body:
+        e.emit(stmt)
+    body = e.blocks[1] if lane else []
+    return {
+        "items": items(outer, lane),
+        "coordinates": coordinates(outer, lane),
+        "row": e.blocks[0],
+        "lane": lane.name if lane else "",
+        "pragma": simd({"|": ["bad"]} if e.flags else {}),
+        "body": body,
+    }

@@ -1,0 +1,68 @@
+"""Pieces of text that C++ kernels share: how loops are dealt out to threads, pragmas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..ir.types import Dim, product
+from ..tiles.kernel import Axis
+from .cpp_words import size_text
+
+__all__ = ["BLOCK", "coordinates", "items", "parts_of", "simd"]
+
+BLOCK = 2048  # elements of the innermost loop that one thread takes at a time
+
+
+def parts_of(lane: Axis | None) -> str:
+    """How many blocks the innermost loop is cut into."""
+    if lane is None or (isinstance(lane.extent, int) and lane.extent <= BLOCK):
+        return "1"
+    if isinstance(lane.extent, int):
+        return str(-(-lane.extent // BLOCK))
+    return f"ceil_div({size_text(lane.extent)}, {BLOCK})"
+
+
+def items(outer: Sequence[Axis], lane: Axis | None) -> str:
+    """How many pieces of work there are: points of the outer loops, times blocks of the innermost."""
+    rows: Dim = product(a.extent for a in outer)
+    parts = parts_of(lane)
+    return size_text(rows) if parts == "1" else f"{size_text(rows)} * {parts}"
+
+
+def coordinates(outer: Sequence[Axis], lane: Axis | None, item: str = "item") -> list[str]:
+    """Lines that give the outer loops their place, and the innermost its ``begin`` and ``end``."""
+    lines: list[str] = []
+    parts = parts_of(lane)
+    rest = item
+    if lane is not None:
+        extent = size_text(lane.extent)
+        if parts == "1":
+            lines.append(f"const i64 begin = 0, end = {extent};")
+        elif outer:
+            lines += [
+                f"const i64 begin = {rest} % {parts} * {BLOCK}, end = min(begin + {BLOCK}, {extent});",
+                f"const i64 row = {rest} / {parts};",
+            ]
+            rest = "row"
+        else:
+            lines.append(f"const i64 begin = {rest} * {BLOCK}, end = min(begin + {BLOCK}, {extent});")
+    return lines + points(outer, rest)
+
+
+def points(axes: Sequence[Axis], rest: str) -> list[str]:
+    """Lines that take a flat place apart."""
+    lines: list[str] = []
+    below: Dim = 1
+    for at, axis in reversed(list(enumerate(axes))):
+        text = rest if below == 1 else f"{rest} / {size_text(below)}"
+        if at:
+            text = f"({text}) % {size_text(axis.extent)}" if below != 1 else f"{text} % {size_text(axis.extent)}"
+        lines.append(f"const i64 {axis.name} = {text};")
+        below = product((below, axis.extent))
+    return lines
+
+
+def simd(folds: Mapping[str, Sequence[str]]) -> str:
+    """The pragma of a vector loop; ``folds`` are the accumulators by operator."""
+    clauses = "".join(f" reduction({op}:{', '.join(names)})" for op, names in folds.items() if names)
+    return f"#pragma omp simd{clauses}"

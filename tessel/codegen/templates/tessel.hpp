@@ -1,0 +1,387 @@
+// What generated C++ kernels call. No standard header is read, so that a kernel compiles in a moment.
+//
+// Functions of a float have no branches and no calls, so that a compiler makes vectors of them; they are
+// within a few units in the last place and right at infinities, NaN and zeros. Those of a double, and the rare
+// ones, are the C library's.
+#pragma once
+
+typedef __INT64_TYPE__ i64;
+typedef __INT32_TYPE__ i32;
+typedef __INT16_TYPE__ i16;
+typedef signed char i8;
+typedef __UINT64_TYPE__ u64;
+typedef __UINT32_TYPE__ u32;
+typedef __UINT16_TYPE__ u16;
+typedef unsigned char u8;
+
+extern "C" void* malloc(__SIZE_TYPE__);
+extern "C" void free(void*);
+#ifdef _OPENMP
+extern "C" int omp_get_num_threads();
+extern "C" int omp_get_thread_num();
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace tessel {
+
+// Reasons a kernel gives for stopping, as bits.
+enum { OUT_OF_RANGE = 1, DIVIDED_BY_ZERO = 2, NO_MEMORY = 4 };
+
+constexpr float INF = __builtin_inff();
+constexpr float NAN_ = __builtin_nanf("");
+
+// ---------------------------------------------------------------- sizes
+
+INLINE i64 max(i64 a, i64 b) { return a > b ? a : b; }
+INLINE i64 min(i64 a, i64 b) { return a < b ? a : b; }
+INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// An index read from memory, kept where memory may be read; a check beside it says that it was wrong.
+INLINE i64 within(i64 index, i64 size) { return (u64)index < (u64)size ? index : 0; }
+
+// Lanes that one thread takes at a time where lanes lie along parallel points.
+INLINE i64 lane_block(i64 lanes, i64 rows, i64 threads, i64 most) {
+  i64 parts = rows >= threads ? 1 : ceil_div(threads, max(rows, 1));
+  return max(16, min(most, (ceil_div(lanes, parts) + 15) / 16 * 16));
+}
+
+// Runs f(first, last, thread) over the ranges of 0..items that the threads take; the reasons to stop, if any.
+// The ranges depend on nothing but the number of threads.
+template <class F>
+INLINE int parallel(i64 items, i64 work, i64 threads, F f) {
+  int bad = 0;
+  threads = min(threads, items);
+#ifdef _OPENMP
+  if (threads > 1 && work >= 32768) {
+#pragma omp parallel num_threads((int)threads) firstprivate(f) reduction(| : bad)
+    {
+      i64 all = omp_get_num_threads(), mine = omp_get_thread_num();
+      bad |= f(items * mine / all, items * (mine + 1) / all, mine);
+    }
+    return bad;
+  }
+#endif
+  if (items > 0) bad = f(0, items, 0);
+  return bad;
+}
+
+// ---------------------------------------------------------------- storage
+
+INLINE float bits_to_float(u32 x) { return __builtin_bit_cast(float, x); }
+INLINE u32 float_to_bits(float x) { return __builtin_bit_cast(u32, x); }
+
+INLINE float from_bf16(u16 x) { return bits_to_float((u32)x << 16); }
+INLINE u16 to_bf16(float x) {
+  u32 b = float_to_bits(x);
+  u32 even = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  return (u16)(x != x ? 0x7fc0 : even);
+}
+INLINE float from_f16(u16 x) {
+  u32 sign = (u32)(x & 0x8000) << 16, body = (u32)(x & 0x7fff) << 13;
+  float small = bits_to_float(body) * 5.192296858534828e33f;  // 2^112
+  u32 big = body | 0x7f800000;                                 // infinities and NaN
+  return bits_to_float(sign | (body >= 0x0f800000 ? big : float_to_bits(small)));
+}
+INLINE u16 to_f16(float x) {
+  u32 b = float_to_bits(x), sign = (b >> 16) & 0x8000, body = b & 0x7fffffff;
+  u32 normal = (body - 0x38000000 + 0xfff + ((body >> 13) & 1)) >> 13;
+  u32 tiny = float_to_bits(bits_to_float(body) + 0.5f) - 0x3f000000;  // the addition rounds
+  u32 got = body > 0x7f800000 ? 0x7e00 : body >= 0x477ff000 ? 0x7c00 : body < 0x38800000 ? tiny : normal;
+  return (u16)(sign | got);
+}
+INLINE float round_bf16(float x) { return from_bf16(to_bf16(x)); }
+INLINE float round_f16(float x) { return from_f16(to_f16(x)); }
+
+// ---------------------------------------------------------------- arithmetic
+
+template <class T> struct is_float { static constexpr bool value = false; };
+template <> struct is_float<float> { static constexpr bool value = true; };
+template <> struct is_float<double> { static constexpr bool value = true; };
+
+INLINE float abs(float x) { return __builtin_fabsf(x); }
+INLINE double abs(double x) { return __builtin_fabs(x); }
+template <class T> INLINE T abs(T x) { return x < 0 ? (T)(0 - x) : x; }
+template <class T> INLINE T sign(T x) { return (T)((x > 0) - (x < 0)); }
+template <class T> INLINE T relu(T x) { return x < 0 ? (T)0 : x; }
+// NaN wins.
+template <class T> INLINE T maximum(T a, T b) { return (a > b) | (a != a) ? a : b; }
+template <class T> INLINE T minimum(T a, T b) { return (a < b) | (a != a) ? a : b; }
+template <class T> INLINE bool isnan(T x) { return x != x; }
+template <class T> INLINE bool isinf(T x) {
+  if constexpr (is_float<T>::value) return abs(x) == (T)INF;
+  return false;
+}
+INLINE bool bitwise_not(bool x) { return !x; }
+template <class T> INLINE T bitwise_not(T x) { return (T)~x; }
+
+INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
+INLINE double sqrt(double x) { return __builtin_sqrt(x); }
+INLINE float floor(float x) { return __builtin_floorf(x); }
+INLINE double floor(double x) { return __builtin_floor(x); }
+INLINE float ceil(float x) { return __builtin_ceilf(x); }
+INLINE double ceil(double x) { return __builtin_ceil(x); }
+INLINE float trunc(float x) { return __builtin_truncf(x); }
+INLINE double trunc(double x) { return __builtin_trunc(x); }
+INLINE float round(float x) { return __builtin_rintf(x); }
+INLINE double round(double x) { return __builtin_rint(x); }
+INLINE float copysign(float x, float y) { return __builtin_copysignf(x, y); }
+INLINE double copysign(double x, double y) { return __builtin_copysign(x, y); }
+
+// Integers divide without a trap: whoever divides by zero says so beside it.
+template <class T> INLINE T int_div(T a, T b) { return b == 0 ? (T)0 : b == (T)-1 ? (T)(0 - (u64)a) : (T)(a / b); }
+template <class T> INLINE T int_mod(T a, T b) { return (b == 0) | (b == (T)-1) ? (T)0 : (T)(a % b); }
+
+INLINE float c_fmod(float a, float b) { return __builtin_fmodf(a, b); }
+INLINE double c_fmod(double a, double b) { return __builtin_fmod(a, b); }
+
+template <class T> INLINE T fmod(T a, T b) {
+  if constexpr (is_float<T>::value) return c_fmod(a, b);
+  else return b == (T)-1 && (T)-1 > 0 ? (T)(a % (b ? b : 1)) : int_mod(a, b);
+}
+template <class T> INLINE T remainder(T a, T b) {
+  T m = fmod(a, b);
+  return (m != 0) & ((m < 0) != (b < 0)) ? (T)(m + b) : m;
+}
+template <class T> INLINE T trunc_div(T a, T b) {
+  if constexpr (is_float<T>::value) return trunc(a / b);
+  else return b == (T)-1 && (T)-1 > 0 ? (T)(a / (b ? b : 1)) : int_div(a, b);
+}
+// As torch divides: from the exact remainder, so that 1 // 0.1 is 9.
+template <class T> INLINE T floor_div(T a, T b) {
+  if constexpr (is_float<T>::value) {
+    T m = c_fmod(a, b), q = (a - m) / b;
+    q = (m != 0) & ((b < 0) != (m < 0)) ? q - 1 : q;
+    T f = floor(q);
+    f = q - f > (T)0.5 ? f + 1 : f;
+    f = q != 0 ? f : copysign((T)0, a / b);
+    return b == 0 ? a / b : f;
+  } else {
+    T q = trunc_div(a, b), m = fmod(a, b);
+    return (m != 0) & ((m < 0) != (b < 0)) ? (T)(q - 1) : q;
+  }
+}
+template <class T> INLINE T shift_left(T a, T by) {
+  return (u64)by >= sizeof(T) * 8 ? (T)0 : (T)((u64)a << by);
+}
+template <class T> INLINE T shift_right(T a, T by) {
+  return (T)(a >> ((u64)by >= sizeof(T) * 8 ? (T)(sizeof(T) * 8 - 1) : by)) * ((u64)by < sizeof(T) * 8 || (T)-1 < 0);
+}
+
+// ---------------------------------------------------------------- functions of a float
+
+INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+INLINE float pow2(i32 n) { return __builtin_bit_cast(float, (n + 127) << 23); }
+
+// 2^n * (1 + r + r^2 p(r)) where the caller has split the exponent; n is -280 .. 280.
+INLINE float exp_of_parts(float n, float r) {
+  float p = 0x1.6db410p-10f;
+  p = fma(p, r, 0x1.123b46p-7f);
+  p = fma(p, r, 0x1.55545ep-5f);
+  p = fma(p, r, 0x1.55548ep-3f);
+  p = fma(p, r, 0.5f);
+  p = fma(r * r, p, r) + 1;
+  i32 k = (i32)n, half = k >> 1;
+  return p * pow2(half) * pow2(k - half);
+}
+INLINE float clamp(float x, float low, float high) {  // NaN becomes a number
+  x = x > low ? x : low;
+  return x < high ? x : high;
+}
+INLINE float exp(float x) {
+  float c = clamp(x, -105.0f, 90.0f);
+  float n = round(c * 0x1.715476p+0f);
+  float r = fma(n, -0x1.62e400p-1f, c);
+  r = fma(n, -0x1.7f7d1cp-20f, r);
+  float y = exp_of_parts(n, r);
+  return x != x ? x : y;
+}
+INLINE float exp2(float x) {
+  float c = clamp(x, -152.0f, 130.0f);
+  float n = round(c);
+  float y = exp_of_parts(n, (c - n) * 0x1.62e430p-1f);
+  return x != x ? x : y;
+}
+INLINE float expm1(float x) {
+  float c = clamp(x, -0.5f, 0.5f);
+  float p = 0x1.a2ee6ep-16f;
+  p = fma(p, c, 0x1.a2e2b4p-13f);
+  p = fma(p, c, 0x1.6c1470p-10f);
+  p = fma(p, c, 0x1.110f74p-7f);
+  p = fma(p, c, 0x1.555556p-5f);
+  p = fma(p, c, 0x1.555556p-3f);
+  p = fma(p, c, 0.5f);
+  float near = fma(c * c, p, c), far = exp(x) - 1;
+  near = x == 0 ? x : near;
+  return abs(x) < 0.5f ? near : far;
+}
+// log(2^e * (1 + f)) for f from sqrt(1/2) - 1 to sqrt(2) - 1
+INLINE float log1p_poly(float f) {
+  float p = -0x1.41ed50p-4f;
+  p = fma(p, f, 0x1.07d0ccp-3f);
+  p = fma(p, f, -0x1.0ce08ep-3f);
+  p = fma(p, f, 0x1.226e50p-3f);
+  p = fma(p, f, -0x1.54788ap-3f);
+  p = fma(p, f, 0x1.99a596p-3f);
+  p = fma(p, f, -0x1.000220p-2f);
+  return fma(p, f, 0x1.55554ap-2f) * f;
+}
+struct Split { float e, f; };
+INLINE Split split(float x) {  // x = 2^e * (1 + f); x > 0
+  bool tiny = x < 0x1p-126f;
+  float y = tiny ? x * 0x1p24f : x;
+  i32 b = __builtin_bit_cast(i32, y);
+  i32 e = (b - 0x3f3504f3) >> 23;
+  float f = __builtin_bit_cast(float, b - (e << 23)) - 1;
+  return {(float)(e - (tiny ? 24 : 0)), f};
+}
+INLINE float log_edges(float x, float y) {
+  y = x == INF ? INF : y;
+  y = x == 0 ? -INF : y;
+  return (x < 0) | (x != x) ? NAN_ : y;
+}
+INLINE float log(float x) {
+  Split s = split(x);
+  float t = s.f * s.f;
+  float y = fma(t, log1p_poly(s.f), s.e * 0x1.7f7d1cp-20f);
+  y = fma(-0.5f, t, y) + s.f;
+  return log_edges(x, fma(s.e, 0x1.62e400p-1f, y));
+}
+INLINE float log2(float x) {
+  Split s = split(x);
+  float t = s.f * s.f;
+  float low = fma(-0.5f, t, t * log1p_poly(s.f));
+  float y = fma(s.f, 0x1.4ae0c0p-26f, low * 0x1.715476p+0f);
+  return log_edges(x, s.e + fma(s.f, 0x1.715476p+0f, y));
+}
+INLINE float log10(float x) {
+  float y = log(x), z = fma(y, 0x1.bcb7b2p-2f, y * -0x1.5b235ep-27f);
+  return abs(y) == INF ? y : z;
+}
+INLINE float log1p(float x) {
+  float u = 1 + x, rest = x - (u - 1);
+  rest = abs(x) > 0x1p24f ? 0 : rest;
+  float y = log(u) + (u > 0 ? rest / u : 0);
+  return u == 1 ? x : y;
+}
+INLINE float sigmoid(float x) { return 1 / (1 + exp(-x)); }
+INLINE float tanh(float x) {
+  float a = abs(x), s = a * a;
+  float p = 0x1.163b6cp-9f;
+  p = fma(p, s, -0x1.0b43cep-7f);
+  p = fma(p, s, 0x1.636962p-6f);
+  p = fma(p, s, -0x1.b9eba8p-5f);
+  p = fma(p, s, 0x1.111058p-3f);
+  p = fma(p, s, -0x1.555554p-2f);
+  float near = fma(a * s, p, a), far = 1 - 2 / (exp(2 * a) + 1);
+  return copysign(a < 0.625f ? near : far, x);
+}
+INLINE float erf(float x) {
+  float a = abs(x), s = a * a;
+  float p = 0x1.5d47b6p-14f;
+  p = fma(p, s, -0x1.aa6a2cp-11f);
+  p = fma(p, s, 0x1.54cde6p-8f);
+  p = fma(p, s, -0x1.b80f50p-6f);
+  p = fma(p, s, 0x1.ce2e14p-4f);
+  p = fma(p, s, -0x1.812744p-2f);
+  float near = fma(fma(p, s, 0x1.06eba8p-3f), a, a);
+  float t = clamp(a, 0.9f, 4.1f);
+  float q = 0x1.61ea8ep-16f;
+  q = fma(q, t, -0x1.c7912cp-12f);
+  q = fma(q, t, 0x1.115ad4p-8f);
+  q = fma(q, t, -0x1.9b8e84p-6f);
+  q = fma(q, t, 0x1.bb83e8p-4f);
+  q = fma(q, t, 0x1.44460cp-1f);
+  q = fma(q, t, 0x1.2127e4p+0f);
+  q = fma(q, t, -0x1.6e57p-13f);
+  float far = 1 - exp(-q);
+  float y = a < 0.925f ? near : far;
+  return x != x ? x : copysign(y, x);
+}
+// x less n quarter turns. Below 2^30 they are taken off in double; above, the fraction of x * 2/pi is computed
+// in fixed point from the bits of 2/pi that matter.
+struct Turn { float r; i32 n; };
+constexpr u32 TWO_OVER_PI[] = {0xa2f9836e, 0x4e441529, 0xfc2757d1, 0xf534ddc0, 0xdb629599, 0x3c439041, 0xfe5163ab, 0xdebbc561};
+INLINE Turn turn(float x) {
+  double d = abs(x) < 0x1p30f ? x : 0, n = __builtin_rint(d * 0x1.45f306dc9c883p-1);
+  double r = __builtin_fma(n, -0x1.921fb54442d18p+0, d);
+  r = __builtin_fma(n, -0x1.1a62633145c07p-54, r);
+  u32 b = float_to_bits(x) & 0x7fffffff;
+  i32 from = (i32)(b >> 23) - 152;  // the first bit whose product is below 4
+  from = (from < 0) | (from > 103) ? 0 : from;
+  u32 at = (u32)from >> 5, by = (u32)from & 31;
+  u64 high = ((u64)TWO_OVER_PI[at] << 32) | TWO_OVER_PI[at + 1];
+  u64 window = (high << by) | ((u64)TWO_OVER_PI[at + 2] >> (32 - by));
+  u64 product = window * ((b & 0x7fffff) | 0x800000);
+  u32 top = (u32)(product >> 32), whole = (top + 0x20000000) >> 30;
+  double part = (double)(i32)(top - (whole << 30)) * 0x1.921fb54442d18p-30;
+  bool big = abs(x) >= 0x1p30f;
+  part = x < 0 ? -part : part;
+  i32 turns = x < 0 ? -(i32)whole : (i32)whole;
+  return {(float)(big ? part : r), big ? turns : (i32)n};
+}
+INLINE float sin_near(float r) {
+  float s = r * r;
+  float p = fma(fma(fma(0x1.6cbeeep-19f, s, -0x1.a00f34p-13f), s, 0x1.111108p-7f), s, -0x1.555556p-3f);
+  return fma(r * s, p, r);
+}
+INLINE float cos_near(float r) {
+  float s = r * r;
+  float p = fma(fma(0x1.99e360p-16f, s, -0x1.6c0c22p-10f), s, 0x1.55554ap-5f);
+  return fma(s * s, p, fma(-0.5f, s, 1.0f));
+}
+INLINE float quarter(float r, i32 n) {
+  float y = n & 1 ? cos_near(r) : sin_near(r);
+  return n & 2 ? -y : y;
+}
+INLINE float sin(float x) {
+  Turn t = turn(x);
+  float y = x == 0 ? x : quarter(t.r, t.n);
+  return abs(x) < INF ? y : NAN_;
+}
+INLINE float cos(float x) {
+  Turn t = turn(x);
+  float y = quarter(t.r, t.n + 1);
+  return abs(x) < INF ? y : NAN_;
+}
+
+// ---------------------------------------------------------------- the C library's
+
+#define LIBRARY(name) \
+  INLINE double name(double x) { return __builtin_##name(x); }
+#define LIBRARY_BOTH(name) \
+  INLINE float name(float x) { return __builtin_##name##f(x); } \
+  LIBRARY(name)
+LIBRARY(exp) LIBRARY(exp2) LIBRARY(expm1) LIBRARY(log) LIBRARY(log2) LIBRARY(log10) LIBRARY(log1p)
+LIBRARY(tanh) LIBRARY(erf) LIBRARY(sin) LIBRARY(cos)
+LIBRARY_BOTH(tan) LIBRARY_BOTH(asin) LIBRARY_BOTH(acos) LIBRARY_BOTH(atan) LIBRARY_BOTH(sinh)
+LIBRARY_BOTH(cosh) LIBRARY_BOTH(asinh) LIBRARY_BOTH(acosh) LIBRARY_BOTH(atanh) LIBRARY_BOTH(erfc)
+#undef LIBRARY
+#undef LIBRARY_BOTH
+INLINE double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+INLINE float atan2(float a, float b) { return __builtin_atan2f(a, b); }
+INLINE double atan2(double a, double b) { return __builtin_atan2(a, b); }
+INLINE float hypot(float a, float b) { return __builtin_hypotf(a, b); }
+INLINE double hypot(double a, double b) { return __builtin_hypot(a, b); }
+INLINE float pow(float a, float b) { return __builtin_powf(a, b); }
+INLINE double pow(double a, double b) { return __builtin_pow(a, b); }
+template <class T> INLINE T pow(T a, T b) {  // whole numbers wrap around
+  if (b < 0) return a == 1 ? (T)1 : a == (T)-1 ? (T)(b & 1 ? -1 : 1) : (T)0;
+  u64 got = 1, base = (u64)a;
+  for (u64 n = (u64)b; n; n >>= 1, base *= base) got *= n & 1 ? base : 1;
+  return (T)got;
+}
+
+// ---------------------------------------------------------------- conversions
+
+template <class To, class From> INLINE To to(From x) {
+  if constexpr (is_float<From>::value && !is_float<To>::value && sizeof(To) < 8) return (To)(i64)x;
+  else return (To)x;
+}
+
+}  // namespace tessel
+
+#pragma omp declare reduction(amax : float, double, i64, i32, i16, i8, u8 : omp_out = \
+    tessel::maximum(omp_out, omp_in)) initializer(omp_priv = omp_orig)
+#pragma omp declare reduction(amin : float, double, i64, i32, i16, i8, u8 : omp_out = \
+    tessel::minimum(omp_out, omp_in)) initializer(omp_priv = omp_orig)
