@@ -6,6 +6,7 @@ Environment variables:
 ``TESSEL_DEBUG``       0 to 4, the default of ``Options.debug``
 ``TESSEL_DUMP``        a directory, the default of ``Options.dump_dir``
 ``TESSEL_CACHE_DIR``   where the cache lives; else ``$XDG_CACHE_HOME/tessel`` or ``~/.cache/tessel``
+``CXX``                the C++ compiler for the CPU's kernels; else c++, clang++ or g++
 =====================  ====================================================================
 """
 
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 from .errors import TesselError, check, did_you_mean
 
-__all__ = ["Options", "cache_dir", "debug_level"]
+__all__ = ["Options", "cache_dir", "child_environment", "cxx", "debug_level"]
 
 _DEBUG_MAX = 4
 # Annotation text (annotations are strings here) -> the types a value may have.
@@ -62,6 +63,11 @@ def debug_level() -> int:
         lambda: f"TESSEL_DEBUG: expected a whole number from 0 to {_DEBUG_MAX}, got {text!r}",
     )
     return int(text)
+
+
+def cxx() -> str | None:
+    """The C++ compiler the user names in ``CXX``, with its arguments; None where it is not set."""
+    return os.environ.get("CXX", "").strip() or None
 
 
 def child_environment(changes: Mapping[str, str | None]) -> dict[str, str]:

@@ -30,6 +30,7 @@ from .report import Call, Compilation, Fused, Kernel, Pass, Report
 from .runtime.kernels import Kernels, by_torch
 from .runtime.launch import interpreting
 from .runtime.library import called
+from .runtime.native_kernels import NativeKernels
 from .runtime.program import build
 from .runtime.replay import Replayed, check_replayable
 from .targets import TARGETS, Target, get_target, match_device
@@ -69,8 +70,8 @@ class Place:
 
     Attributes:
         target: the record the kernels are made for.
-        how: ``launch`` (Triton on a GPU), ``interpret`` (Triton's interpreter) or ``torch`` (operator by
-            operator), and then ``why``.
+        how: ``launch`` (Triton on a GPU), ``native`` (C++ on the CPU), ``interpret`` (Triton's interpreter)
+            or ``torch`` (operator by operator), and then ``why``.
     """
 
     target: Target
@@ -102,7 +103,7 @@ def place_for(name: str, device: str) -> Place:
         if kind == "cuda":
             return Place(_gpu(device), "launch")
         if kind == "cpu":
-            return Place(get_target("cpu"), "torch", _NO_CPP)
+            return Place(get_target("cpu"), "native")
         return Place(get_target("cpu"), "torch", f"no generated kernels for tensors on {device}")
     wanted = "cuda" if name == "cuda" or get_target(name).gpu_target else "cpu"
     check(
@@ -113,7 +114,7 @@ def place_for(name: str, device: str) -> Place:
         ),
     )
     if name == "cpu":
-        return Place(get_target("cpu"), "torch", _NO_CPP)
+        return Place(get_target("cpu"), "native")
     if name == "triton-interpret":
         return Place(get_target(name), "interpret")
     here = _gpu(device)
@@ -125,9 +126,6 @@ def place_for(name: str, device: str) -> Place:
         ),
     )
     return Place(here, "launch")
-
-
-_NO_CPP = "no kernel generator for the CPU yet: torch runs each operator"
 
 
 def _gpu(device: str) -> Target:
@@ -184,7 +182,8 @@ def _compile(
     graph = _run_passes(imported, _resolved(options, place), place, record, stage)
 
     stage[0] = "rendering kernels"
-    kernels = Kernels(place.target, options.source_dir())
+    maker = NativeKernels if place.how == "native" else Kernels
+    kernels = maker(place.target, options.source_dir())
     if place.how != "torch":
         kernels.render_all(graph)
         kernels.load()
@@ -233,9 +232,11 @@ def _around(place: Place, device: str) -> Callable[[], AbstractContextManager[An
 
 def _resolved(options: Options, place: Place) -> Options:
     """What "auto" means at a place: products and attention go to the vendor's library on a GPU, which is
-    faster than a template without tuning; through the interpreter the templates are what is tested."""
-    choice: Literal["library", "template"] = "library" if place.how == "launch" else "template"
-    changes = {n: choice for n in ("matmul", "attention") if getattr(options, n) == "auto"}
+    faster than a template without tuning; through the interpreter the templates are what is tested. On the
+    CPU there are no templates for them, so that they always go to the library."""
+    choice: Literal["library", "template"] = "template" if place.how == "interpret" else "library"
+    asked = ("auto", "template") if place.how == "native" else ("auto",)
+    changes = {n: choice for n in ("matmul", "attention") if getattr(options, n) in asked}
     return dataclasses.replace(options, **changes)  # type: ignore[arg-type]
 
 
@@ -302,7 +303,8 @@ def _describe(
     for name, source in kernels.sources.items():
         file = str(kernels.launchers[name].path)
         sites = [n.loc.short for n in kernels.sites[name]]
-        record.kernels.append(Kernel(name, source.kernel.family, file, source.text, sites))
+        language = "cpp" if place.how == "native" else "triton"
+        record.kernels.append(Kernel(name, source.kernel.family, file, source.text, sites, language))
     if place.why:
         record.notes.append(place.why)
 

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 
 from ..codegen.host import Called, Launch
-from ..codegen.source import Source
-from ..codegen.triton import render
+from ..codegen.triton import grid_of, render
 from ..errors import TesselError
 from ..ir.node import Graph, Node, make_input
 from ..ir.types import SymType, symbol, unbacked
 from ..targets import Target
 from ..tiles.kernel import Kernel
 from ..tiles.lower import lower
-from .launch import Interpreted, Launcher, load
+from .launch import load
 from .program import build
 
 __all__ = ["Kernels", "by_torch"]
@@ -45,9 +44,9 @@ class Kernels:
     target: Target
     directory: Path
     at: dict[Node, Launch] = field(default_factory=dict)
-    sources: dict[str, Source] = field(default_factory=dict)
+    sources: dict[str, Any] = field(default_factory=dict)
     sites: dict[str, list[Node]] = field(default_factory=dict)
-    launchers: dict[str, Launcher | Interpreted] = field(default_factory=dict)
+    launchers: dict[str, Any] = field(default_factory=dict)
     failed: dict[Node, str] = field(default_factory=dict)
     _notes: dict[str, list[str]] = field(default_factory=dict)
 
@@ -63,7 +62,7 @@ class Kernels:
                 same = _program_key(kernel)
                 name = by_program.get(same)
                 if name is None:
-                    source = render(kernel, self.target)
+                    source = self.render(kernel)
                     name = by_body.setdefault(source.body_key, source.name)
                     by_program[same] = name
                     self.sources.setdefault(name, source)
@@ -73,27 +72,29 @@ class Kernels:
             self.sites.setdefault(name, []).append(node)
             self._notes.setdefault(name, []).extend(kernel.notes)
             params = tuple(("out" if p.out else "in", p.slot) for p in kernel.params)
-            self.at[node] = Launch(name, _grid(kernel, self.sources[name]), params, kernel.symbols())
+            self.at[node] = Launch(name, self.grid(kernel, name), params, kernel.symbols())
+
+    def render(self, kernel: Kernel) -> Any:
+        """The source of one kernel."""
+        return render(kernel, self.target)
+
+    def grid(self, kernel: Kernel, name: str) -> tuple[Any, ...]:
+        """The grid of a kernel that runs the source ``name``, perhaps another's: sizes of the grid may differ."""
+        return grid_of(kernel, self.sources[name].knobs)
+
+    def places(self, name: str) -> list[str]:
+        """Comment lines about the other places that launch a kernel, if there are any."""
+        if len(self.sites[name]) < 2:
+            return []
+        notes = list(dict.fromkeys(self._notes[name]))[len(self.sources[name].kernel.notes) :]
+        return [f"launched at {len(self.sites[name])} places", *(f"also: {_line(n)}" for n in notes)]
 
     def load(self) -> None:
         """Make the rendered kernels callable; their headers name every place that launches them."""
         for name, source in self.sources.items():
-            notes = list(dict.fromkeys(self._notes[name]))
-            if len(self.sites[name]) > 1:
-                extra = notes[len(source.kernel.notes) :]
-                also = "".join(f"# also: {_line(n)}\n" for n in extra)
-                source = dataclasses.replace(
-                    source, header=f"{source.header}# launched at {len(self.sites[name])} places\n{also}"
-                )
-                self.sources[name] = source
+            more = "".join(f"# {line}\n" for line in self.places(name))
+            source = self.sources[name] = dataclasses.replace(source, header=source.header + more)
             self.launchers[name] = load(source, self.directory)
-
-
-def _grid(kernel: Kernel, source: Source) -> tuple[Any, ...]:
-    """The grid of a kernel that shares another's body: sizes of the grid may differ."""
-    from ..codegen.triton import grid_of
-
-    return grid_of(kernel, source.knobs)
 
 
 def _program_key(kernel: Kernel) -> Any:

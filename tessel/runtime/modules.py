@@ -21,13 +21,13 @@ __all__ = ["execute", "place"]
 _warned: set[str] = set()
 
 
-def place(name: str, text: str, directory: Path) -> Path:
+def place(name: str, text: str, directory: Path, suffix: str = ".py") -> Path:
     """Write ``text`` under a name that holds its hash; returns the path, written or not.
 
     A directory that cannot be written to is said once and costs nothing but the file.
     """
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
-    path = directory / f"{name}_{digest}.py"
+    path = directory / f"{name}_{digest}{suffix}"
     try:
         if path.exists() and path.read_text() == text:
             return path

@@ -1,0 +1,212 @@
+"""C++ kernels compiled and loaded: the compiler that is there, a cache of what it built, calls through ctypes.
+
+    library = build(text, {"tessel.hpp": ...})    # a shared object, from the cache if it is there
+    kernel = NativeKernel(source, library, path)
+    kernel((), x, out)
+
+The cache holds one file a build, named by a digest of everything that decides it (source, compiler, flags, CPU)
+and by the digest of its own content, which is verified before it is loaded. It is used only where it is a
+directory of this user's that nobody else may write to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import stat
+import struct
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..codegen.cpp import CppSource
+from ..config import cache_dir, cxx
+from ..errors import TesselError
+from ..targets import get_target
+
+__all__ = ["Compiler", "NativeKernel", "build", "find_compiler"]
+
+_SECONDS = 600  # until a compiler is given up
+_FLAGS = (
+    "-std=c++17 -O3 -fPIC -shared -w -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=hidden"
+).split()
+_OPENMP = (["-fopenmp"], ["-fopenmp-simd"])  # without the library, one thread
+
+OUT_OF_RANGE = "index out of range in self"
+_REASONS: tuple[tuple[int, type[Exception], str], ...] = (
+    (1, IndexError, OUT_OF_RANGE),
+    (2, RuntimeError, "ZeroDivisionError"),
+    (4, MemoryError, "no memory for the rows of a reduction"),
+)
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: how it is called, and what it says it is."""
+
+    command: tuple[str, ...]
+    version: str
+
+    def flags(self) -> list[str]:
+        """Flags for this machine's CPU."""
+        features = get_target("cpu").features
+        wide = ["-mprefer-vector-width=512"] if "avx512f" in features else []
+        return [*_FLAGS, "-march=native" if get_target("cpu").arch == "x86_64" else "-mcpu=native", *wide]
+
+
+@cache
+def find_compiler(wanted: str | None) -> Compiler:
+    """The compiler named by ``wanted`` (``$CXX``), else the first of c++, clang++ and g++ that runs.
+
+    Raises:
+        TesselError: there is none; the message says what was tried.
+    """
+    tried: list[str] = []
+    for name in [wanted] if wanted else ["c++", "clang++", "g++"]:
+        command = shlex.split(name)
+        path = shutil.which(command[0]) if command else None
+        if path is None:
+            tried.append(f"{name}: not found")
+            continue
+        try:
+            got = subprocess.run([path, *command[1:], "--version"], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as e:
+            tried.append(f"{name}: {e}")
+            continue
+        if got.returncode == 0:
+            return Compiler((path, *command[1:]), got.stdout.strip())
+        tried.append(f"{name}: {_last_lines(got.stderr)}")
+    raise TesselError(f"no C++ compiler ({'; '.join(tried)}). Install g++ or clang++, or name one in $CXX")
+
+
+def build(text: str, headers: Mapping[str, str]) -> tuple[ctypes.CDLL, Path]:
+    """Compile a file and load it; the library and where it lies.
+
+    Raises:
+        TesselError: there is no compiler, or it fails; the message holds what it says.
+    """
+    compiler = find_compiler(cxx())
+    flags = compiler.flags()
+    cpu = get_target("cpu")
+    parts = [text, *(f"{k}\n{v}" for k, v in sorted(headers.items())), *compiler.command, compiler.version, *flags]
+    parts += [cpu.arch, *cpu.device_names, *sorted(cpu.features)]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    known = _loaded.get(key)
+    if known is not None:
+        return known
+    folder = _own_folder()
+    path = _cached(folder, key)
+    if path is None:
+        path = _compile(compiler, flags, text, headers, folder, key)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as e:
+        raise TesselError(f"the compiled kernels cannot be loaded: {e}") from e
+    _loaded[key] = library, path
+    return library, path
+
+
+_loaded: dict[str, tuple[ctypes.CDLL, Path]] = {}
+_private: list[tempfile.TemporaryDirectory[str]] = []  # lives as long as the process
+_warned: set[str] = set()
+
+
+def _cached(folder: Path, key: str) -> Path | None:
+    """A build of this key whose content is what its name says. Others are removed."""
+    for path in sorted(folder.glob(f"{key}-*.so")):
+        try:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+            if path.name == f"{key}-{digest}.so":
+                return path
+            path.unlink()
+        except OSError:  # another process removed it, or it cannot be read: built again
+            continue
+    return None
+
+
+def _compile(
+    compiler: Compiler, flags: Sequence[str], text: str, headers: Mapping[str, str], folder: Path, key: str
+) -> Path:
+    said = ""
+    with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
+        for name, content in {"kernels.cpp": text, **headers}.items():
+            (Path(work) / name).write_text(content, encoding="utf-8")
+        out = Path(work) / "kernels.so"
+        for openmp in _OPENMP:
+            command = [*compiler.command, *flags, *openmp, "kernels.cpp", "-o", str(out)]
+            try:
+                got = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=_SECONDS)
+            except (OSError, subprocess.TimeoutExpired) as e:
+                raise TesselError(f"{compiler.command[0]} failed: {e}") from e
+            if got.returncode == 0 and out.exists():
+                digest = hashlib.sha256(out.read_bytes()).hexdigest()[:32]
+                final = folder / f"{key}-{digest}.so"
+                os.replace(out, final)
+                return final
+            said = said or got.stderr
+            if "omp" not in got.stderr:
+                break
+    raise TesselError(f"{compiler.command[0]} could not compile the kernels:\n{_last_lines(said, 12)}")
+
+
+def _last_lines(text: str, n: int = 3) -> str:
+    return "\n".join(text.strip().splitlines()[-n:])
+
+
+def _own_folder() -> Path:
+    """The cache directory if only this user can write to it, else a private one that the process takes along."""
+    folder = cache_dir() / "native"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = os.lstat(folder)
+        if not stat.S_ISDIR(found.st_mode):
+            raise OSError(f"{folder} is not a directory")
+        if hasattr(os, "getuid") and found.st_uid != os.getuid():
+            raise OSError(f"{folder} belongs to another user")
+        if found.st_mode & 0o077:
+            raise OSError(f"{folder} is open to other users (mode {stat.S_IMODE(found.st_mode):o}, not 700)")
+        with tempfile.TemporaryFile(dir=folder):  # it can be written to
+            pass
+        return folder
+    except OSError as e:
+        if str(folder) not in _warned:
+            _warned.add(str(folder))
+            warnings.warn(f"tessel: compiled kernels are not kept: {e}", stacklevel=2)
+    if not _private:
+        _private.append(tempfile.TemporaryDirectory(prefix="tessel-"))
+    return Path(_private[0].name)
+
+
+class NativeKernel:
+    """A compiled kernel: called with a grid (ignored), a tensor for every parameter, then its sizes.
+
+    Raises:
+        IndexError: an index read from memory is out of range.
+        RuntimeError: a whole number is divided by zero.
+    """
+
+    def __init__(self, source: CppSource, library: ctypes.CDLL, path: Path) -> None:
+        self.source, self.path = source, path
+        self.fn = library[source.name]
+        self.fn.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+        self.fn.restype = ctypes.c_int
+        self.tensors = len(source.kernel.params)
+        self.pack = struct.Struct(f"{self.tensors + len(source.sizes)}q").pack
+
+    def __call__(self, grid: Any, *args: Any) -> None:
+        n = self.tensors
+        bad = self.fn(self.pack(*[x.data_ptr() for x in args[:n]], *args[n:]), torch.get_num_threads())
+        if bad:
+            for bit, kind, words in _REASONS:
+                if bad & bit:
+                    raise kind(words)
