@@ -30,6 +30,7 @@ from .report import Call, Compilation, Fused, Kernel, Pass, Report
 from .runtime.kernels import Kernels, by_torch
 from .runtime.launch import interpreting
 from .runtime.library import called
+from .runtime.matmul_cpu import Product
 from .runtime.native_kernels import NativeKernels
 from .runtime.program import build
 from .runtime.replay import Replayed, check_replayable
@@ -188,13 +189,14 @@ def _compile(
         kernels.render_all(graph)
         kernels.load()
     stage[0] = "host program"
+    product = Product(options.deterministic) if place.how == "native" else None
 
     def call(node: Node) -> Called | Launch:
         if node in kernels.at:
             return kernels.at[node]
         if node.op.kind == "kernel":
             return by_torch(node, call, options.source_dir(), device)
-        return called(node, options.attention, device)
+        return called(node, options.attention, device, product)
 
     _describe(graph, kernels, place, options, imported, record)
     program = build(

@@ -25,13 +25,19 @@ _SHARING = frozenset(
 )
 
 
-def called(node: Node, attention: str = "auto", device: str = "cpu") -> Called:
+def called(
+    node: Node,
+    attention: str = "auto",
+    device: str = "cpu",
+    product: Callable[..., torch.Tensor] | None = None,
+) -> Called:
     """The callable that runs a node of any kind on torch tensors.
 
     Args:
         node: a node that is neither a view nor a kernel.
         attention: as ``Options.attention``; "template" asks for the plain definition.
         device: where a node without a device of its own puts what it makes.
+        product: what multiplies two matrices, and adds a bias if it is given one, in place of torch's default.
 
     Raises:
         TesselError: the node's operator has no torch reference, or the target of a call is unknown.
@@ -39,6 +45,8 @@ def called(node: Node, attention: str = "auto", device: str = "cpu") -> Called:
     name = node.op.name
     if "target" in node.attrs:
         return _opaque(node)
+    if product is not None and name in ("matmul", "addmm") and node.type.rank == 2:
+        return Called(name, product, owned=True)
     if name == "attention" and attention != "template":
         return Called("attention", fast_attention, dict(node.attrs), owned=True)
     attrs = dict(node.attrs)

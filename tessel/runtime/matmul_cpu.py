@@ -1,0 +1,105 @@
+"""Which of torch's libraries multiplies matrices on the CPU.
+
+torch's own choice for float32 is MKL, which stays on an older instruction set on some vendors' CPUs; oneDNN,
+which ships inside torch, may be twice as fast there. So a product is timed once for every size it comes in
+(rows counted in powers of two), on the operands of its first call, and the faster of the two is kept for the
+process. With ``deterministic`` nothing is timed: a rule decides.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..targets import get_target
+
+__all__ = ["Product", "chosen"]
+
+_ROWS = 128  # of the left operand that are enough to time
+_REPEATS = 3
+_CLEAR = 0.95  # oneDNN must take less than this part of the other's time
+_SAME = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # against the largest element
+
+Key = tuple[Any, ...]
+_choices: dict[Key, bool] = {}
+
+
+def chosen() -> dict[Key, bool]:
+    """What was decided so far: (dtype, rows in powers of two, k, n, layouts, bias, threads) -> oneDNN or not."""
+    return dict(_choices)
+
+
+@cache
+def _onednn() -> Callable[..., torch.Tensor] | None:
+    """oneDNN's linear layer, ``None`` where torch has none."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    packet = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return getattr(packet, "default", None)
+
+
+def _by_library(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def _by_onednn(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    linear = _onednn()
+    assert linear is not None
+    return linear(a, b.t(), bias, "none", [], "")
+
+
+class Product:
+    """``product(a, b)`` and ``product(bias, a, b)`` for matrices a [m, k], b [k, n] and bias [n]."""
+
+    def __init__(self, deterministic: bool = False) -> None:
+        self.deterministic = deterministic
+        self.known: dict[Key, Callable[..., torch.Tensor]] = {}
+
+    def __call__(self, *operands: torch.Tensor) -> torch.Tensor:
+        bias = operands[0] if len(operands) == 3 else None
+        a, b = operands[-2:]
+        # What this call site may see change; the rest is fixed by its types.
+        key = (a.shape, b.shape, a.stride(), b.stride(), torch.get_num_threads())
+        run = self.known.get(key)
+        if run is None:
+            run = self.known[key] = _by_onednn if self._prefers_onednn(a, b, bias) else _by_library
+        return run(a, b, bias)
+
+    def _prefers_onednn(self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        if _onednn() is None or a.dtype not in _SAME or min(*a.shape, *b.shape) == 0:
+            return False
+        if a.stride(1) != 1 or 1 not in b.stride():
+            return False
+        if self.deterministic:
+            return a.dtype != torch.float32 or _mkl_is_held_back()
+        rows = max(a.shape[0] - 1, 0).bit_length()
+        layout = (b.stride(0) == 1, bias is not None)
+        key = (a.dtype, rows, a.shape[1], b.shape[1], *layout, torch.get_num_threads())
+        if key not in _choices:
+            _choices[key] = _faster(a[:_ROWS], b, bias)
+        return _choices[key]
+
+
+def _mkl_is_held_back() -> bool:
+    """Whether this is a CPU on which MKL does not use the widest vectors."""
+    return any("AMD" in name for name in get_target("cpu").device_names)
+
+
+def _faster(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Time both on real operands; oneDNN must also give the same result."""
+    want, got = _by_library(a, b, bias), _by_onednn(a, b, bias)
+    scale = want.abs().amax().item()
+    if math.isfinite(scale) and (got - want).abs().amax().item() > _SAME[a.dtype] * max(scale, 1e-30):
+        return False
+    best = [math.inf, math.inf]
+    for _ in range(_REPEATS):
+        for i, run in enumerate((_by_library, _by_onednn)):
+            start = time.perf_counter()
+            run(a, b, bias)
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best[1] < _CLEAR * best[0]
