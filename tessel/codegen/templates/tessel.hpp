@@ -47,22 +47,23 @@ INLINE i64 lane_block(i64 lanes, i64 rows, i64 threads, i64 most) {
 }
 
 // Runs f(first, last, thread) over the ranges of 0..items that the threads take; the reasons to stop, if any.
-// The ranges depend on nothing but the number of threads.
+// The ranges depend on nothing but the number of threads. There is one call of f, so that it becomes part of the
+// function that calls it: what it captures must not be memory, or every store might change it.
 template <class F>
 INLINE int parallel(i64 items, i64 work, i64 threads, F f) {
+  if (items <= 0) return 0;
   int bad = 0;
-  threads = min(threads, items);
+  threads = work < 32768 ? 1 : min(threads, items);
 #ifdef _OPENMP
-  if (threads > 1 && work >= 32768) {
-#pragma omp parallel num_threads((int)threads) firstprivate(f) reduction(| : bad)
-    {
-      i64 all = omp_get_num_threads(), mine = omp_get_thread_num();
-      bad |= f(items * mine / all, items * (mine + 1) / all, mine);
-    }
-    return bad;
-  }
+#pragma omp parallel num_threads((int)threads) firstprivate(f) reduction(| : bad) if (threads > 1)
+  {
+    i64 all = omp_get_num_threads(), mine = omp_get_thread_num();
+#else
+  {
+    i64 all = 1, mine = 0;
 #endif
-  if (items > 0) bad = f(0, items, 0);
+    bad |= f(items * mine / all, items * (mine + 1) / all, mine);
+  }
   return bad;
 }
 
