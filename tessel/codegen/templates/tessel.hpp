@@ -315,7 +315,8 @@ INLINE Turn turn(float x) {
   u64 window = (high << by) | ((u64)TWO_OVER_PI[at + 2] >> (32 - by));
   u64 product = window * ((b & 0x7fffff) | 0x800000);
   u32 top = (u32)(product >> 32), whole = (top + 0x20000000) >> 30;
-  double part = (double)(i32)(top - (whole << 30)) * 0x1.921fb54442d18p-30;
+  double low = (double)(i32)((u32)product >> 1) * 0x1p-31;
+  double part = ((double)(i32)(top - (whole << 30)) + low) * 0x1.921fb54442d18p-30;
   bool big = abs(x) >= 0x1p30f;
   part = x < 0 ? -part : part;
   i32 turns = x < 0 ? -(i32)whole : (i32)whole;
