@@ -23,7 +23,7 @@ from ..tiles.kernel import Compute, Kernel, Load, Store
 from .cpp_expr import Emitter
 from .cpp_reduce import reduction
 from .cpp_space import Space, space_of
-from .cpp_text import coordinates, items, simd
+from .cpp_text import SQUARE, coordinates, items, simd, squares
 from .cpp_words import memory_type, size_text
 
 __all__ = ["CppSource", "header", "render", "translation_unit"]
@@ -113,15 +113,51 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
     check(not space.rs, lambda: f"{kernel.name}: a pointwise kernel has no reduced axes")
     outer, lane = (space.xs[:-1], space.xs[-1]) if space.xs else ((), None)
     e = Emitter(kernel, space)
+    copies = _copies(e, outer[-1].name, lane.name) if space.turned and lane else []
     e.nest([a.name for a in outer], [lane.name] if lane else [])
     for stmt in kernel.body:
         e.emit(stmt)
     body = e.blocks[1] if lane else []
+    count, where = items(outer, lane), coordinates(outer, lane)
+    if space.turned and lane is not None:
+        count, where = squares(outer[:-1], outer[-1], lane)
     return {
-        "items": items(outer, lane),
-        "coordinates": coordinates(outer, lane),
+        "items": count,
+        "coordinates": where,
+        "turned": outer[-1].name if space.turned else "",
+        "copies": copies,
         "row": e.blocks[0],
         "lane": lane.name if lane else "",
         "pragma": simd({"|": ["bad"]} if e.flags else {}),
         "body": body,
     }
+
+
+def _copies(e: Emitter, turned: str, lane: str) -> list[str]:
+    """Lines that copy what lies along the loop ``turned`` into a local square, read from there afterwards.
+
+    Elements of one row of the square are then close together, whatever their distance in memory.
+    """
+    lines: list[str] = []
+    pitch = SQUARE[0] + 1  # odd, so that a column does not fall into one set of the cache
+    for s in e.kernel.body:
+        if not isinstance(s, Load) or s.access.mask:
+            continue
+        param = e.kernel.params[s.access.param]
+        index = e.space.at(s.access.address(param))
+        steps = {a.name: c for a, c in index.terms if a.kind == "var"}
+        plain = all(a.kind == "var" for a, _ in index.terms)
+        text, _ = e.element(s.access) if plain else ("", None)
+        if not plain or steps.get(turned) != 1 or steps.get(lane, 1) == 1 or text in e.copies:
+            continue
+        name = f"square{len(e.copies)}"
+        place = f"{name}[({lane} - begin) * {pitch} + {turned} - t_begin]"
+        lines += [
+            f"{memory_type(param.type.dtype)} {name}[{SQUARE[1] * pitch}];",
+            f"for (i64 {lane} = begin; {lane} < end; ++{lane}) {{",
+            "#pragma omp simd",
+            f"  for (i64 {turned} = t_begin; {turned} < t_end; ++{turned}) {place} = {text};",
+            "}",
+        ]
+        e.copies[text] = place
+    return lines

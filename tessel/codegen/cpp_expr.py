@@ -58,6 +58,7 @@ class Emitter:
         self.blocks: list[list[str]] = [[]]
         self.known: list[Dims] = [frozenset()]
         self.flags = False
+        self.copies: dict[str, str] = {}  # elements of memory that lie in a local copy, by text
 
     def nest(self, outer: Iterable[str], loops: Sequence[str]) -> None:
         """Start a nest of loops over the variables ``loops``; those in ``outer`` have a value already."""
@@ -173,7 +174,7 @@ class Emitter:
         access = stmt.access
         dtype = self.kernel.params[access.param].type.dtype
         text, dims = self.element(access)
-        text = loaded(text, dtype)
+        text = loaded(self.copies.get(text, text), dtype)
         mask, more = self.conds(access.mask)
         if mask:
             other = access.other

@@ -29,12 +29,15 @@ class Space:
         rs: reduced loops, outermost first.
         place: each axis of the tile program as an index over the loops.
         across: in a reduction, vectors lie along the last parallel loop, not along the last reduced one.
+        turned: some memory lies along the last but one loop of a pointwise kernel, so that the last two are
+            best walked in squares.
     """
 
     xs: tuple[Axis, ...]
     rs: tuple[Axis, ...]
     place: dict[str, Index]
     across: bool = False
+    turned: bool = False
 
     def at(self, index: Index) -> Index:
         """An index of the tile program over the loops."""
@@ -59,6 +62,9 @@ def space_of(kernel: Kernel) -> Space:
     space = Space(tuple(groups["x"]), tuple(groups["r"]), place)
     votes = _votes(kernel, space)
     across = bool(space.rs) and bool(space.xs) and _lies_across(space, votes)
+    if kernel.family == "pointwise" and (turned := _turned(kernel, space)) is not None:
+        kept = [a for a in space.xs if a is not turned]
+        return Space((*kept[:-1], turned, kept[-1]), (), place, turned=True)
     return Space(space.xs, space.rs, place, across)
 
 
@@ -152,6 +158,22 @@ def _votes(kernel: Kernel, space: Space) -> dict[str, int]:
                     weight = param.type.dtype.itemsize * (3 if isinstance(s, Store) else 2)
                     votes[atom.name] = votes.get(atom.name, 0) + weight * wide
     return votes
+
+
+def _turned(kernel: Kernel, space: Space) -> Axis | None:
+    """A loop that some memory lies along, which is far apart along the innermost one; both must be long."""
+    if len(space.xs) < 2 or _short(space.xs[-1].extent):
+        return None
+    lane = space.xs[-1].name
+    for s in kernel.body:
+        if isinstance(s, Load | Store):
+            index = space.at(s.access.address(kernel.params[s.access.param]))
+            steps = {a.name: c for a, c in index.terms if a.kind == "var"}
+            if steps.get(lane, 1) != 1:
+                for axis in space.xs[:-1]:
+                    if steps.get(axis.name) == 1 and not _short(axis.extent):
+                        return axis
+    return None
 
 
 def _ordered(axes: Sequence[Axis], votes: dict[str, int]) -> list[Axis]:

@@ -8,8 +8,9 @@ from ..ir.types import Dim, product
 from ..tiles.kernel import Axis
 from .cpp_words import size_text
 
-__all__ = ["BLOCK", "coordinates", "items", "parts_of", "simd"]
+__all__ = ["BLOCK", "coordinates", "items", "parts_of", "points", "simd", "squares"]
 
+SQUARE = (32, 64)  # points of the last two loops that are walked together where memory lies along both
 BLOCK = 2048  # elements of the innermost loop that one thread takes at a time
 
 
@@ -47,6 +48,21 @@ def coordinates(outer: Sequence[Axis], lane: Axis | None, item: str = "item") ->
         else:
             lines.append(f"const i64 begin = {rest} * {BLOCK}, end = min(begin + {BLOCK}, {extent});")
     return lines + points(outer, rest)
+
+
+def squares(outer: Sequence[Axis], turned: Axis, lane: Axis) -> tuple[str, list[str]]:
+    """Items and coordinates where the last two loops are walked in squares; ``t_begin`` and ``t_end`` bound the first."""
+    (high, wide), sizes = SQUARE, [size_text(a.extent) for a in (turned, lane)]
+    counts = [f"ceil_div({n}, {step})" for n, step in zip(sizes, SQUARE, strict=True)]
+    lines = [
+        f"const i64 down = {counts[0]}, along = {counts[1]};",
+        f"const i64 begin = item % along * {wide}, end = min(begin + {wide}, {sizes[1]});",
+        f"const i64 t_begin = item / along % down * {high}, t_end = min(t_begin + {high}, {sizes[0]});",
+    ]
+    if outer:
+        lines.append("const i64 row = item / (along * down);")
+    rows = size_text(product(a.extent for a in outer))
+    return f"{rows} * {counts[0]} * {counts[1]}", lines + points(outer, "row")
 
 
 def points(axes: Sequence[Axis], rest: str) -> list[str]:
