@@ -25,10 +25,10 @@ from common import Size, build, machine, table, write_result
 
 F = torch.nn.functional
 MODELS = {
-    "llama": Size(layers=4, hidden=768, heads=12, batch=4, seq=256, vocab=8192),
-    "gpt2": Size(layers=4, hidden=768, heads=12, batch=4, seq=256, vocab=8192),
-    "bert": Size(layers=4, hidden=768, heads=12, batch=4, seq=128, vocab=8192),
-    "vit": Size(layers=4, hidden=768, heads=12, batch=4, image=224),
+    "Llama": Size(layers=4, hidden=768, heads=12, batch=4, seq=256, vocab=8192),
+    "GPT-2": Size(layers=4, hidden=768, heads=12, batch=4, seq=256, vocab=8192),
+    "BERT": Size(layers=4, hidden=768, heads=12, batch=4, seq=128, vocab=8192),
+    "ViT": Size(layers=4, hidden=768, heads=12, batch=4, image=224),
 }
 
 

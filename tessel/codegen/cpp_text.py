@@ -51,7 +51,7 @@ def coordinates(outer: Sequence[Axis], lane: Axis | None, item: str = "item") ->
 
 
 def squares(outer: Sequence[Axis], turned: Axis, lane: Axis) -> tuple[str, list[str]]:
-    """Items and coordinates where the last two loops are walked in squares; ``t_begin`` and ``t_end`` bound the first."""
+    """Items and coordinates of last two loops that are walked in squares; the first goes to ``t_end``."""
     (high, wide), sizes = SQUARE, [size_text(a.extent) for a in (turned, lane)]
     counts = [f"ceil_div({n}, {step})" for n, step in zip(sizes, SQUARE, strict=True)]
     lines = [
