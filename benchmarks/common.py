@@ -28,7 +28,8 @@ class Size:
     """How large a model is built.
 
     Attributes:
-        layers, hidden, heads: of the model; the feed-forward is four times as wide (Llama: 8/3).
+        layers, hidden, heads: of the model; the feed-forward is four times as wide (Llama: 8/3, Mixtral: 2).
+        mlp: how many times as wide the feed-forward is, for every model; None leaves the above.
         batch, seq: of the input; a picture has as many patches as a square of 16 x 16 pixels each gives.
         vocab: number of tokens.
         image: pixels a side.
@@ -41,18 +42,23 @@ class Size:
     seq: int = 128
     vocab: int = 1024
     image: int = 128
+    mlp: int | None = None
+
+    def wide(self, usual: int) -> int:
+        """Width of the feed-forward: ``mlp`` times the hidden size, else the ``usual``."""
+        return usual if self.mlp is None else self.hidden * self.mlp
 
 
 def llama(s: Size) -> Case:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return _decoder(LlamaForCausalLM, LlamaConfig, s, intermediate_size=s.hidden * 8 // 3 // 16 * 16)
+    return _decoder(LlamaForCausalLM, LlamaConfig, s, intermediate_size=s.wide(s.hidden * 8 // 3 // 16 * 16))
 
 
 def mixtral(s: Size) -> Case:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    more = {"intermediate_size": s.hidden * 2, "num_local_experts": 8, "num_experts_per_tok": 2}
+    more = {"intermediate_size": s.wide(s.hidden * 2), "num_local_experts": 8, "num_experts_per_tok": 2}
     return _decoder(MixtralForCausalLM, MixtralConfig, s, **more)
 
 
@@ -60,7 +66,7 @@ def qwen3_next(s: Size) -> Case:
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     more = {
-        "intermediate_size": s.hidden * 2,
+        "intermediate_size": s.wide(s.hidden * 2),
         "head_dim": s.hidden // s.heads,
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -97,6 +103,7 @@ def gpt2(s: Size) -> Case:
         n_layer=s.layers,
         n_head=s.heads,
         n_positions=max(s.seq, 128),
+        n_inner=s.wide(4 * s.hidden),
         use_cache=False,
         bos_token_id=1,
         eos_token_id=2,
@@ -112,7 +119,7 @@ def bert(s: Size) -> Case:
         hidden_size=s.hidden,
         num_hidden_layers=s.layers,
         num_attention_heads=s.heads,
-        intermediate_size=4 * s.hidden,
+        intermediate_size=s.wide(4 * s.hidden),
         max_position_embeddings=max(s.seq, 128),
     )
     return BertForMaskedLM(config).eval(), {"input_ids": torch.randint(3, s.vocab, (s.batch, s.seq))}
@@ -125,12 +132,20 @@ def vit(s: Size) -> Case:
         hidden_size=s.hidden,
         num_hidden_layers=s.layers,
         num_attention_heads=s.heads,
-        intermediate_size=4 * s.hidden,
+        intermediate_size=s.wide(4 * s.hidden),
         image_size=s.image,
         patch_size=16,
         num_labels=100,
     )
     return ViTForImageClassification(config).eval(), {"pixel_values": torch.randn(s.batch, 3, s.image, s.image)}
+
+
+def mamba(s: Size) -> Case:
+    """Without the optional kernels: a loop over the tokens in plain torch."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=s.vocab, hidden_size=s.hidden, num_hidden_layers=s.layers, use_cache=False)
+    return MambaForCausalLM(config).eval(), {"input_ids": torch.randint(3, s.vocab, (s.batch, s.seq))}
 
 
 MODELS: dict[str, Callable[[Size], Case]] = {
@@ -139,6 +154,7 @@ MODELS: dict[str, Callable[[Size], Case]] = {
     "ViT": vit,
     "GPT-2": gpt2,
     "Mixtral": mixtral,
+    "Mamba": mamba,
     "qwen3_next": qwen3_next,
 }
 

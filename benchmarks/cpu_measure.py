@@ -1,0 +1,242 @@
+"""The measurements of ``cpu.py``, each made in a process of its own: see the functions' first lines."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import signal
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from cpu_cases import MODELS, Case, load, load_training, tensor_of
+
+Runner = Callable[[], Any]
+WAYS = ("tessel", "compile", "freeze", "eager")
+
+
+def runner(way: str, case: Case) -> Runner:
+    """One way to run a case; compiled at its first call. Imports what it needs, so that a cold start counts it."""
+    fn: Callable[..., Any]
+    if way == "tessel":
+        import tessel
+
+        fn = tessel.compile(case.fn, target="cpu")
+    elif way == "eager":
+        fn = case.fn
+    else:
+        fn = torch.compile(case.fn, options={"freezing": True} if way == "freeze" else None)
+    return lambda: fn(*case.args, **case.kwargs)
+
+
+def said(e: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(e).split())
+    return f"{type(e).__name__}: {text[:300]}"
+
+
+@contextlib.contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after some seconds of real time."""
+
+    def over(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """Median in milliseconds, and the interquartile range as a part of it."""
+    low, mid, high = statistics.quantiles(times, n=4)
+    return {"ms": round(mid * 1e3, 4), "iqr": round((high - low) / mid, 4), "runs": len(times)}
+
+
+def interleaved(runners: dict[str, Runner], seconds: float, least: int = 9, most: int = 201) -> dict[str, list[float]]:
+    """Seconds of every call: the runners take turns, another one first in every round."""
+    times: dict[str, list[float]] = {way: [] for way in runners}
+    names = list(runners)
+    for _ in range(2):
+        for run in runners.values():
+            run()
+    end = time.perf_counter() + seconds
+    i = 0
+    while i < least or (time.perf_counter() < end and i < most):
+        for way in names[i % len(names) :] + names[: i % len(names)]:
+            start = time.perf_counter()
+            runners[way]()
+            times[way].append(time.perf_counter() - start)
+        i += 1
+    return times
+
+
+def _first_calls(
+    runners: dict[str, Runner], out: dict[str, Any], seconds: float
+) -> tuple[dict[str, Runner], dict[str, Any]]:
+    """Compile: the runners that work, and what each gave. What fails is written down as ``<way>_failed``."""
+    good: dict[str, Runner] = {}
+    results: dict[str, Any] = {}
+    for way, run in runners.items():
+        print(f"first call: {way}", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        try:
+            with limit(seconds):
+                results[way] = run()
+        except Exception as e:
+            out[f"{way}_failed"] = said(e)
+            continue
+        out[f"{way}_first_s"] = round(time.perf_counter() - start, 3)
+        good[way] = run
+    return good, results
+
+
+def _timed(runners: dict[str, Runner], out: dict[str, Any], seconds: float) -> None:
+    for way, times in interleaved(runners, seconds).items():
+        out |= {f"{way}_{k}": v for k, v in spread(times).items()}
+    peers = [out[f"{p}_ms"] for p in ("compile", "freeze") if f"{p}_ms" in out]
+    if peers and "tessel_ms" in out:
+        out["ratio"] = round(min(peers) / out["tessel_ms"], 4)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bits, NaN or not."""
+    a, b = a.detach().contiguous(), b.detach().contiguous()
+    return a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def inference(name: str, dtype: torch.dtype, seconds: float, patience: float) -> dict[str, Any]:
+    """One call of a case: times of the four ways, bits of two runs, error against float64, products alone."""
+    out: dict[str, Any] = {}
+    model = name in MODELS
+    with torch.no_grad():
+        start = load(name, dtype)
+        good, results = _first_calls({w: runner(w, start()) for w in WAYS}, out, patience)
+        if "tessel" in good:
+            again = [tensor_of(good["tessel"]()).clone() for _ in range(2)]
+            out["same_bits"] = same_bits(*again)
+            out |= errors(name, dtype, {w: results[w] for w in ("tessel", "eager") if w in results})
+        del results
+        print("timing", file=sys.stderr, flush=True)
+        _timed(good, out, seconds)
+        if model and "eager" in good:
+            print("products", file=sys.stderr, flush=True)
+            from cpu_products import products
+
+            case = start()
+            out |= products(case.fn, case.args, case.kwargs, min(seconds / 3, 5.0))
+    return out
+
+
+def errors(name: str, dtype: torch.dtype, results: dict[str, Any]) -> dict[str, float]:
+    """Largest absolute difference from the eager run of the same weights in float64."""
+    if dtype is not torch.float32:
+        return {}
+    exact = load(name, torch.float64)()
+    want = tensor_of(exact.fn(*exact.args, **exact.kwargs)).double()
+    return {f"{w}_error": float((tensor_of(r).double() - want).abs().max()) for w, r in results.items()}
+
+
+def training(name: str, dtype: torch.dtype, seconds: float, patience: float) -> dict[str, Any]:
+    """Forward and backward of a model in training mode; gradients are dropped before every step."""
+    out: dict[str, Any] = {}
+    start = load_training(name, dtype)
+    model: Any = start().fn
+
+    def step(way: str) -> Runner:
+        forward = runner(way, start())
+
+        def run() -> torch.Tensor:
+            model.zero_grad(set_to_none=True)
+            loss = tensor_of(forward())
+            loss.backward()
+            return loss.detach()
+
+        return run
+
+    grads: dict[str, list[torch.Tensor]] = {}
+
+    def noted(way: str, run: Runner) -> Runner:
+        def first() -> torch.Tensor:
+            loss = run()
+            grads[way] = [loss.clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            return loss
+
+        return first
+
+    steps = {w: step(w) for w in ("tessel", "compile", "eager")}
+    good, _ = _first_calls({w: noted(w, run) for w, run in steps.items()}, out, patience)
+    if "tessel" in good:
+        again = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            good["tessel"]()
+            again.append(grads["tessel"])
+        out["same_bits"] = all(map(same_bits, *again))
+        if dtype is torch.float32 and "dropout" not in name:
+            out |= _training_errors(start(), grads)
+    grads.clear()
+    _timed({w: steps[w] for w in good}, out, seconds)
+    return out
+
+
+def _training_errors(case: Case, grads: dict[str, list[torch.Tensor]]) -> dict[str, float]:
+    """Largest error of a gradient's element, of the largest element of that gradient in float64."""
+    exact: Any = copy.deepcopy(case.fn).double()
+    exact.zero_grad(set_to_none=True)
+    tensor_of(exact(**case.kwargs)).backward()
+    want = [p.grad for p in exact.parameters() if p.grad is not None]
+
+    def worst(got: list[torch.Tensor]) -> float:
+        return max(float((g - w).abs().max() / w.abs().max().clamp_min(1e-30)) for g, w in zip(got[1:], want))
+
+    return {f"{way}_error": worst(grads[way]) for way in ("tessel", "eager") if way in grads}
+
+
+def startup(way: str, name: str, dtype: torch.dtype) -> float:
+    """Seconds from the wish to compile to the first result; torch is imported and the model built before."""
+    with torch.no_grad():
+        case = load(name, dtype)()
+        begin = time.perf_counter()
+        tensor_of(runner(way, case)())
+        return time.perf_counter() - begin
+
+
+def memory(way: str, name: str, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that torch's allocator hands out: the most at once in a call, and what is held between calls.
+
+    What was allocated while compiling and is still held afterwards (an arena, repacked weights) counts as held.
+    Kernels that call ``malloc`` themselves are not seen, in either compiler.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    def balance(calls: int) -> tuple[int, int]:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as seen:
+            for _ in range(calls):
+                result = run()
+                del result
+        now = most = 0
+        events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        return now, most
+
+    with torch.no_grad():
+        run = runner(way, load(name, dtype)())
+        held, _ = balance(3)  # compiles
+        _, peak = balance(1)
+    return {"held": max(held, 0), "call": peak}
+
+
+def quiet() -> None:
+    """Warnings of other packages are no part of a result."""
+    warnings.filterwarnings("ignore")
