@@ -1,6 +1,6 @@
 """``make bench``: bytes moved and compile time on this machine, as tables and as files in ``results/``.
 
-    python benchmarks/run.py [bytes] [compile_time] [--repeat N]
+python benchmarks/run.py [bytes] [compile_time] [--repeat N]
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from pathlib import Path
 from types import ModuleType
 
 import compile_time
+import cpu
 from common import RESULTS, Size, write_result
 
-PARTS = ("bytes", "compile_time")
+PARTS = ("cpu", "bytes", "compile_time")
 
 
 def _counting() -> ModuleType:
@@ -35,6 +36,9 @@ def main() -> None:
     unknown = set(given.parts) - set(PARTS)
     if unknown:
         parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {' and '.join(PARTS)}")
+    if "cpu" in given.parts:
+        cpu.main([])
+        print(flush=True)
     if "bytes" in given.parts:
         counting = _counting()
         size = Size()
