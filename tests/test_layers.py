@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tessel"
 # each other. A new top-level module needs a place here.
 LAYERS: tuple[set[str], ...] = (
     {"errors"},
-    {"config"},
+    {"config", "safe_dir"},
     {"ir"},
     {"ops", "targets"},
     {"tiles"},
@@ -31,6 +31,7 @@ LAYERS: tuple[set[str], ...] = (
     {"backend", "models"},
     {"wrapper"},
     {"__init__"},  # the public face
+    {"cli_cache"},
     {"cli"},
     {"__main__"},
 )

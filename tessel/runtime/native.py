@@ -16,7 +16,6 @@ import hashlib
 import os
 import shlex
 import shutil
-import stat
 import struct
 import subprocess
 import tempfile
@@ -32,6 +31,7 @@ import torch
 from ..codegen.cpp import CppSource
 from ..config import cache_dir, cxx
 from ..errors import TesselError
+from ..safe_dir import open_private
 from ..targets import get_target
 
 __all__ = ["Compiler", "NativeKernel", "build", "find_compiler"]
@@ -180,14 +180,7 @@ def _own_folder() -> Path:
     """The cache directory if only this user can write to it, else a private one that the process takes along."""
     folder = cache_dir() / "native"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = os.lstat(folder)
-        if not stat.S_ISDIR(found.st_mode):
-            raise OSError(f"{folder} is not a directory")
-        if hasattr(os, "getuid") and found.st_uid != os.getuid():
-            raise OSError(f"{folder} belongs to another user")
-        if found.st_mode & 0o077:
-            raise OSError(f"{folder} is open to other users (mode {stat.S_IMODE(found.st_mode):o}, not 700)")
+        open_private(folder).close()
         with tempfile.TemporaryFile(dir=folder):  # it can be written to
             pass
         return folder
