@@ -2,12 +2,13 @@
 
 Environment variables:
 
-=====================  ====================================================================
-``TESSEL_DEBUG``       0 to 4, the default of ``Options.debug``
-``TESSEL_DUMP``        a directory, the default of ``Options.dump_dir``
-``TESSEL_CACHE_DIR``   where the cache lives; else ``$XDG_CACHE_HOME/tessel`` or ``~/.cache/tessel``
-``CXX``                the C++ compiler for the CPU's kernels; else c++, clang++ or g++
-=====================  ====================================================================
+======================  ====================================================================
+``TESSEL_DEBUG``        0 to 4, the default of ``Options.debug``
+``TESSEL_DUMP``         a directory, the default of ``Options.dump_dir``
+``TESSEL_CACHE_DIR``    where the cache lives; else ``$XDG_CACHE_HOME/tessel`` or ``~/.cache/tessel``
+``TESSEL_TARGET_PATH``  a folder of JSON files that describe devices; ``target="x"`` then finds ``x.json``
+``CXX``                 the C++ compiler for the CPU's kernels; else c++, clang++ or g++
+======================  ====================================================================
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 from .errors import TesselError, check, did_you_mean
 
-__all__ = ["Options", "cache_dir", "child_environment", "cxx", "debug_level"]
+__all__ = ["Options", "cache_dir", "child_environment", "cxx", "debug_level", "target_file"]
 
 _DEBUG_MAX = 4
 # Annotation text (annotations are strings here) -> the types a value may have.
@@ -68,6 +69,15 @@ def debug_level() -> int:
 def cxx() -> str | None:
     """The C++ compiler the user names in ``CXX``, with its arguments; None where it is not set."""
     return os.environ.get("CXX", "").strip() or None
+
+
+def target_file(name: str) -> Path | None:
+    """The file ``<name>.json`` in the folder ``TESSEL_TARGET_PATH``; None where there is none."""
+    folder = os.environ.get("TESSEL_TARGET_PATH")
+    if not folder or not name or name != Path(name).name:  # a name, never a path out of the folder
+        return None
+    path = Path(folder).expanduser() / f"{name}.json"
+    return path if path.is_file() else None
 
 
 def child_environment(changes: Mapping[str, str | None]) -> dict[str, str]:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
+from ..config import target_file
 from ..errors import TesselError, did_you_mean
 from .amd import AMD
+from .calibration import Calibration, calibration_of
 from .cpu import INTERPRET, host_cpu
+from .load import load_target as _load
 from .nvidia import NVIDIA
-from .target import Level, Limits, Target
+from .target import Level, Limits, MatrixInstruction, Target
 
-__all__ = ["TARGETS", "Level", "Limits", "Target", "get_target", "match_device"]
+__all__ = [
+    "TARGETS",
+    "Calibration",
+    "Level",
+    "Limits",
+    "MatrixInstruction",
+    "Target",
+    "calibration_of",
+    "get_target",
+    "load_target",
+    "match_device",
+]
 
 
 def _table(targets: Iterable[Target]) -> Mapping[str, Target]:
@@ -27,8 +42,19 @@ TARGETS: Mapping[str, Target] = _table((host_cpu(), INTERPRET, *NVIDIA, *AMD))
 """Name -> record."""
 
 
+def load_target(path: str | Path) -> Target:
+    """The device that a user's JSON file describes; see ``load.py`` for what it holds.
+
+    Raises:
+        TesselError: the file cannot be read, or a number in it is missing, not a number or not positive.
+    """
+    return _load(path, TARGETS)
+
+
 def get_target(name: str) -> Target:
-    """The record called ``name``, as ``tessel targets`` lists them.
+    """The record called ``name``, as ``tessel targets`` lists them, or that of a JSON file (``"mychip.json"``).
+
+    ``TESSEL_TARGET_PATH`` names a folder whose ``<name>.json`` describes a device of that name.
 
     >>> get_target("h100").units
     132
@@ -40,6 +66,10 @@ def get_target(name: str) -> Target:
     Raises:
         TesselError: there is no such target.
     """
+    if isinstance(name, str) and name.endswith(".json"):
+        return load_target(name)
+    if isinstance(name, str) and name not in TARGETS and (file := target_file(name)) is not None:
+        return load_target(file)
     if not isinstance(name, str) or name not in TARGETS:
         raise TesselError(f"unknown target {name!r}; {did_you_mean(name, TARGETS)}")
     return TARGETS[name]

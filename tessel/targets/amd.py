@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from .target import Level, Limits, Target
+from .target import Level, Limits, MatrixInstruction, Target
 
 __all__ = ["AMD"]
 
@@ -61,6 +61,18 @@ MI300X = Target(
     gpu_target=("hip", "gfx942", 64),
     device_names=("MI300X",),
     reached={"bf16": 668e12},
+    matrix=(
+        MatrixInstruction(
+            "mfma",
+            32,
+            32,
+            16,
+            1,
+            1.0,
+            False,
+            "AMD CDNA 3 instruction set: v_mfma_f32_32x32x8_f16",
+        ),
+    ),
     sources={
         "units": f"{_SPECS}: 304 (38 on each of 8 dies)",
         "clock_hz": f"{_SHEET}: peak engine clock; unconfirmed",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 
-from .target import Level, Limits, Target
+from .target import Level, Limits, MatrixInstruction, Target
 
 __all__ = ["NVIDIA"]
 
@@ -17,6 +17,28 @@ KIB, MIB, GB = 2**10, 2**20, 10**9
 # KiB of shared memory and warps an SM, by architecture; a block gets 1 KiB less, which the driver keeps.
 _SM = {"sm_80": (164, 64), "sm_89": (100, 48), "sm_90": (228, 64), "sm_100": (228, 64)}
 _SM_SOURCE = "NVIDIA CCCL, cuda/__device/arch_traits.h, {arch}"
+
+_MMA_SYNC = MatrixInstruction(
+    "mma.sync", 16, 8, 32, 1, 1.0, False, "PTX ISA, mma.sync: m16n8 and 32 bytes of k (k16 for 16-bit types)"
+)
+_MATRIX = {
+    "sm_80": (_MMA_SYNC,),
+    "sm_89": (_MMA_SYNC,),
+    "sm_90": (
+        MatrixInstruction(
+            "wgmma", 64, 256, 32, 4, 1.0, True, "PTX ISA, wgmma.mma_async: m64nNk16 for 16-bit types, N up to 256"
+        ),
+        MatrixInstruction(
+            "mma.sync", 16, 8, 32, 1, 0.62, False, "PTX ISA; rate: Luo et al., arXiv 2501.12084 (62% of peak on Hopper)"
+        ),
+    ),
+    "sm_100": (
+        MatrixInstruction(
+            "tcgen05", 128, 256, 32, 1, 1.0, True, "PTX ISA, tcgen05.mma, one CTA: m128, N up to 256, one thread issues"
+        ),
+        MatrixInstruction("mma.sync", 16, 8, 32, 1, 0.5, False, "PTX ISA; rate: assumed, as little as half of tcgen05"),
+    ),
+}
 
 
 def _nvidia(
@@ -90,6 +112,7 @@ def _nvidia(
         sources=sources,
         device_names=device_names,
         reached={what: value for what, (value, _) in (reached or {}).items()},
+        matrix=_MATRIX[arch],
     )
 
 
@@ -104,7 +127,7 @@ _HOPPER_FLOPS = {
 }
 _HOPPER_CLOCK = (1.83e9, "derived: 989.4 TFLOP/s ÷ (132 SMs × 4096 operations a clock)")
 _HOPPER_LINK = (450e9, "NVIDIA data sheet: NVLink 4, 900 GB/s both directions")
-_ADA_L2 = "NVIDIA Ada architecture: {mib} MiB; unconfirmed"
+_ADA_L2 = "NVIDIA Ada architecture: {mib} MiB (the full die has 98,304 KiB); unconfirmed for this part"
 _PCIE4 = (32e9, "NVIDIA data sheet: PCIe 4 x16, 64 GB/s both directions; no NVLink")
 _PUBLISHED = "published large GEMM, torch.matmul or better; unconfirmed"
 
@@ -188,7 +211,7 @@ L40S = _nvidia(
     "sm_89",
     units=(142, "NVIDIA L40S data sheet: 18,176 cores, 128 an SM"),
     clock_hz=(2.52e9, "published boost clock"),
-    l2_bytes=(96 * MIB, _ADA_L2.format(mib=96) + " (one database says 48)"),
+    l2_bytes=(96 * MIB, _ADA_L2.format(mib=96) + "; one database says 48"),
     memory=(48 * GB, "NVIDIA L40S data sheet"),
     memory_bandwidth=(864e9, "NVIDIA L40S data sheet"),
     flops={"f32": 91.6e12, "tf32": 183e12, "f16": 362.05e12, "bf16": 362.05e12, "f8": 733e12, "i8": 733e12},
@@ -203,11 +226,11 @@ L40S = _nvidia(
 RTX4090 = _nvidia(
     "rtx4090",
     "sm_89",
-    units=(128, "published: 16,384 cores, 128 an SM"),
+    units=(128, "NVIDIA GeForce RTX 4090 specifications (thefpsreview.com): 16,384 cores, 128 an SM"),
     clock_hz=(2.52e9, "published boost clock"),
-    l2_bytes=(72 * MIB, "published: 72 of the die's 96 MiB"),
+    l2_bytes=(72 * MIB, "published: 72 of the die's 96 MiB; unconfirmed"),
     memory=(24 * GB, "published: 24 GB GDDR6X"),
-    memory_bandwidth=(1.008e12, "published: 384 bits at 21 Gb/s"),
+    memory_bandwidth=(1.008e12, "NVIDIA GeForce RTX 4090 specifications (thefpsreview.com): 1,008 GB/s"),
     flops={
         "f32": 82.6e12,
         "tf32": 82.6e12,
@@ -216,7 +239,7 @@ RTX4090 = _nvidia(
         "f8": 330.3e12,
         "i8": 660.6e12,
     },
-    flops_source="published database figures, dense, accumulating in f32 (i8 in i32)",
+    flops_source="published database figures, dense, accumulating in f32 (i8 in i32); unconfirmed",
     link=(32e9, "published: PCIe 4 x16, 64 GB/s both directions; no NVLink"),
     device_names=("RTX 4090",),
 )

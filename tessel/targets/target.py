@@ -9,15 +9,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import TesselError, did_you_mean
 
-__all__ = ["Level", "Limits", "Target"]
+if TYPE_CHECKING:
+    from .calibration import Calibration
+
+__all__ = ["Level", "Limits", "MatrixInstruction", "Target"]
 
 Vendor = Literal["nvidia", "amd", "cpu", "interpret"]
 VENDORS = ("nvidia", "amd", "cpu", "interpret")
 SCOPES = ("unit", "device")
+_INSTRUCTION = ("m", "n", "k_bytes", "warps", "rate")  # the numbers of a matrix instruction
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,24 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class MatrixInstruction:
+    """A matrix instruction: ``m × n × k`` at its largest, ``k_bytes`` wide along k whatever the type.
+
+    ``warps`` issue it together. ``rate`` is the part of the device's peak it can reach; ``shared`` says that its right
+    operand is read from shared memory by the instruction, once for every ``m`` rows, not by each warp for itself.
+    """
+
+    name: str
+    m: int
+    n: int
+    k_bytes: int
+    warps: int
+    rate: float
+    shared: bool
+    source: str
+
+
+@dataclass(frozen=True)
 class Target:
     """One device, frozen. Every number has its source in ``sources`` under the name :meth:`numbers` gives it.
 
@@ -69,6 +91,8 @@ class Target:
         device_names: words of the driver's device name that mean this target, see ``match_device``.
         reached: rates seen in practice, same units as ``flops`` and, under ``"memory"``, bytes a second.
         sources: name of the number -> where it is from.
+        matrix: matrix instructions, the fastest first.
+        calibration: constants a user's file gave; None means those in ``calibration.py``.
 
     Raises:
         TesselError: a number that is not positive and finite, or that has no source, or a source for
@@ -89,8 +113,12 @@ class Target:
     features: tuple[str, ...] = ()
     device_names: tuple[str, ...] = ()
     reached: Mapping[str, float] = field(default_factory=dict)
+    matrix: tuple[MatrixInstruction, ...] = ()
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
+        own = {f"matrix.{i.name}.{n}": i.source for i in self.matrix for n in _INSTRUCTION}
+        object.__setattr__(self, "sources", {**self.sources, **own})
         for name in ("flops", "reached", "sources"):  # read-only copies: a record is not edited in place
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         wrong = self._first_wrong()
@@ -132,6 +160,8 @@ class Target:
         out.update({f"flops.{dtype}": value for dtype, value in self.flops.items()})
         if self.limits is not None:
             out.update({f"limits.{f.name}": getattr(self.limits, f.name) for f in fields(self.limits)})
+        for i in self.matrix:
+            out.update({f"matrix.{i.name}.{n}": getattr(i, n) for n in _INSTRUCTION})
         out["link_bytes_per_s"] = self.link_bytes_per_s
         out.update({f"reached.{what}": value for what, value in self.reached.items()})
         return out
@@ -179,6 +209,8 @@ def show(key: str, value: float | None) -> str:
         return f"{value:.0f} B"
     if key.startswith(("flops.", "reached.")):
         return f"{value / 1e12:.4g} TFLOP/s"
+    if key.endswith(".rate"):
+        return f"{value:.0%}"
     if key == "clock_hz":
         return f"{value / 1e9:.4g} GHz"
     return f"{value:,.0f}"

@@ -2,24 +2,29 @@
 
     {% set knobs = {"XB": (256, 512), "num_warps": (4,)} %}
     {% set smem_bytes = {"default": "0"} %}
+    {% set derived = {"threads": "warp_size * num_warps", "acc": "BM * BN / threads"} %}
+    {% set paths = {"tma90": {"archs": ["sm_90"], "variant": "tma", "registers": ["1", "acc"], ...}} %}
     {% macro kernel(k) %} ... {% endmacro %}
 
-A formula is arithmetic over knobs and the sizes named beside it, in bytes; it is evaluated on
-integers here, and on symbols by whoever reasons about it.
+A formula is arithmetic over knobs and the sizes named beside it (see ``formula.py``); it is evaluated on
+integers here, and on arrays or symbols by whoever reasons about it. ``smem_bytes`` bounds what this template
+takes. A path says what the compiler allocates for one way to load on one architecture; the coefficients of its
+registers are fitted to measured compiles and kept as data by ``tessel/solve``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
-from types import CodeType, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
 
 from ..errors import TesselError, check, did_you_mean
+from .formula import evaluate
 
 TEMPLATES = Path(__file__).parent.parent / "codegen" / "templates"
 FAMILIES = ("pointwise", "reduction", "matmul", "attention")
@@ -39,6 +44,42 @@ def environment() -> jinja2.Environment:
 
 
 @dataclass(frozen=True)
+class LoadPath:
+    """What the compiler allocates for one variant of a template on some architectures, as formulas.
+
+    Attributes:
+        name: of the path, also of its rows in the measured data.
+        what: in words.
+        archs: architectures it was measured on or is taken for.
+        variant: how operands are loaded: ``pointer``, ``tma``, ``persistent``.
+        shared: most bytes of shared memory a program takes.
+        shared_least: the least; equal to ``shared`` where the formula is exact.
+        registers: terms of the registers a thread; a fit gives each its coefficient.
+        register_limit: how many a thread may have.
+        spill_terms: what beside ``registers / register_limit`` tells a spill.
+        always_spills: a condition under which it spills whatever the fit says.
+        tensor_columns: columns of tensor memory, ``"0"`` where there is none.
+    """
+
+    name: str
+    what: str
+    archs: tuple[str, ...]
+    variant: str
+    shared: str
+    shared_least: str
+    registers: tuple[str, ...]
+    register_limit: str = "255"
+    spill_terms: tuple[str, ...] = ()
+    always_spills: str = "0"
+    tensor_columns: str = "0"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the bytes of shared memory are known, not only bounded."""
+        return self.shared == self.shared_least
+
+
+@dataclass(frozen=True)
 class Header:
     """The declarations of one template.
 
@@ -48,12 +89,16 @@ class Header:
         smem_bytes: architecture (``sm_90``, ``gfx942``) or ``default`` -> formula of the shared
             memory that a program takes at most, in bytes.
         module: the evaluated template, whose macros render.
+        derived: name -> formula over knobs and sizes, in order, for the formulas of ``paths`` to use.
+        paths: name -> how the compiler allocates for it.
     """
 
     family: str
     knobs: Mapping[str, tuple[int, ...]]
     smem_bytes: Mapping[str, str]
     module: Any
+    derived: Mapping[str, str] = field(default_factory=dict)
+    paths: Mapping[str, LoadPath] = field(default_factory=dict)
 
     def check_knobs(self, knobs: Mapping[str, int]) -> None:
         """Raise ``TesselError`` unless every knob is declared, given and has an allowed value."""
@@ -70,16 +115,28 @@ class Header:
 
         ``values`` hold the knobs and the sizes the formula names (``itemsize``, ``out_itemsize`` ...).
         """
-        formula = self.smem_bytes.get(arch, self.smem_bytes["default"])
         try:
-            return int(eval(_compiled(formula), {"__builtins__": {}, "max": max, "min": min}, dict(values)))
-        except NameError as e:
-            raise TesselError(f"{self.family} template: the formula {formula!r} needs a value: {e}") from e
+            return int(evaluate(self.smem_formula(arch), values))
+        except TesselError as e:
+            raise TesselError(f"{self.family} template: {e}") from e
 
+    def smem_formula(self, arch: str) -> str:
+        """The formula of the shared memory that a program takes at most on ``arch``."""
+        return self.smem_bytes.get(arch, self.smem_bytes["default"])
 
-@cache
-def _compiled(formula: str) -> CodeType:
-    return compile(formula, "<smem_bytes>", "eval")
+    def path(self, arch: str, variant: str = "pointer") -> LoadPath | None:
+        """The measured path of a variant on ``arch``; None where nothing was measured there."""
+        for path in self.paths.values():
+            if arch in path.archs and path.variant == variant:
+                return path
+        return None
+
+    def with_derived(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """``values`` (numbers or arrays) and what ``derived`` makes of them."""
+        out = dict(values)
+        for name, formula in self.derived.items():
+            out[name] = evaluate(formula, out)
+        return out
 
 
 @cache
@@ -99,7 +156,22 @@ def load_header(family: str, language: str = "triton") -> Header:
         raise TesselError(f"no {language} template for the family {family!r}; {words}") from None
     knobs = {name: tuple(values) for name, values in module.knobs.items()}  # type: ignore[attr-defined]
     smem = dict(module.smem_bytes)  # type: ignore[attr-defined]
-    return Header(family, MappingProxyType(knobs), MappingProxyType(smem), module)
+    derived = dict(getattr(module, "derived", {}))
+    paths = {name: _path(name, entry) for name, entry in getattr(module, "paths", {}).items()}
+    return Header(
+        family,
+        MappingProxyType(knobs),
+        MappingProxyType(smem),
+        module,
+        MappingProxyType(derived),
+        MappingProxyType(paths),
+    )
 
 
-__all__ = ["FAMILIES", "TEMPLATES", "Header", "environment", "load_header"]
+def _path(name: str, entry: Mapping[str, Any]) -> LoadPath:
+    """A path as its template writes it: lists for tuples; ``shared_least`` left out means exact."""
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    return LoadPath(name=name, **{"shared_least": fields["shared"], **fields})
+
+
+__all__ = ["FAMILIES", "TEMPLATES", "Header", "LoadPath", "environment", "load_header"]

@@ -1,0 +1,1 @@
+"""Which tile every kernel should have on a named GPU, and why."""
