@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from .codegen.cpp_attention import refusal as attention_refusal
 from .codegen.host import Called, Launch
 from .config import Options
 from .errors import TesselError, check, did_you_mean
@@ -180,7 +181,7 @@ def _compile(
     if options.cuda_graphs and info.is_inference:
         check_replayable(imported.graph, device)
 
-    graph = _run_passes(imported, _resolved(options, place), place, record, stage)
+    graph = _run_passes(imported, _resolved(options, place, imported.graph), place, record, stage)
 
     stage[0] = "rendering kernels"
     maker = NativeKernels if place.how == "native" else Kernels
@@ -232,14 +233,22 @@ def _around(place: Place, device: str) -> Callable[[], AbstractContextManager[An
     return None
 
 
-def _resolved(options: Options, place: Place) -> Options:
+def _resolved(options: Options, place: Place, graph: Graph) -> Options:
     """What "auto" means at a place: products and attention go to the vendor's library on a GPU, which is
     faster than a template without tuning; through the interpreter the templates are what is tested. On the
-    CPU there are no templates for them, so that they always go to the library."""
+    CPU there is no template for products, so that they always go to the library; attention has one."""
     choice: Literal["library", "template"] = "template" if place.how == "interpret" else "library"
-    asked = ("auto", "template") if place.how == "native" else ("auto",)
-    changes = {n: choice for n in ("matmul", "attention") if getattr(options, n) in asked}
+    changes = {n: choice for n in ("matmul", "attention") if getattr(options, n) == "auto"}
+    if place.how == "native":
+        changes["matmul"] = "library"
+        if "attention" in changes and not any(_no_attention(n, place) for n in graph.nodes):
+            changes["attention"] = "template"
     return dataclasses.replace(options, **changes)  # type: ignore[arg-type]
+
+
+def _no_attention(node: Node, place: Place) -> str | None:
+    """Why the CPU's kernel does not take a node of attention."""
+    return attention_refusal(node.type.dtype, place.target.features) if node.op.kind == "attention" else None
 
 
 def _run_passes(imported: Imported, options: Options, place: Place, record: Compilation, stage: list[str]) -> Graph:
@@ -320,7 +329,8 @@ def _why_torch(node: Node, place: Place, options: Options) -> str:
             f"options.matmul is {options.matmul!r}: the vendor's library" if not refusal(node) else str(refusal(node))
         )
     if node.op.kind == "attention" and not refusal(node):
-        return f"options.attention is {options.attention!r}: torch's kernel"
+        why = _no_attention(node, place) if place.how == "native" and options.attention == "auto" else None
+        return why or f"options.attention is {options.attention!r}: torch's kernel"
     if node.op.random:
         return "random numbers are eager's own, drawn in its order"
     if node.op.kind == "effect":

@@ -20,13 +20,14 @@ from ..ir.types import Dim, product
 from ..ops import OPS
 from ..tiles.header import TEMPLATES, environment
 from ..tiles.kernel import Compute, Kernel, Load, Store
+from . import cpp_attention
 from .cpp_expr import Emitter
 from .cpp_reduce import reduction
 from .cpp_space import Space, space_of
 from .cpp_text import SQUARE, coordinates, items, simd, squares
 from .cpp_words import memory_type, size_text
 
-__all__ = ["CppSource", "header", "render", "translation_unit"]
+__all__ = ["CppSource", "header", "headers", "render", "translation_unit"]
 
 HEADER = TEMPLATES / "tessel.hpp"
 
@@ -64,16 +65,22 @@ def header() -> str:
     return HEADER.read_text(encoding="utf-8")
 
 
+def headers(sources: Iterable[CppSource]) -> dict[str, str]:
+    """The headers that the file of these kernels includes, by file name."""
+    families = {s.kernel.family for s in sources}
+    return {"tessel.hpp": header(), **(cpp_attention.headers() if "attention" in families else {})}
+
+
 def render(kernel: Kernel) -> CppSource:
     """The source of a kernel.
 
     Raises:
-        TesselError: another family than pointwise and reduction, or a value that has no C++ form.
+        TesselError: another family than pointwise, reduction and attention, or a value that has no C++ form.
     """
-    makers = {"pointwise": _pointwise, "reduction": reduction}
+    makers = {"pointwise": _pointwise, "reduction": reduction, "attention": _attention}
     if kernel.family not in makers:
         raise TesselError(f"no C++ template for {kernel.family} kernels")
-    space = space_of(kernel)
+    space = space_of(kernel) if kernel.family != "attention" else Space((), (), {})
     params = [(p.name, memory_type(p.type.dtype), p.out) for p in kernel.params]
     context: dict[str, Any] = {
         "name": kernel.name,
@@ -84,15 +91,17 @@ def render(kernel: Kernel) -> CppSource:
     }
     code = str(environment().get_template(f"{kernel.family}.cpp.j2").render(k=context))
     code = "\n".join(line.rstrip() for line in code.strip("\n").split("\n") if line.strip()) + "\n"
-    loops = ", ".join(f"{a.name}<{a.extent}" for a in (*space.xs, *space.rs)) or "one point"
+    loops = ", ".join(f"{a.name}<{a.extent}" for a in (*space.xs, *space.rs) or kernel.axes) or "one point"
     how = " (vectors across rows)" if space.across else ""
     notes = "".join(f"// {_comment(n)}\n" for note in (*kernel.notes, f"loops: {loops}{how}") for n in note.split("\n"))
     return CppSource(kernel.name, notes, code, kernel.symbols(), kernel)
 
 
 def translation_unit(sources: Iterable[CppSource]) -> str:
-    """One file with all kernels; it includes ``tessel.hpp``."""
-    return '#include "tessel.hpp"\nusing namespace tessel;\n\n' + "\n".join(s.text for s in sources)
+    """One file with all kernels; it includes their ``headers``."""
+    sources = list(sources)
+    includes = "".join(f'#include "{name}"\n' for name in headers(sources) if not name.startswith("attention_"))
+    return f"{includes}using namespace tessel;\n\n" + "\n".join(s.text for s in sources)
 
 
 def _comment(line: str) -> str:
@@ -106,6 +115,10 @@ def _work(kernel: Kernel) -> str:
     cost = sum(OPS[s.op].cost if isinstance(s, Compute) else 1 for s in counted)
     total: Dim = product(a.extent for a in kernel.axes)
     return f"{size_text(total)} * {max(1, cost // 4)}"
+
+
+def _attention(kernel: Kernel, space: Space) -> dict[str, Any]:
+    return cpp_attention.attention(kernel)
 
 
 def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:

@@ -1,0 +1,314 @@
+"""Attention on the CPU: the rows of a tile program as C++, which ``templates/attention.hpp`` works through.
+
+    softmax(edit(q k^T * scale)) v    scores never leave a block of a few rows and keys
+
+The kernel gives five small functions: where a row of queries, keys or values lies (or how it is computed, once,
+when it is packed), which keys a row may see, how scores are edited, how a row of the result is stored. A condition
+around the scores (``where(seen, score, -inf)``, from a mask in memory or from indices) is told apart from other
+edits, so that blocks of keys that no row of a block sees are skipped before their scores are computed. Two forms:
+
+    tiled   blocks of queries against packed blocks of keys and values
+    few     a handful of queries a key head: keys and values are read where they lie, key ranges run in parallel
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..errors import TesselError, check
+from ..ir.types import Dim, product
+from ..tiles.default import batch_axes
+from ..tiles.header import TEMPLATES, environment
+from ..tiles.index import Index, exact_div, linearize, var
+from ..tiles.kernel import ACC, LSE, Axis, Compute, Kernel, Load, Ref, Stmt, indices_of, refs
+from .cpp_expr import Dims, Emitter
+from .cpp_space import Space
+from .cpp_text import points, simd
+from .cpp_words import cast, literal, size_text, value_type
+
+__all__ = ["attention", "headers", "refusal"]
+
+_ELEMENTS = {torch.float32: "float", torch.float16: "float", torch.bfloat16: "bf16_word"}
+
+
+def refusal(dtype: torch.dtype, features: Iterable[str]) -> str | None:
+    """Why there is no attention kernel for a dtype on a CPU with these features, ``None`` where there is one.
+
+    >>> refusal(torch.float32, ("avx2", "fma")) is None
+    True
+    >>> refusal(torch.float64, ("avx2", "fma"))
+    'attention of float64: torch has the kernel for it'
+    >>> refusal(torch.float32, ("sse4_2",))
+    'attention needs AVX-512, or AVX2 with FMA: torch has the kernel for this CPU'
+    """
+    have = set(features)
+    if dtype not in _ELEMENTS:
+        return f"attention of {str(dtype).removeprefix('torch.')}: torch has the kernel for it"
+    if "avx512f" not in have and not {"avx2", "fma"} <= have:
+        return "attention needs AVX-512, or AVX2 with FMA: torch has the kernel for this CPU"
+    return None
+
+
+@cache
+def headers() -> dict[str, str]:
+    """The headers of attention kernels, by file name."""
+    tiles = str(environment().get_template("attention_tiles.hpp.j2").render())
+    return {
+        "attention.hpp": (TEMPLATES / "attention.hpp").read_text(encoding="utf-8"),
+        "attention_tiles.hpp": tiles,
+    }
+
+
+def attention(kernel: Kernel) -> dict[str, Any]:
+    """Context of ``attention.cpp.j2``.
+
+    Raises:
+        TesselError: a dtype or a head width that the kernel does not take, or an operand that reads indices.
+    """
+    return _Writer(kernel).context()
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How (x, row, n) of the C++ functions become coordinates of the tile program."""
+
+    space: Space
+    batches: tuple[Axis, ...]
+    member: Axis  # which of the heads that share keys
+    group: Dim
+
+
+def _rows(kernel: Kernel) -> _Rows:
+    axes = batch_axes(kernel)
+    place: dict[str, Index] = {a.name: var(a.name, a.extent) for a in kernel.axes}
+    group: Dim = 1
+    if axes:
+        head = axes[-1]
+        group = _group(kernel, head)
+        if group != 1:
+            heads = exact_div(head.extent, group)
+            assert heads is not None
+            outer = Axis(f"{head.name}h", heads, "x")
+            place[head.name] = linearize((var(outer.name, heads), var("member", group)), (group, 1))
+            axes = [*axes[:-1], outer]
+    return _Rows(Space(tuple(axes), (), place), tuple(axes), Axis("member", group, "x"), group)
+
+
+def _group(kernel: Kernel, head: Axis) -> Dim:
+    """How many neighbouring heads read the same keys and values."""
+    found: set[Dim] = set()
+    for part in ("k", "v"):
+        stack = [i for s in kernel.parts[part] for i in indices_of(s)]
+        while stack:
+            for atom, _ in stack.pop().terms:
+                if atom.kind == "var" and atom.name == head.name:
+                    return 1
+                if atom.kind == "div" and atom.arg == var(head.name, head.extent):
+                    found.add(atom.n)
+                elif atom.arg is not None:
+                    stack.append(atom.arg)
+    if not found:
+        return head.extent
+    (group,) = found if len(found) == 1 else (1,)
+    return group if exact_div(head.extent, group) is not None else 1
+
+
+def _closure(stmts: tuple[Stmt, ...], roots: Iterable[int]) -> tuple[list[Stmt], bool]:
+    """The statements that values need, in order, and whether the score is among what they read."""
+    made = {s.out: s for s in stmts if hasattr(s, "out")}
+    wanted: set[int] = set()
+    stack = list(roots)
+    while stack:
+        n = stack.pop()
+        if n not in wanted:
+            wanted.add(n)
+            stack += refs(made[n]) if n in made else []
+    checks = [s for s in stmts if not hasattr(s, "out") and any(n in wanted for n in refs(s))]
+    return [s for s in stmts if getattr(s, "out", None) in wanted or s in checks], ACC in wanted
+
+
+class _Writer:
+    """Writes the parts of one kernel."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.at = _rows(kernel)
+        self.m = kernel.axis("m").extent
+        self.batch = points(self.at.batches, "x")
+        self.known = [a.name for a in self.at.batches]
+        self.row = [f"const i64 member = row / {size_text(self.m)}, m = row % {size_text(self.m)};"]
+        provided = kernel.provides["q"]
+        assert isinstance(provided, Ref)
+        self.dtype = self._dtype_of("q", provided)
+
+    def _dtype_of(self, part: str, provided: Ref) -> torch.dtype:
+        for s in self.kernel.parts[part]:
+            if getattr(s, "out", None) == provided.number:
+                return s.dtype  # type: ignore[union-attr]
+        raise TesselError(f"{self.kernel.name}: part {part!r} provides a value that it does not compute")
+
+    def context(self) -> dict[str, Any]:
+        kernel = self.kernel
+        check(self.dtype in _ELEMENTS, lambda: f"{kernel.name}: no C++ attention of {self.dtype}")
+        widths = [kernel.axis(n).extent for n in "de"]
+        check(all(isinstance(n, int) for n in widths), lambda: f"{kernel.name}: a head width is not a known number")
+        seen, edit, seen_rows = self._scores()
+        scale = kernel.attrs.get("scale")
+        scale = 1 / math.sqrt(int(widths[0])) if scale is None else scale
+        if edit is None and not scale > 0:  # the greatest product is not the greatest score
+            edit = {"where": [], "row": [], "pragma": "", "body": []}
+        return {
+            "element": _ELEMENTS[self.dtype],
+            "q": self._operand("q", "d", [*self.batch, *self.row], [*self.known, "member", "m"]),
+            "k": self._operand("k", "d", self.batch, [*self.known, "n"]),
+            "v": self._operand("v", "e", self.batch, [*self.known, "n"]),
+            "seen": seen,
+            "edit": edit,
+            "store": self._store(),
+            "form": "tiled",
+            "batches": size_text(product(a.extent for a in self.at.batches)),
+            "group": size_text(self.at.group),
+            "m": size_text(self.m),
+            "n": size_text(kernel.axis("n").extent),
+            "d": widths[0],
+            "e": widths[1],
+            "offset": size_text(kernel.attrs.get("offset", 0)),
+            "scale": literal(scale, torch.float32),
+            "causal": _flag(kernel.attrs.get("causal", False)),
+            "has_seen": _flag(seen),
+            "seen_rows": _flag(seen_rows),
+            "has_edit": _flag(edit),
+        }
+
+    def _operand(self, part: str, lane: str, where: list[str], known: list[str]) -> dict[str, Any]:
+        """How a row of queries, keys or values is found or computed."""
+        kernel = self.kernel
+        provided = kernel.provides[part]
+        assert isinstance(provided, Ref)
+        stmts = kernel.parts[part]
+        dtype = self._dtype_of(part, provided)
+        check(dtype == self.dtype, lambda: f"{kernel.name}: attention of {self.dtype} and {dtype}; cast one operand")
+        e = Emitter(kernel, self.at.space)
+        e.nest(known, [lane])
+        for s in stmts:
+            e.emit(s)
+        check(not e.flags, lambda: f"{kernel.name}: part {part!r} reads indices that must be checked")
+        text, dims, _ = e.values[provided.number]
+        e.line(f"put(to + {lane}, {text});", dims | {lane})
+        extent = size_text(kernel.axis(lane).extent)
+        return {
+            "where": where,
+            "row": e.blocks[0],
+            "body": e.blocks[1],
+            "lane": lane,
+            "extent": extent,
+            "direct": self._direct(stmts, provided, lane),
+            "itemsize": dtype.itemsize,
+            "whole": f"words<Element>({extent}) % LANES == 0" if lane == "d" else f"{extent} % LANES == 0",
+        }
+
+    def _direct(self, stmts: tuple[Stmt, ...], provided: Ref, lane: str) -> str:
+        """The first element of a row that lies in memory as it is wanted, else nothing."""
+        stmt = next(s for s in stmts if getattr(s, "out", None) == provided.number)
+        if len(stmts) != 1 or not isinstance(stmt, Load) or stmt.access.mask:
+            return ""
+        param = self.kernel.params[stmt.access.param]
+        if param.type.dtype != stmt.dtype or stmt.dtype == torch.float16:
+            return ""
+        index = self.at.space.at(stmt.access.address(param))
+        plain = [(a, c) for a, c in index.terms if a.kind == "var"]
+        inside = [n for a, _ in index.terms if a.arg is not None for n in a.arg.variables()]
+        if [c for a, c in plain if a.name == lane] != [1] or lane in inside:
+            return ""
+        rest = Index(tuple((a, c) for a, c in index.terms if a.kind != "var" or a.name != lane), index.const)
+        e = Emitter(self.kernel, self.at.space)
+        return f"{param.name}[{e.index(rest)[0]}]"
+
+    # ------------------------------------------------------------ scores
+
+    def _scores(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None, bool]:
+        """What says which keys are seen, what else edits the scores, and whether the first varies along the rows."""
+        stmts = self.kernel.parts.get("score", ())
+        made = {s.out: s for s in stmts if hasattr(s, "out")}
+        value = self.kernel.provides.get("score", Ref(ACC))
+        conds: list[tuple[int, bool]] = []
+        while isinstance(value, Ref):
+            s = made.get(value.number)
+            peeled = _condition(s, stmts)
+            if peeled is None:
+                break
+            conds.append(peeled[:2])
+            value = peeled[2]
+        seen, rows = self._seen(stmts, conds) if conds else (None, False)
+        if value == Ref(ACC):
+            return seen, None, rows
+        check(isinstance(value, Ref), lambda: f"{self.kernel.name}: the scores are a constant")
+        needed, _ = _closure(stmts, [value.number])
+        e = self._score_emitter()
+        e.values[ACC] = "to[n - n0]", frozenset({"n"}), torch.float32
+        for s in needed:
+            e.emit(s)
+        text, dims, dtype = e.values[value.number]
+        text = text if value_type(dtype) == "float" else cast(text, dtype, torch.float32)
+        e.line(f"to[n - n0] = {text};", dims | {"n"})
+        return seen, self._loop(e), rows
+
+    def _seen(self, stmts: tuple[Stmt, ...], conds: list[tuple[int, bool]]) -> tuple[dict[str, Any], bool]:
+        e = self._score_emitter()
+        needed, _ = _closure(stmts, [n for n, _ in conds])
+        for s in needed:
+            e.emit(s)
+        texts: list[str] = []
+        varies: Dims = frozenset()
+        for n, wanted in conds:
+            text, dims, _ = e.values[n]
+            texts.append(text if wanted else f"!{text}")
+            varies |= dims
+        e.line(f"to[n - n0] = {' & '.join(texts)};", varies | {"n"})
+        return self._loop(e), bool(varies & {"m", "member"})
+
+    def _score_emitter(self) -> Emitter:
+        e = Emitter(self.kernel, self.at.space)
+        e.nest([*self.known, "member", "m"], ["n"])
+        return e
+
+    def _loop(self, e: Emitter) -> dict[str, Any]:
+        return {
+            "where": [*self.batch, *self.row],
+            "row": e.blocks[0],
+            "body": e.blocks[1],
+            "pragma": simd({"|": ["bad"]} if e.flags else {}),
+        }
+
+    def _store(self) -> dict[str, Any]:
+        e = Emitter(self.kernel, self.at.space)
+        e.nest([*self.known, "member", "m"], ["e"])
+        e.define(0, "acc", "out[e] * inv", frozenset({"e"}), torch.float32)
+        e.values = {ACC: e.values[0], LSE: ("lse", frozenset(), torch.float32)}
+        for s in self.kernel.body:
+            e.emit(s)
+        return self._loop(e)
+
+
+def _condition(stmt: Stmt | None, stmts: tuple[Stmt, ...]) -> tuple[int, bool, Any] | None:
+    """A score that is -inf where a condition fails: the condition, what it must be, and the score where it holds."""
+    if not isinstance(stmt, Compute) or stmt.op != "where":
+        return None
+    test, yes, no = stmt.args
+    if not isinstance(test, Ref) or _closure(stmts, [test.number])[1]:
+        return None
+    if no == -math.inf and isinstance(yes, Ref):
+        return test.number, True, yes
+    if yes == -math.inf and isinstance(no, Ref):
+        return test.number, False, no
+    return None
+
+
+def _flag(x: object) -> str:
+    return "true" if x else "false"
