@@ -34,10 +34,11 @@ class PrivateDir:
     def close(self) -> None:
         os.close(self.fd)
 
-    def same(self) -> bool:
-        """Whether ``path`` still names this directory."""
+    def good(self) -> bool:
+        """Whether ``path`` still names this directory, and nobody else may write to it."""
         try:
             found, mine = os.lstat(self.path), os.fstat(self.fd)
+            _check(self.path, mine)
         except OSError:
             return False
         return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)
