@@ -1,7 +1,9 @@
-"""Models by name: ``file.py:function``, ``package.module:function`` and ``hf:<model type>``.
+"""Models by name: ``file.py:function``, ``package.module:function``, ``hf:<model type>`` and ``hf:config.json``.
 
-The function returns ``(module, args)`` or ``(module, args, kwargs)``. ``hf:`` builds a transformers model of
-small widths from its config class, with random weights: nothing is downloaded.
+The function returns ``(module, args)`` or ``(module, args, kwargs)``. ``hf:`` builds the transformers class of a
+type and downloads nothing. To run, a type gives a model of small widths with random weights. On ``device="meta"``,
+which is what a target that is not there needs, it is the default config at full size, without weights. A
+``config.json`` always counts as it is.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -44,9 +47,10 @@ def load_model(
 ) -> Loaded:
     """The model that ``spec`` names, with inputs for one call: ``(module, args, kwargs)``.
 
-    For ``hf:`` the defaults are batch 1, 16 tokens, float32, 2 layers, on the CPU; weights and inputs are the
-    same on every call. A function gets those of the five that the caller gave, by name, and must have a
-    parameter for each.
+    For ``hf:`` the defaults are batch 1, float32, the CPU; 16 tokens and 2 layers for a small model, else 2048
+    tokens (or what the config allows) and all its layers. Weights and inputs are the same on every call. A function
+    gets those of the five that the caller gave, by name, and must have a parameter for each; ``device="meta"`` is
+    for ``hf:`` alone, since a function says itself what its tensors are.
 
     Raises:
         TesselError: the spec has no such form, names nothing, or what it names raises or returns something
@@ -59,14 +63,14 @@ def load_model(
             raise TesselError(f"{name}: expected a whole number of at least 1, got {value!r}")
     if dtype is not None:
         given["dtype"] = _dtype(dtype)
+    if spec.startswith("hf:") and len(spec) > 3:
+        return _hf(spec[3:], **given)  # type: ignore[arg-type]
     where, colon, name = spec.rpartition(":")
     if not (colon and where and name):
         raise TesselError(
-            f"model {spec!r}: expected file.py:function, package.module:function or hf:<model type>"
+            f"model {spec!r}: expected file.py:function, package.module:function, hf:<model type> or hf:config.json"
         )
-    if where == "hf":
-        return _hf(name, **given)  # type: ignore[arg-type]
-    options = {k: v for k, v in given.items() if v is not None}
+    options = {k: v for k, v in given.items() if v is not None and (k, v) != ("device", "meta")}
     module = _from_file(where) if where.endswith(".py") or "/" in where else _from_import(where)
     return _call(spec, module, name, options)
 
@@ -102,9 +106,9 @@ def _from_import(where: str) -> ModuleType:
     except ModuleNotFoundError as e:
         if e.name and (where == e.name or where.startswith(e.name + ".")):
             raise TesselError(f"there is no module {e.name!r} to import for {where!r}") from e
-        raise TesselError(f"module {where!r} raised {_one_line(e)}") from e
+        raise TesselError(f"module {where!r} raised {_one_line(e, where.rpartition('.')[2] + '.py')}") from e
     except (Exception, SystemExit) as e:
-        raise TesselError(f"module {where!r} raised {_one_line(e)}") from e
+        raise TesselError(f"module {where!r} raised {_one_line(e, where.rpartition('.')[2] + '.py')}") from e
 
 
 def _call(spec: str, module: ModuleType, name: str, options: Mapping[str, Any]) -> Loaded:
@@ -199,6 +203,7 @@ _SMALL: dict[str, Any] = {
     "decoder_start_token_id": 1,
     "use_cache": False,
 }
+_CONFIG_BYTES = 2**20
 _LAYERS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 # The first table that knows a model type names its class; the base model is the last resort.
 _HEADS = (
@@ -212,7 +217,7 @@ _HEADS = (
 
 
 def _hf(
-    model_type: str,
+    name: str,
     batch: int | None,
     seq: int | None,
     dtype: torch.dtype | None,
@@ -221,37 +226,87 @@ def _hf(
 ) -> Loaded:
     try:
         import transformers
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
     except ImportError as e:
         raise TesselError("hf: models need transformers: pip install 'tessel[hf]'") from e
+    given = _given(name) if name.endswith(".json") else None
+    config_class = _config_class(given["model_type"] if given else name)
+    small = given is None and device != "meta"
+    kind = "a small one" if small else "it"
+    try:
+        # made on the CPU and moved, so that every device gets the same numbers; meta tensors have none
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if device == "meta" else "cpu"):
+            torch.manual_seed(0)
+            if small:
+                config = _small(config_class, layers or 2, seq or 16)
+            else:
+                config = config_class() if given is None else config_class.from_dict(given)
+                config = _cut(config, layers) if layers else config
+            if _class_name(config.model_type) is None and "text_config" in config.sub_configs:
+                config = config.get_text_config()  # of a model that also reads images, the language part
+            class_name = _class_name(config.model_type)
+            check(class_name, lambda: f"hf:{name}: transformers has no class with inputs known here")
+            module = getattr(transformers, str(class_name))(config).eval()
+            module = module.to(dtype=dtype or torch.float32)
+            seq = seq or (16 if small else _tokens(config))
+            kwargs = _inputs(module, config, batch or 1, seq, dtype or torch.float32)
+    except TesselError:
+        raise
+    except Exception as e:
+        raise TesselError(f"hf:{name}: cannot build {kind} ({_one_line(e)}); name a function that does") from e
+    if device is not None:
+        module = module.to(device)
+        kwargs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    return module, (), kwargs
+
+
+def _tokens(config: Any) -> int:
+    """2048, or as many as every part of the model has positions for."""
+    limits = ("max_position_embeddings", "max_target_positions", "n_positions")
+    parts = (config, config.get_text_config())
+    return min([2048, *(n for c in parts for f in limits if isinstance(n := getattr(c, f, None), int) and n > 0)])
+
+
+def _config_class(model_type: str) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
     if model_type not in CONFIG_MAPPING_NAMES:
         close = nearest(model_type, CONFIG_MAPPING_NAMES)
         raise TesselError(
             f"unknown transformers model type {model_type!r} ({len(CONFIG_MAPPING_NAMES)} are known)"
             + (f"; did you mean {close!r}?" if close else "")
         )
-    batch, seq, layers = batch or 1, seq or 16, layers or 2
+    return CONFIG_MAPPING[model_type]
+
+
+def _given(name: str) -> dict[str, Any]:
+    """A config file as names and values. Code that it names (``auto_map``) is never fetched or run."""
+    path = Path(name)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            config = _small(CONFIG_MAPPING[model_type], layers, seq)
-            if _class_name(config.model_type) is None and "text_config" in config.sub_configs:
-                config = config.get_text_config()  # of a model that also reads images, the language part
-            class_name = _class_name(config.model_type)
-            check(class_name, lambda: f"hf:{model_type}: transformers has no class with inputs known here")
-            module = getattr(transformers, str(class_name))(config).eval()
-            module = module.to(dtype=dtype or torch.float32)
-            kwargs = _inputs(module, config, batch, seq, dtype or torch.float32)
-    except TesselError:
-        raise
-    except Exception as e:
-        raise TesselError(
-            f"hf:{model_type}: cannot build a small one ({_one_line(e)}); name a function that does"
-        ) from e
-    if device is not None:
-        module = module.to(device)
-        kwargs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
-    return module, (), kwargs
+        check(path.stat().st_size <= _CONFIG_BYTES, lambda: f"hf:{name}: more than {_CONFIG_BYTES >> 20} MiB")
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise TesselError(f"hf:{name}: cannot read the file: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise TesselError(f"hf:{name}: no JSON: {e}") from e
+    ok = isinstance(given, dict) and isinstance(given.get("model_type"), str)
+    check(ok, lambda: f"hf:{name}: a transformers config has a model_type, this has none")
+    return {k: v for k, v in given.items() if k != "auto_map"}
+
+
+def _cut(config: Any, layers: int) -> Any:
+    """The config with fewer layers; its parts (text, vision) too."""
+    values = config.to_dict()
+    for field in (*_LAYERS, "n_layer", "n_layers"):
+        if isinstance(values.get(field), int):
+            values[field] = min(values[field], layers)
+    for field in ("layer_types", "mlp_layer_types"):  # one word a layer
+        if isinstance(values.get(field), list):
+            values[field] = values[field][:layers]
+    for part in config.sub_configs:
+        inner = getattr(config, part, None)
+        if hasattr(inner, "to_dict"):
+            values[part] = _cut(inner, layers).to_dict()
+    return type(config).from_dict(values)
 
 
 def _small(config_class: Any, layers: int, seq: int) -> Any:
