@@ -9,8 +9,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from .errors import TesselError
-from .targets import TARGETS, Target, get_target
+from .errors import TesselError, check
+from .targets import TARGETS, Target, get_target, host_measured
+from .targets.host import features_that_matter, vector_bits, with_rates
 
 __all__ = ["main"]
 
@@ -39,24 +40,39 @@ def main() -> None:
 
 @main.command()
 @click.option("--show", metavar="NAME", help="Every number of one target, with its source.")
-def targets(show: str | None) -> None:
-    """List the devices that Tessel knows."""
+@click.option("--measure", is_flag=True, help="Measure this machine's CPU again (seconds); with --show cpu.")
+def targets(show: str | None, measure: bool) -> None:
+    """List the devices that Tessel knows.
+
+    The first `--show cpu` measures the CPU's bandwidths and rates, and keeps them in the cache.
+    """
+    check(not measure or show in (None, "cpu"), lambda: f"--measure: only the CPU can be measured, not {show!r}")
     console = _console()
-    console.print(_one(get_target(show)) if show else _all())
+    if show is None and not measure:
+        console.print(_all())
+        return
+    target = get_target(show or "cpu")
+    console.print(_one(_measured(target, measure) if target.name == "cpu" else target))
+
+
+def _measured(cpu: Target, again: bool) -> Target:
+    """The CPU's record with its rates: those that are kept, or measured now."""
+    rates = None if again else host_measured()
+    if rates is None:
+        from .runtime.host_rates import measure_host  # torch with it: only where it is needed
+
+        rates = measure_host()
+    return with_rates(cpu, rates)
 
 
 @main.command()
 @click.argument("model")
-@click.option(
-    "--target", default="auto", show_default=True, help="auto, cpu, cuda, or a name from `tessel targets`."
-)
+@click.option("--target", default="auto", show_default=True, help="auto, cpu, cuda, or a name from `tessel targets`.")
 @click.option("--batch", type=click.IntRange(min=1), help="Rows in a batch (hf: 1).")
 @click.option("--seq", type=click.IntRange(min=1), help="Tokens in a row (hf: 16).")
 @click.option("--dtype", help="float32, bfloat16, float16 or float64 (hf: float32).")
 @click.option("--layers", type=click.IntRange(min=1), help="Layers to build (hf: 2).")
-def explain(
-    model: str, target: str, batch: int | None, seq: int | None, dtype: str | None, layers: int | None
-) -> None:
+def explain(model: str, target: str, batch: int | None, seq: int | None, dtype: str | None, layers: int | None) -> None:
     """Compile MODEL and print what became of it: passes, kernels, what fused, what fell back and why.
 
     MODEL is file.py:function or package.module:function, where the function returns (module, args) or
@@ -107,6 +123,10 @@ def _one(t: Target) -> Table:
     table.add_column("source", overflow="fold")
     for row in t.rows():
         table.add_row(*row)
+    if bits := vector_bits(t):
+        table.add_row("vector width", f"{bits} bits", "the operating system: the CPU's flags")
+    if matter := features_that_matter(t):
+        table.add_row("features that matter", str(len(matter)), " ".join(matter))
     if t.features:
         table.add_row("features", str(len(t.features)), " ".join(t.features))
     return table

@@ -11,6 +11,7 @@ from ..errors import TesselError, did_you_mean
 from .amd import AMD
 from .calibration import Calibration, calibration_of
 from .cpu import INTERPRET, host_cpu
+from .host import HostRates, read_record
 from .load import load_target as _load
 from .nvidia import NVIDIA
 from .target import Level, Limits, MatrixInstruction, Target
@@ -18,12 +19,14 @@ from .target import Level, Limits, MatrixInstruction, Target
 __all__ = [
     "TARGETS",
     "Calibration",
+    "HostRates",
     "Level",
     "Limits",
     "MatrixInstruction",
     "Target",
     "calibration_of",
     "get_target",
+    "host_measured",
     "load_target",
     "match_device",
 ]
@@ -90,3 +93,11 @@ def match_device(device_name: str) -> Target | None:
             if any(words[i : i + len(want)] == want for i in range(len(words))):
                 return target
     return None
+
+
+def host_measured() -> HostRates | None:
+    """What was measured on this machine's CPU and kept; None before ``tessel targets --show cpu`` has run.
+
+    Reads a small file and measures nothing.
+    """
+    return read_record(TARGETS["cpu"])

@@ -198,7 +198,7 @@ def show(key: str, value: float | None) -> str:
     """
     if value is None:
         return "-"
-    if "bytes_per_s" in key or key == "reached.memory":
+    if "bytes_per_s" in key or key.startswith("reached.memory"):
         return f"{value / 1e12:.4g} TB/s" if value >= 1e12 else f"{value / 1e9:.4g} GB/s"
     if "bytes" in key:
         if value >= 1e9 and value % 2**20:  # sold in powers of ten
@@ -208,7 +208,7 @@ def show(key: str, value: float | None) -> str:
                 return f"{value / size:.4g} {unit}"
         return f"{value:.0f} B"
     if key.startswith(("flops.", "reached.")):
-        return f"{value / 1e12:.4g} TFLOP/s"
+        return f"{value / 1e12:.4g} TFLOP/s" if value >= 1e12 else f"{value / 1e9:.4g} GFLOP/s"
     if key.endswith(".rate"):
         return f"{value:.0%}"
     if key == "clock_hz":

@@ -1,0 +1,129 @@
+"""Measure this machine's CPU: memory bandwidth and multiply-adds a second, in a second or two.
+
+With a C++ compiler, by the loops in ``templates/host_rates.cpp``; without one, by torch's own operators, which then
+give lower bounds, and the record says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from ..errors import TesselError, check
+from ..targets import Target, get_target
+from ..targets.host import HostRates, write_record
+from ..tiles.header import TEMPLATES
+from .native import build
+
+__all__ = ["measure_host"]
+
+_PASSES = 20
+_LEAST, _MOST = 256 * 2**20, 2**30  # bytes of an array
+_STEPS = 500_000  # of every chain of multiply-adds: about 2 ms
+_SIDE = 1024  # of the matrices, without a compiler
+
+
+def measure_host(keep: bool = True) -> HostRates:
+    """The rates of the CPU with all cores that this process may use, measured now and kept in the cache.
+
+    A cache that cannot be used is said in a warning. Other work on the machine makes the figures lower.
+
+    Raises:
+        TesselError: there is no memory for the arrays.
+    """
+    cpu = get_target("cpu")
+    try:
+        rates = _by_kernel(cpu)
+    except TesselError as e:
+        if "no memory" in str(e):
+            raise
+        rates = _by_torch(cpu, str(e).splitlines()[0])
+    if keep:
+        try:
+            write_record(cpu, rates)
+        except OSError as e:
+            warnings.warn(f"tessel: what was measured is not kept: {e}", stacklevel=2)
+    return rates
+
+
+def _array_bytes(cpu: Target) -> int:
+    """Four times the last cache and at least 256 MiB, but no more than an eighth of the memory."""
+    caches = [level.capacity_bytes for level in cpu.levels if level.name != "memory"]
+    wanted = min(max(4 * max(caches, default=0), _LEAST), _MOST)
+    return min(wanted, cpu.level("memory").capacity_bytes // 8) // 4096 * 4096
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _by_kernel(cpu: Target) -> HostRates:
+    library, _ = build((TEMPLATES / "host_rates.cpp").read_text(encoding="utf-8"), {})
+    whole, count = ctypes.c_int64, ctypes.c_int
+
+    def function(name: str, *types: type) -> Callable[..., float]:
+        fn = getattr(library, name)
+        fn.restype, fn.argtypes = ctypes.c_double, types
+        return fn
+
+    threads = int(library.host_threads(cpu.units))
+    size = _array_bytes(cpu)
+    read = function("host_read", whole, count, count)(size, threads, _PASSES)
+    copy = function("host_copy", whole, count, count, count)
+    plain, past = (copy(size, threads, _PASSES, i) for i in (0, 1))
+    check(min(read, plain, past) > 0, lambda: f"measuring the CPU: no memory for arrays of {size} bytes")
+    array = f"arrays of {size >> 20} MiB, shortest of {_PASSES} passes, {threads} threads"
+    how = {
+        "read_bytes_per_s": f"sum of {array}",
+        "copy_bytes_per_s": f"copy, bytes read plus written, {array}",
+        "stream_copy_bytes_per_s": f"copy with non-temporal stores, bytes read plus written, {array}",
+    }
+    flops = {}
+    bits = int(library.host_vector_bits())
+    for name, fn, words in (
+        ("f32", "host_fma", f"independent multiply-adds on {bits}-bit registers"),
+        ("bf16", "host_dot_bf16", "independent dot-product instructions on registers, sums in float32"),
+    ):
+        operations = function(f"{fn}_operations")()
+        if operations:
+            seconds = function(fn, whole, count, count)(_STEPS, threads, _PASSES)
+            flops[name] = _STEPS * threads * operations / seconds
+            how[f"flops.{name}"] = f"{words}, shortest of {_PASSES} passes, {threads} threads"
+    return HostRates(size / read, 2 * size / plain, 2 * size / past, threads, _now(), flops, how)
+
+
+def _by_torch(cpu: Target, why: str) -> HostRates:
+    """Lower bounds without a compiler; ``why`` there is none."""
+    size = _array_bytes(cpu)
+    try:
+        x = torch.ones(size // 4)
+        y = torch.zeros_like(x)
+    except RuntimeError as e:
+        raise TesselError(f"measuring the CPU: no memory for arrays of {size} bytes") from e
+    note = f"a lower bound, by torch's own operators, since kernels cannot be compiled: {why}"
+    read, copy = _shortest(x.sum), _shortest(lambda: y.copy_(x))
+    flops = {}
+    for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.ones(_SIDE, _SIDE, dtype=dtype)
+        flops[name] = 2 * _SIDE**3 / _shortest(lambda a=a: a @ a)  # type: ignore[misc]
+    rates = HostRates(size / read, 2 * size / copy, 2 * size / copy, torch.get_num_threads(), _now(), flops)
+    words = {
+        "flops.f32": f"product of {_SIDE} x {_SIDE} matrices",
+        "flops.bf16": f"product of {_SIDE} x {_SIDE} matrices",
+    }
+    how = {name: f"{words.get(name, f'arrays of {size >> 20} MiB')}; {note}" for name in rates.numbers()}
+    return HostRates(**{**vars(rates), "how": how})
+
+
+def _shortest(run: Callable[[], object]) -> float:
+    best = float("inf")
+    for _ in range(_PASSES):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
