@@ -24,6 +24,7 @@ from .errors import TesselError, check, did_you_mean
 from .frontend.capture import GraphInfo
 from .frontend.importer import Imported
 from .ir.node import Graph, Node
+from .passes import inplace
 from .passes._groups import refusal
 from .passes.pipeline import PASSES, Trace, run_pipeline
 from .passes.pipeline import Pass as PassFunction
@@ -259,8 +260,9 @@ def _run_passes(imported: Imported, options: Options, place: Place, record: Comp
     def recorded(name: str, run: PassFunction) -> tuple[str, PassFunction]:
         def wrapped(graph: Graph, options: Options) -> Graph:
             stage[0] = f"pass {name}"
-            if name == "fuse":
+            if name == "inplace":
                 record.bytes_before = bytes_moved(graph, hints)
+                record.notes.extend(inplace.notes(graph))
             start = time.perf_counter()
             got = run(graph, options)
             done = Pass(name, time.perf_counter() - start, len(got.nodes), got)

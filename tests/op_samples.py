@@ -10,6 +10,7 @@ import torch
 from prove_dims import Sample
 
 from tessel.ops import OPS
+from tessel.ops.inplace import WRITES
 
 F64 = torch.float64
 
@@ -49,6 +50,8 @@ def samples() -> Iterator[Sample]:
     for group in (pointwise, reductions, views, indexing, contractions, norms, libraries, draws):
         for name, args, attrs in group():
             yield Sample(OPS[name], args, attrs)
+            if name in WRITES:  # the same value
+                yield Sample(OPS[name + "_"], args, attrs)
 
 
 Case = tuple[str, tuple[Any, ...], dict[str, Any]]

@@ -32,6 +32,7 @@ def test_trace_records_each_pass() -> None:
         ("canonicalize", 3, 2),
         ("decompose", 2, 3),
         ("canonicalize", 3, 3),
+        ("inplace", 3, 3),
     ]
     assert trace.steps[-1].text == print_graph(got)
     assert trace.text is not None and "mul(%0, 1.0)" in trace.text

@@ -25,6 +25,7 @@ import torch
 
 from ..ir.node import Graph, Node, Value, values_in
 from ..ir.types import Dim, TensorType, dim_equal
+from ..ops.inplace import INPLACE, written_memory
 from .bindings import bindings
 from .sizes import size_text
 from .views import view_text
@@ -237,7 +238,9 @@ class _Writer:
             args[at:] = [f"{k}={a}" for k, a in zip(what.names, args[at:], strict=True)]
         args += [f"{k}={self.literal(v)}" for k, v in what.attrs.items()]
         text = f"{name}({', '.join(args)})"
-        if not node.types:
+        if node.op.name in INPLACE:
+            self.value[node.out] = self.value[node.operands[0]]
+        if not node.types or node.out in self.value:
             self.line(text)
             return
         outs = [self.fresh(v) for v in node.outs]
@@ -285,6 +288,11 @@ class _Writer:
         for node, v in self.graph.effects:
             name = self.value[node.out]
             has_original = node.attrs.get("role", "input") == "input" and node.type.rank
+            if written_memory(v) == node.out:  # done in place
+                if has_original:
+                    self.line(f"if {name}_in is not {name}:")
+                    self.line(f"    {name}_in.copy_({name})")
+                continue
             self.line(f"{name}{'_in' if has_original else ''}.copy_({safe.get(v, self.value[v])})")
         results = [safe[o] if isinstance(o, Value) and o in safe else self.literal(o) for o in self.graph.outputs]
         self.line(f"return [{', '.join(results)}]")
@@ -301,6 +309,8 @@ class _Writer:
             seen.add(v)
             if v.op.kind == "input":
                 found.add(v)
+            elif v.op.name in INPLACE:
+                stack.append(v.node.operands[0])
             elif v.op.kind == "view" or (v.op.kind != "kernel" and self.shares(v.node)):
                 stack.extend(v.node.operands)
         return found

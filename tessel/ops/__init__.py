@@ -16,6 +16,7 @@ from .elementwise import ELEMENTWISE
 from .fold import FOLD
 from .generate import GENERATE
 from .index import INDEX
+from .inplace import INPLACE
 from .library import LIBRARY
 from .loss import LOSS
 from .matmul import MATMUL
@@ -37,6 +38,7 @@ OPS = table(
     NORM.values(),
     LOSS.values(),
     LIBRARY.values(),
+    INPLACE.values(),
     BACKWARD.values(),
     RANDOM.values(),
     EFFECT.values(),

@@ -153,6 +153,16 @@ def _scatter_whole(b: Builder, node: Node) -> Value | None:
     return instead(src, node) if _is(start, 0) and dim_equal(size, x.shape[dim]) else None
 
 
+def _scatter_same(b: Builder, node: Node) -> Value | None:
+    """A slice written back where it was taken from."""
+    x, src = node.args
+    taken = producer(src, "slice")
+    if taken is None or taken.args[0] != x or taken.type.rank != node.type.rank:
+        return None
+    same = all(map(dim_equal, _slice_parts(taken), _slice_parts(node)))
+    return instead(x, node) if same else None
+
+
 def _grouped_heads(b: Builder, node: Node) -> tuple[Value, ...] | None:
     """Attention repeats the heads of keys and values by itself."""
     q, k, v, *rest = node.args
@@ -200,4 +210,5 @@ VIEW_RULES: tuple[Rule, ...] = (
     Rule("pad of pad", ("pad",), _pad),
     Rule("attention over repeated heads", ("attention",), _grouped_heads),
     Rule("slice_scatter over everything", ("slice_scatter",), _scatter_whole),
+    Rule("slice_scatter of the slice itself", ("slice_scatter",), _scatter_same),
 )

@@ -17,7 +17,7 @@ from ..ir.node import Graph
 from ..ir.text import print_graph
 from ..ir.verify import verify
 from ..ops import OPS
-from . import canonicalize, decompose
+from . import canonicalize, decompose, inplace
 
 Pass: TypeAlias = "Callable[[Graph, Options], Graph]"
 
@@ -63,6 +63,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("decompose", lambda graph, options: decompose.run(graph)),
     # opening composites leaves identities and doubles behind
     ("canonicalize", lambda graph, options: canonicalize.run(graph)),
+    ("inplace", lambda graph, options: inplace.run(graph)),
     ("fuse", _fuse),
 )
 

@@ -15,6 +15,7 @@ from ..codegen.host import Storage
 from ..ir.exprs import evaluate
 from ..ir.node import Graph, Node, Value
 from ..ir.types import Dim, TensorType, simplify_dim
+from ..ops.inplace import INPLACE
 
 __all__ = ["Buffers", "plan_buffers", "span_bytes"]
 
@@ -90,7 +91,7 @@ def plan_buffers(
         uses[old] = max(uses.get(old, -1), made[new])
     kept = {v for i in graph.inputs for v in i.outs if _stays(graph, i)}
     for v, at in uses.items():
-        if v not in leaving and v not in kept:
+        if v not in leaving and v not in kept and v.op.name not in INPLACE:
             frees[at] = (*frees.get(at, ()), v)
     peak = _peak(graph, roots, death, taken, hints)
     saved = sum(_bytes(v.type, hints) for v in taken)
@@ -109,6 +110,9 @@ def _roots(
     """The values whose memory each value may lie in."""
     roots: dict[Value, frozenset[Value]] = {v: frozenset({v}) for i in graph.inputs for v in i.outs}
     for node in graph.nodes:
+        if node.op.name in INPLACE:
+            roots[node.out] = roots[node.operands[0]]
+            continue
         new = node.op.kind != "view" and (allocates(node) or owned(node))
         shared = frozenset().union(*(roots[v] for v in node.operands)) if not new else frozenset()
         for v in node.outs:

@@ -15,6 +15,7 @@ import torch
 from ..codegen.host import Called
 from ..ir.node import Node
 from ..ops.attention import attention_ref
+from ..ops.inplace import INPLACE
 from ..ops.library import torch_op
 
 __all__ = ["called", "fast_attention"]
@@ -45,6 +46,8 @@ def called(
     name = node.op.name
     if "target" in node.attrs:
         return _opaque(node)
+    if name in INPLACE:
+        return Called(f"op_{name}", _IN_PLACE.get(name) or torch_op(f"aten.{name}"), dict(node.attrs))
     if product is not None and name in ("matmul", "addmm") and node.type.rank == 2:
         return Called(name, product, owned=True)
     if name == "attention" and attention != "template":
@@ -75,6 +78,16 @@ def _opaque(node: Node) -> Called:
     simple = returns is not None and all(str(r.type) == "Tensor" for r in returns) and len(returns) == len(node.types)
     names = tuple(node.attrs.get("names") or ())
     return Called(_readable(str(target)), fn, kwargs, _owned_schema(fn), names, flat=not simple)
+
+
+def _slice_scatter_(x: torch.Tensor, src: torch.Tensor, dim: int, start: int, size: int, step: int = 1) -> torch.Tensor:
+    where = [slice(None)] * x.dim()
+    where[dim] = slice(start, start + size * step, step)
+    x[tuple(where)] = src
+    return x
+
+
+_IN_PLACE: dict[str, Callable[..., Any]] = {"slice_scatter_": _slice_scatter_}
 
 
 def _readable(target: str) -> str:

@@ -2,7 +2,8 @@
 
 Bytes moved: for every kernel, library call or single operator of the graph, its distinct inputs and its
 outputs. Views cost nothing by themselves; several views of one tensor count at most as that tensor;
-a dimension repeated by ``expand`` counts once. A copy into an input counts as a read and a write.
+a dimension repeated by ``expand`` counts once. A copy into an input counts as a read and a write; a write in place
+reads and writes what it changes, and what its effect says is then done.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from ..ir.exprs import evaluate
 from ..ir.node import Graph, Node, Value
 from ..ir.types import Dim, TensorType, product
+from ..ops.inplace import INPLACE, rows_written, written_memory
 from ..ops.view import view_strides
 
 __all__ = ["base_values", "bytes_moved", "node_bytes", "stored_bytes", "touches_memory"]
@@ -34,7 +36,7 @@ def bytes_moved(graph: Graph, hints: Mapping[str, int] | None = None) -> int:
     """
     roots = base_values(graph)
     total = sum(node_bytes(node, roots, hints) for node in graph.nodes if touches_memory(node))
-    return total + sum(2 * _count(target.type, hints) for target, _ in graph.effects)
+    return total + sum(2 * _count(t.type, hints) for t, v in graph.effects if written_memory(v) != t.out)
 
 
 def touches_memory(node: Node) -> bool:
@@ -62,6 +64,11 @@ def base_values(graph: Graph, inside: bool = False) -> dict[Value, Value]:
 def node_bytes(node: Node, roots: Mapping[Value, Value], hints: Mapping[str, int] | None = None) -> int:
     """Bytes of the distinct inputs and the outputs of one node; a kernel reads what its region's nodes read."""
     read: dict[Value, int] = {}
+    if node.op.name in INPLACE:
+        rows = rows_written(node)
+        return sum(_count(v.type, hints) for v in dict.fromkeys(node.operands[1:])) + (
+            _count(rows.type, hints) if rows is not None and rows.type.rank else _count(node.type, hints)
+        )
     for v, seen in _reads(node, hints):
         root = roots[v]
         read[root] = min(read.get(root, 0) + seen, _count(root.type, hints))
