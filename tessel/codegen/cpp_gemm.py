@@ -46,18 +46,22 @@ def register_tile(features: Collection[str]) -> tuple[int, int]:
     return (8, 3) if _simd(features) == "avx512" else (4, 3)
 
 
-def gemm_header(features: Collection[str], shapes: Iterable[tuple[int, int]] | None = None) -> str:
+def gemm_header(
+    features: Collection[str], shapes: Iterable[tuple[int, int]] | None = None, l2_bytes: int = 2**20
+) -> str:
     """The text of ``gemm.hpp``, to be included after ``tessel.hpp``.
 
     Args:
         features: the CPU's flags as its record names them.
-        shapes: register tiles that are needed, ``(rows, vectors)``; without them, the best one.
+        shapes: register tiles that are needed, ``(rows, vectors)``; without them, the best one. Whole products
+            (``tiled``) are made of the first.
+        l2_bytes: of a core's second cache, half of which a packed panel may fill.
     """
-    return _rendered(frozenset(features), tuple(dict.fromkeys(shapes or [register_tile(features)])))
+    return _rendered(frozenset(features), tuple(dict.fromkeys(shapes or [register_tile(features)])), l2_bytes)
 
 
 @lru_cache(maxsize=16)
-def _rendered(features: frozenset[str], shapes: tuple[tuple[int, int], ...]) -> str:
+def _rendered(features: frozenset[str], shapes: tuple[tuple[int, int], ...], l2_bytes: int) -> str:
     n = lanes(features)
     halves = [[x for i in range(start, start + n // 2) for x in (i, n + i)] for start in (0, n // 2)]
     low, high = (", ".join(map(str, half)) for half in halves)
@@ -71,5 +75,7 @@ def _rendered(features: frozenset[str], shapes: tuple[tuple[int, int], ...]) -> 
         high=high,
         bf16=multiplies_bf16(features),
         shapes=shapes,
+        tile=f"{shapes[0][0]}x{shapes[0][1]}",
+        k_words=max(256, l2_bytes // 2 // (4 * n * shapes[0][1])),
     )  # fmt: skip
     return "\n".join(line.rstrip() for line in text.strip("\n").split("\n")) + "\n"
