@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from .cli_cache import cache
 from .errors import TesselError, check
 from .targets import TARGETS, Target, get_target, host_measured
 from .targets.host import features_that_matter, vector_bits, with_rates
@@ -36,6 +37,9 @@ class _Group(click.Group):
 @click.version_option(package_name="tessel")
 def main() -> None:
     """Compile PyTorch models to fused Triton kernels, and see what was done and why."""
+
+
+main.add_command(cache)
 
 
 @main.command()

@@ -241,6 +241,7 @@ def _hf(
             else:
                 config = config_class() if given is None else config_class.from_dict(given)
                 config = _cut(config, layers) if layers else config
+                config.use_cache = False  # one pass over all tokens: a cache of keys would be an output, not used
             if _class_name(config.model_type) is None and "text_config" in config.sub_configs:
                 config = config.get_text_config()  # of a model that also reads images, the language part
             class_name = _class_name(config.model_type)

@@ -26,7 +26,7 @@ import sympy
 import torch
 
 from ..ir.types import DTYPE_NAMES, Dim, TensorType, dim_equal, product, simplify_dim
-from ..tiles.index import Cond, Index
+from ..tiles.index import Atom, Cond, Index
 from ..tiles.kernel import (
     Access,
     Axis,
@@ -195,26 +195,30 @@ class _Names:
 
     def index(self, index: Index, found: list[str], reads: list[tuple[str, int]], place: str) -> str:
         """An index as text; the values it reads become edges labelled by their place."""
-        terms = sorted(index.terms, key=lambda term: self._sketch(Index((term,))))
-        parts = []
-        for i, (atom, c) in enumerate(terms):
-            if atom.kind == "var":
-                text = self.axes.get(atom.name, "0")
-            elif atom.kind == "value":
-                reads.append((f"{place}.{i}", int(atom.name)))
-                found.append(bucket(atom.n))
-                text = "value"
-            else:
-                assert atom.arg is not None
-                inner = self.index(atom.arg, found, reads, f"{place}.{i}")
-                text = f"({inner}){'/' if atom.kind == 'div' else '%'}{self.size(atom.n, found)}"
-            parts.append(text if c == 1 else f"{self.size(c, found)}*{text}")
+        terms = sorted((self._term(atom, c) for atom, c in index.terms), key=lambda t: (t[0], t[1]))
+        for i, (_, sizes, values) in enumerate(terms):
+            found += sizes
+            reads += [(f"{place}.{i}{inner}", number) for inner, number in values]
+        parts = [text for text, *_ in terms]
         if index.const != 0 or not parts:
             parts.append(self.size(index.const, found))
         return "+".join(parts)
 
-    def _sketch(self, index: Index) -> str:
-        return self.index(index, [], [], "")
+    def _term(self, atom: Atom, c: Dim) -> tuple[str, list[str], list[tuple[str, int]]]:
+        """One term of an index: its text, sizes and the values it reads."""
+        found: list[str] = []
+        reads: list[tuple[str, int]] = []
+        if atom.kind == "var":
+            text = self.axes.get(atom.name, "0")
+        elif atom.kind == "value":
+            reads.append(("", int(atom.name)))
+            found.append(bucket(atom.n))
+            text = "value"
+        else:
+            assert atom.arg is not None
+            inner = self.index(atom.arg, found, reads, "")
+            text = f"({inner}){'/' if atom.kind == 'div' else '%'}{self.size(atom.n, found)}"
+        return (text if c == 1 else f"{self.size(c, found)}*{text}"), found, reads
 
     def conds(self, conds: Iterable[Cond], found: list[str], reads: list[tuple[str, int]], place: str) -> str:
         texts = []

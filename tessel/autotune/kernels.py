@@ -1,0 +1,95 @@
+"""The kernels that a model has on a target, without running it or needing the device."""
+
+from __future__ import annotations
+
+import copy
+import re
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..config import Options
+from ..errors import TesselError
+from ..frontend.capture import GraphInfo, aot
+from ..frontend.importer import Imported
+from ..passes.pipeline import run_pipeline
+from ..tiles.kernel import Kernel
+from ..tiles.lower import lower
+
+__all__ = ["Found", "kernels_of"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A kernel of a model; ``places`` are the user's lines that it computes, one a launch."""
+
+    kernel: Kernel
+    places: tuple[str, ...]
+
+
+def kernels_of(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+) -> list[Found]:
+    """The tile programs of a model's inference graphs, in order, equal launches together.
+
+    The model is traced as ``tessel.compile`` does it, graph by graph, and is then called eagerly: on meta tensors
+    nothing is computed.
+
+    Args:
+        options: matrix products and attention from templates if not given, which is what can be tuned.
+
+    Raises:
+        TesselError: the model cannot be traced or called.
+    """
+    options = Options(matmul="template", attention="template") if options is None else options
+    found: dict[Any, tuple[Kernel, list[str]]] = {}
+
+    def keep(imported: Imported, info: GraphInfo) -> Callable[[list[Any]], list[Any]]:
+        for node in run_pipeline(imported.graph, options).nodes:
+            if node.op.kind == "kernel":
+                kernel = lower(node)
+                found.setdefault(_content(kernel), (kernel, []))[1].append(node.loc.short)
+        return lambda inputs: inputs  # never called
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        aot(copy.deepcopy(gm), inputs, keep)  # which rewrites it
+        return gm.forward
+
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend=backend, dynamic=False)(*args, **(kwargs or {}))
+    except TesselError:
+        raise
+    except Exception as e:  # whatever a user's code, traced or run, raises
+        name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "the model")
+        words = next((line for line in str(e).splitlines() if line.strip()), "")
+        raise TesselError(f"{name} cannot be traced: {type(e).__name__}: {words[:300]}{_where(e)}") from e
+    return [Found(kernel, tuple(places)) for kernel, places in found.values()]
+
+
+def _where(e: Exception) -> str:
+    """The last line of a user's file that an exception, or the note Dynamo adds to it, comes from."""
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if "site-packages" not in f.filename]
+    own = str(Path(__file__).parent.parent)
+    frames = [f for f in frames if not f.filename.startswith((own, "<"))]
+    noted = _FRAME.findall(str(e))
+    if noted:
+        return " ({}:{})".format(*noted[-1])
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def _content(kernel: Kernel) -> Any:
+    """Equal for kernels that differ only in name and notes."""
+    maps = (tuple(m.items()) for m in (kernel.parts, kernel.provides, kernel.attrs))
+    return (kernel.family, kernel.params, kernel.axes, kernel.body, *maps)
