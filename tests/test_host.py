@@ -152,8 +152,7 @@ def test_what_the_flags_say() -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure little: the figures mean nothing then."""
     monkeypatch.setattr(host_rates, "_array_bytes", lambda cpu: 4 * 2**20)
-    monkeypatch.setattr(host_rates, "_PASSES", 3)
-    monkeypatch.setattr(host_rates, "_STEPS", 20_000)
+    monkeypatch.setattr(host_rates, "_BUDGET", 0.01)
 
 
 def plausible(rates: HostRates) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -22,9 +23,8 @@ from .native import build
 
 __all__ = ["measure_host"]
 
-_PASSES = 20
+_ROUNDS, _BUDGET = 3, 0.15  # of every measurement, and seconds of a round: spread out, for other work to pass
 _LEAST, _MOST = 256 * 2**20, 2**30  # bytes of an array
-_STEPS = 500_000  # of every chain of multiply-adds: about 2 ms
 _SIDE = 1024  # of the matrices, without a compiler
 
 
@@ -64,7 +64,7 @@ def _now() -> str:
 
 def _by_kernel(cpu: Target) -> HostRates:
     library, _ = build((TEMPLATES / "host_rates.cpp").read_text(encoding="utf-8"), {})
-    whole, count = ctypes.c_int64, ctypes.c_int
+    whole, count, real = ctypes.c_int64, ctypes.c_int, ctypes.c_double
 
     def function(name: str, *types: type) -> Callable[..., float]:
         fn = getattr(library, name)
@@ -73,28 +73,34 @@ def _by_kernel(cpu: Target) -> HostRates:
 
     threads = int(library.host_threads(cpu.units))
     size = _array_bytes(cpu)
-    read = function("host_read", whole, count, count)(size, threads, _PASSES)
-    copy = function("host_copy", whole, count, count, count)
-    plain, past = (copy(size, threads, _PASSES, i) for i in (0, 1))
-    check(min(read, plain, past) > 0, lambda: f"measuring the CPU: no memory for arrays of {size} bytes")
-    array = f"arrays of {size >> 20} MiB, shortest of {_PASSES} passes, {threads} threads"
+    read, copy = function("host_read", whole, count, real), function("host_copy", whole, count, real, count)
+    fma, dot = function("host_fma", count, real), function("host_dot_bf16", count, real)
+    runs = (
+        lambda: read(size, threads, _BUDGET),
+        lambda: 2 * copy(size, threads, _BUDGET, 0),
+        lambda: 2 * copy(size, threads, _BUDGET, 1),
+        lambda: fma(threads, _BUDGET),
+        lambda: dot(threads, _BUDGET),
+    )
+    rounds = [[run() for run in runs] for _ in range(_ROUNDS)]
+    reading, plain, past, f32, bf16 = map(max, *rounds)
+    check(min(reading, plain, past) > 0, lambda: f"measuring the CPU: no memory for arrays of {size} bytes")
+    best = f"best 2 ms of {_ROUNDS} x {_BUDGET} s, {threads} threads"
+    array = f"of {size >> 20} MiB, {best}"
     how = {
-        "read_bytes_per_s": f"sum of {array}",
-        "copy_bytes_per_s": f"copy, bytes read plus written, {array}",
-        "stream_copy_bytes_per_s": f"copy with non-temporal stores, bytes read plus written, {array}",
+        "read_bytes_per_s": f"sum of an array {array}",
+        "copy_bytes_per_s": f"copy, bytes read plus written, arrays {array}",
+        "stream_copy_bytes_per_s": f"copy with non-temporal stores, bytes read plus written, arrays {array}",
     }
     flops = {}
-    bits = int(library.host_vector_bits())
-    for name, fn, words in (
-        ("f32", "host_fma", f"independent multiply-adds on {bits}-bit registers"),
-        ("bf16", "host_dot_bf16", "independent dot-product instructions on registers, sums in float32"),
+    for name, rate, words in (
+        ("f32", f32, f"multiply-adds in {library.host_vector_bits()}-bit registers"),
+        ("bf16", bf16, "dot-product instructions in registers, sums in float32"),
     ):
-        operations = function(f"{fn}_operations")()
-        if operations:
-            seconds = function(fn, whole, count, count)(_STEPS, threads, _PASSES)
-            flops[name] = _STEPS * threads * operations / seconds
-            how[f"flops.{name}"] = f"{words}, shortest of {_PASSES} passes, {threads} threads"
-    return HostRates(size / read, 2 * size / plain, 2 * size / past, threads, _now(), flops, how)
+        if rate:
+            flops[name] = rate
+            how[f"flops.{name}"] = f"{words}, {best}"
+    return HostRates(reading, plain, past, threads, _now(), flops, how)
 
 
 def _by_torch(cpu: Target, why: str) -> HostRates:
@@ -121,9 +127,9 @@ def _by_torch(cpu: Target, why: str) -> HostRates:
 
 
 def _shortest(run: Callable[[], object]) -> float:
-    best = float("inf")
-    for _ in range(_PASSES):
-        start = time.perf_counter()
+    best = math.inf
+    end = time.perf_counter() + _BUDGET
+    while (start := time.perf_counter()) < end or math.isinf(best):
         run()
         best = min(best, time.perf_counter() - start)
     return best

@@ -1,12 +1,15 @@
 // Rates of this machine: streaming memory traffic and multiply-adds that read no memory.
 //
-// Every function runs its loop on `threads` threads, `passes` times, and returns the shortest pass in seconds:
-// what the machine can do, not what was left of it. As in STREAM (McCalpin), every array is far larger than
-// the last cache, and every thread first touches what it will work on.
+// Every thread does one small piece of work after another for `budget` seconds and notes when each ended. The result is
+// the most pieces a second that all threads together finished within any WINDOW: what the machine can do, although
+// other programs take some of its time, and never more than it did. As in STREAM (McCalpin), every array is far
+// larger than the last cache, and every thread first touches what it will work on.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -32,16 +35,29 @@ void shared_out(int64_t n, int threads, Body body) {
     for (int t = 0; t < threads; ++t) body(n * t / threads, n * (t + 1) / threads);
 }
 
-template <class Body>
-double shortest(int passes, Body body) {
-    double best = INFINITY;
-    body();
-    for (int i = 0; i < passes; ++i) {
-        double start = now();
-        body();
-        best = std::fmin(best, now() - start);
+constexpr double WINDOW = 2e-3;  // seconds
+
+// Pieces a second; piece(thread, i) is the i-th of a thread.
+template <class Piece>
+double most(int threads, double budget, Piece piece) {
+    std::vector<double> ends;
+    shared_out(threads, threads, [&](int64_t t, int64_t) {
+        std::vector<double> own;
+        double over = now() + budget;
+        for (int64_t i = 0; own.empty() || own.back() < over; ++i) {
+            piece(t, i);
+            own.push_back(now());
+        }
+#pragma omp critical
+        ends.insert(ends.end(), own.begin(), own.end());
+    });
+    std::sort(ends.begin(), ends.end());
+    size_t best = 0, first = 0;
+    for (size_t i = 0; i < ends.size(); ++i) {
+        while (ends[first] <= ends[i] - WINDOW) ++first;
+        best = std::max(best, i + 1 - first);
     }
-    return best;
+    return best / WINDOW;
 }
 
 Line* lines(int64_t n, int threads, float value) {
@@ -73,47 +89,52 @@ inline void fence() {
 
 }  // namespace
 
-// Seconds to read `bytes` once; a negative number where there is no memory.
-EXPORT double host_read(int64_t bytes, int threads, int passes) {
+constexpr int64_t PIECE = 2048;  // lines: 128 KiB
+
+// Where the i-th piece of a thread begins in an array of n lines: it goes round its share.
+static int64_t place(int64_t n, int threads, int64_t t, int64_t i) {
+    int64_t pieces = n / threads / PIECE;
+    return (t * pieces + i % pieces) * PIECE;
+}
+
+// Bytes a second read from an array of `bytes`; a negative number where there is no memory.
+EXPORT double host_read(int64_t bytes, int threads, double budget) {
     int64_t n = bytes / sizeof(Line);
     Line* p = lines(n, threads, 1.0f);
     if (!p) return -1;
-    double best = shortest(passes, [=] {
-        shared_out(n, threads, [=](int64_t i, int64_t end) {
-            Line s[8] = {};
-            for (; i + 8 <= end; i += 8)
-                for (int j = 0; j < 8; ++j) s[j] += p[i + j];
-            for (; i < end; ++i) s[0] += p[i];
-            for (int j = 1; j < 8; ++j) s[0] += s[j];
-            sink = s[0][0] + s[0][LANES - 1];
-        });
+    double rate = most(threads, budget, [=](int64_t t, int64_t i) {
+        const Line* from = p + place(n, threads, t, i);
+        Line s[8] = {};
+        for (int64_t k = 0; k < PIECE; k += 8)
+            for (int j = 0; j < 8; ++j) s[j] += from[k + j];
+        for (int j = 1; j < 8; ++j) s[0] += s[j];
+        sink = s[0][0] + s[0][LANES - 1];
     });
     std::free(p);
-    return best;
+    return rate * PIECE * sizeof(Line);
 }
 
-// Seconds to copy `bytes`; `past` says whether the stores go past the caches, which saves reading the lines written.
-EXPORT double host_copy(int64_t bytes, int threads, int passes, int past) {
+// Bytes a second copied, each counted once; `past`: stores go past the caches, which saves reading the lines written.
+EXPORT double host_copy(int64_t bytes, int threads, double budget, int past) {
     int64_t n = bytes / sizeof(Line);
-    Line *from = lines(n, threads, 1.0f), *to = lines(n, threads, 0.0f);
-    double best = -1;
-    if (from && to) best = shortest(passes, [=] {
-        shared_out(n, threads, [=](int64_t i, int64_t end) {
-            if (past) {
-                for (; i < end; ++i) store_past_caches(to + i, from[i]);
-                fence();
-            } else {
-#pragma GCC novector
-                for (; i < end; ++i) {
-                    to[i] = from[i];
-                    asm volatile("" ::: "memory");  // or it becomes memcpy, which chooses its own stores
-                }
+    Line *p = lines(n, threads, 1.0f), *q = lines(n, threads, 0.0f);
+    double rate = -1;
+    if (p && q) rate = most(threads, budget, [=](int64_t t, int64_t i) {
+        const Line* from = p + place(n, threads, t, i);
+        Line* to = q + (from - p);
+        if (past) {
+            for (int64_t k = 0; k < PIECE; ++k) store_past_caches(to + k, from[k]);
+            fence();
+        } else {
+            for (int64_t k = 0; k < PIECE; ++k) {
+                to[k] = from[k];
+                asm volatile("" ::: "memory");  // or it becomes memcpy, which chooses its own stores
             }
-        });
+        }
     });
-    std::free(from);
-    std::free(to);
-    return best;
+    std::free(p);
+    std::free(q);
+    return rate * PIECE * sizeof(Line);
 }
 
 // ---------------------------------------------------------------- multiply-adds in registers
@@ -142,50 +163,46 @@ inline V all(float x) { return V{} + x; }
 
 namespace {
 
-// Runs `step` on CHAINS independent accumulators, `times` times, on every thread; enough of them hide its latency.
+constexpr int STEPS = 2000;  // of every chain in a piece of work: about 10 microseconds
+
+// Operations a second, `step` being `operations` of them; CHAINS independent ones hide its latency.
 template <class Vector, class Step>
-double chains(int64_t times, int threads, int passes, Vector first, Step step) {
-    return shortest(passes, [=] {
-        shared_out(threads, threads, [=](int64_t, int64_t) {
-            Vector a[CHAINS];
-            for (int j = 0; j < CHAINS; ++j) a[j] = first;
-            for (int64_t i = 0; i < times; ++i) {
+double chains(int threads, double budget, double operations, Vector first, Step step) {
+    double rate = most(threads, budget, [=](int64_t, int64_t) {
+        Vector a[CHAINS];
+        for (int j = 0; j < CHAINS; ++j) a[j] = first;
+        for (int i = 0; i < STEPS; ++i) {
 #pragma GCC unroll 32
-                for (int j = 0; j < CHAINS; ++j) a[j] = step(a[j]);
-            }
-            float total = 0;
-            for (int j = 0; j < CHAINS; ++j) total += reinterpret_cast<const float*>(&a[j])[0];
-            sink = total;
-        });
+            for (int j = 0; j < CHAINS; ++j) a[j] = step(a[j]);
+        }
+        float total = 0;
+        for (int j = 0; j < CHAINS; ++j) total += reinterpret_cast<const float*>(&a[j])[0];
+        sink = total;
     });
+    return rate * STEPS * CHAINS * operations;
 }
 
 }  // namespace
 
-// Operations of one `times` on one thread: what the rates are computed from. 0: this build has no such instruction.
-EXPORT double host_fma_operations() { return 2.0 * CHAINS * (sizeof(V) / 4); }
-
-EXPORT double host_fma(int64_t times, int threads, int passes) {
+// Operations a second, a multiply-add being two; 0 where the CPU has no such instruction.
+EXPORT double host_fma(int threads, double budget) {
     V b = all(0.999f), c = all(0.001f);
-    return chains(times, threads, passes, all(0.5f), [=](V a) { return fma(a, b, c); });
+    return chains(threads, budget, 2.0 * sizeof(V) / 4, all(0.5f), [=](V a) { return fma(a, b, c); });
 }
 
 #if defined(__AVX512BF16__)
-EXPORT double host_dot_bf16_operations() { return 2.0 * CHAINS * 32; }
-EXPORT double host_dot_bf16(int64_t times, int threads, int passes) {
+EXPORT double host_dot_bf16(int threads, double budget) {
     __m512bh b = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.5f), _mm512_set1_ps(0.5f));
     __m512bh c = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.001f), _mm512_set1_ps(0.001f));
-    return chains(times, threads, passes, _mm512_set1_ps(0.5f), [=](__m512 a) { return _mm512_dpbf16_ps(a, b, c); });
+    return chains(threads, budget, 64, _mm512_set1_ps(0.5f), [=](__m512 a) { return _mm512_dpbf16_ps(a, b, c); });
 }
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-EXPORT double host_dot_bf16_operations() { return 2.0 * CHAINS * 8; }
-EXPORT double host_dot_bf16(int64_t times, int threads, int passes) {
+EXPORT double host_dot_bf16(int threads, double budget) {
     bfloat16x8_t b = vdupq_n_bf16(vcvth_bf16_f32(0.5f)), c = vdupq_n_bf16(vcvth_bf16_f32(0.001f));
-    return chains(times, threads, passes, vdupq_n_f32(0.5f), [=](float32x4_t a) { return vbfdotq_f32(a, b, c); });
+    return chains(threads, budget, 16, vdupq_n_f32(0.5f), [=](float32x4_t a) { return vbfdotq_f32(a, b, c); });
 }
 #else
-EXPORT double host_dot_bf16_operations() { return 0; }
-EXPORT double host_dot_bf16(int64_t, int, int) { return -1; }
+EXPORT double host_dot_bf16(int, double) { return 0; }
 #endif
 
 // How many threads really run where `threads` are asked for: one in a build without OpenMP's library.
