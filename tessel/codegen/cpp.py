@@ -19,12 +19,13 @@ from ..errors import TesselError, check
 from ..ir.types import Dim, product
 from ..ops import OPS
 from ..tiles.header import TEMPLATES, environment
-from ..tiles.kernel import Compute, Kernel, Load, Store
+from ..tiles.kernel import Axis, Compute, Kernel, Load, Store
 from . import cpp_attention
 from .cpp_expr import Emitter
 from .cpp_reduce import reduction
 from .cpp_space import Space, space_of
-from .cpp_text import SQUARE, coordinates, items, simd, squares
+from .cpp_text import SQUARE, coordinates, items, simd, squares, steps
+from .cpp_vector import Along
 from .cpp_words import memory_type, size_text
 
 __all__ = ["CppSource", "header", "headers", "render", "translation_unit"]
@@ -127,10 +128,11 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
     outer, lane = (space.xs[:-1], space.xs[-1]) if space.xs else ((), None)
     e = Emitter(kernel, space)
     copies = _copies(e, outer[-1].name, lane.name) if space.turned and lane else []
-    e.nest([a.name for a in outer], [lane.name] if lane else [])
+    wide = lane is not None and _wide(kernel, space, lane)
+    e.nest([a.name for a in outer], [lane.name] if lane else [], wide)
     for stmt in kernel.body:
         e.emit(stmt)
-    body = e.blocks[1] if lane else []
+    loop = _loop(lane, e.blocks[1], wide, simd({"|": ["bad"]} if e.flags else {})) if lane else []
     count, where = items(outer, lane), coordinates(outer, lane)
     if space.turned and lane is not None:
         count, where = squares(outer[:-1], outer[-1], lane)
@@ -140,10 +142,22 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
         "turned": outer[-1].name if space.turned else "",
         "copies": copies,
         "row": e.blocks[0],
-        "lane": lane.name if lane else "",
-        "pragma": simd({"|": ["bad"]} if e.flags else {}),
-        "body": body,
+        "loop": loop,
     }
+
+
+def _wide(kernel: Kernel, space: Space, lane: Axis) -> bool:
+    return not space.turned and Along(kernel, space, lane.name, {}).all_wide(kernel.body, lane.extent)
+
+
+def _loop(lane: Axis, body: list[str], wide: bool, pragma: str) -> list[str]:
+    """The innermost loop of a pointwise kernel."""
+    if not body:
+        return []
+    if wide:
+        return steps(lane, body)
+    head = f"for (i64 {lane.name} = begin; {lane.name} < end; ++{lane.name}) {{"
+    return [pragma, head, *("  " + line for line in body), "}"]
 
 
 def _copies(e: Emitter, turned: str, lane: str) -> list[str]:

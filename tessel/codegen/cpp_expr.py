@@ -12,6 +12,7 @@ from ..ops import OPS
 from ..tiles.index import Atom, Cond, Index, bounds, nonnegative
 from ..tiles.kernel import Access, Check, Compute, IndexOf, Kernel, Load, Ref, Stmt, Store, Test
 from .cpp_space import Space
+from .cpp_vector import KINDS, wide_cast
 from .cpp_words import cast, literal, loaded, memory_type, size_text, stored, value_type
 from .dialect import compute_dtype
 
@@ -50,6 +51,7 @@ class Emitter:
         blocks: lines per depth of the nest; block 0 stands before its first loop.
         values: number of a value -> its text, the loops it varies along, its dtype.
         flags: whether statements written since ``nest`` set ``bad``.
+        lane: the loop along which values are vectors, of which ``n`` tells how many lanes count.
     """
 
     def __init__(self, kernel: Kernel, space: Space) -> None:
@@ -58,10 +60,15 @@ class Emitter:
         self.blocks: list[list[str]] = [[]]
         self.known: list[Dims] = [frozenset()]
         self.flags = False
+        self.lane: str | None = None  # the loop whose values are vectors
         self.copies: dict[str, str] = {}  # elements of memory that lie in a local copy, by text
 
-    def nest(self, outer: Iterable[str], loops: Sequence[str]) -> None:
-        """Start a nest of loops over the variables ``loops``; those in ``outer`` have a value already."""
+    def nest(self, outer: Iterable[str], loops: Sequence[str], wide: bool = False) -> None:
+        """Start a nest of loops over the variables ``loops``; those in ``outer`` have a value already.
+
+        With ``wide`` the last loop goes in steps of a vector; see ``cpp_vector.Along.all_wide``.
+        """
+        self.lane = loops[-1] if wide else None
         known = frozenset(outer)
         self.blocks, self.known, self.flags = [[]], [known], False
         for name in loops:
@@ -135,8 +142,18 @@ class Emitter:
     def define(self, number: int, base: str, text: str, dims: Dims, dtype: torch.dtype) -> None:
         """A new value, held in a constant."""
         name = f"{base}{number}"
-        self.line(f"const {value_type(dtype)} {name} = {text};", dims)
+        type_ = value_type(dtype) if not self.wide(dims) else "vi" if dtype == torch.bool else "vf"
+        self.line(f"const {type_} {name} = {text};", dims)
         self.values[number] = name, dims, dtype
+
+    def wide(self, dims: Dims) -> bool:
+        """Whether a value that varies along these loops is a vector."""
+        return self.lane is not None and self.lane in dims
+
+    def pointer(self, access: Access) -> tuple[str, Dims]:
+        param = self.kernel.params[access.param]
+        text, dims = self.index(access.address(param))
+        return f"{param.name} + {text}", dims
 
     def operand(self, arg: object, dtype: torch.dtype) -> tuple[str, Dims]:
         if isinstance(arg, Ref):
@@ -174,15 +191,20 @@ class Emitter:
         access = stmt.access
         dtype = self.kernel.params[access.param].type.dtype
         text, dims = self.element(access)
-        text = loaded(self.copies.get(text, text), dtype)
+        wide = self.wide(dims)
+        if wide:
+            text = f"get_{KINDS[dtype]}({self.pointer(access)[0]}, n)"
+        else:
+            text = loaded(self.copies.get(text, text), dtype)
         mask, more = self.conds(access.mask)
         if mask:
             other = access.other
             if dtype.is_floating_point and isinstance(other, int | float):
                 other = float(torch.tensor(other, dtype=torch.float64).to(dtype))
-            text = f"({mask}) ? {text} : {literal(other, dtype)}"
+            rest = literal(other, dtype)
+            text = f"({mask}) ? {text} : {f'all({rest})' if wide else rest}"
         if stmt.dtype != dtype:
-            text = cast(f"({text})", dtype, stmt.dtype)
+            text = (wide_cast if wide else cast)(f"({text})", dtype, stmt.dtype)
         self.define(stmt.out, "v", text, dims | more, stmt.dtype)
 
     def _store(self, stmt: Store) -> None:
@@ -190,20 +212,29 @@ class Emitter:
         place, dims = self.element(stmt.access)
         text, more = self.operand(stmt.arg, stmt.dtype)
         mask, last = self.conds(stmt.access.mask)
+        guard = f"if ({mask}) " if mask else ""
+        if self.wide(dims | more):
+            text = text if self.wide(more) else f"all({text})"
+            text = wide_cast(text, stmt.dtype, compute_dtype(dtype))
+            self.line(f"{guard}put_{KINDS[dtype]}({self.pointer(stmt.access)[0]}, {text}, n);", dims | more | last)
+            return
         if stmt.dtype != dtype:
             text = cast(text, stmt.dtype, compute_dtype(dtype))
-        guard = f"if ({mask}) " if mask else ""
         self.line(f"{guard}{place} = ({memory_type(dtype)}){stored(text, dtype)};", dims | more | last)
 
     def _compute(self, stmt: Compute) -> None:
         texts: list[str] = []
         dims: Dims = frozenset()
+        every: list[Dims] = []
         for i, arg in enumerate(stmt.args):
             text, d = self.operand(arg, torch.bool if stmt.op == "where" and i == 0 else stmt.arg_dtype)
             texts.append(text)
+            every.append(d)
             dims |= d
+        if self.wide(dims):
+            texts = [t if self.wide(d) else f"all({t})" for t, d in zip(texts, every, strict=True)]
         if stmt.op == "cast":
-            text = cast(texts[0], stmt.arg_dtype, stmt.dtype)
+            text = (wide_cast if self.wide(dims) else cast)(texts[0], stmt.arg_dtype, stmt.dtype)
             if text == texts[0]:
                 self.values[stmt.out] = text, dims, stmt.dtype
             else:

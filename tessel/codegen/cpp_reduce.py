@@ -1,10 +1,10 @@
 """What the reduction template is given. Three forms, by where memory lies and how many results there are:
 
-    rows    a thread takes a row and folds it with vectors along it, one loop after another; what several
-            loops need and is dear to compute again is kept in a buffer of the row.
-    few     like rows, but there are few rows and they are long: threads share each row, and their partial
-            results are combined in order.
-    across  memory lies along the results: vectors hold neighbouring results and go down the rows.
+rows    a thread takes a row and folds it with vectors along it, one loop after another; what several
+        loops need and is dear to compute again is kept in a buffer of the row.
+few     like rows, but there are few rows and they are long: threads share each row, and their partial
+        results are combined in order.
+across  memory lies along the results: vectors hold neighbouring results and go down the rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from ..tiles.index import Index, linearize, var
 from ..tiles.kernel import Axis, Check, Compute, Kernel, Load, Reduce, Segment, Stmt, Store, refs
 from .cpp_expr import Dims, Emitter
 from .cpp_space import Space
-from .cpp_text import BLOCK, coordinates, items, points, simd
+from .cpp_text import BLOCK, coordinates, items, points, simd, steps
+from .cpp_vector import FOLDS, KINDS, Along, fold_step, unroll
 from .cpp_words import cast, identity, size_text, value_type
 from .dialect import compute_dtype
 
@@ -221,31 +222,55 @@ class _Rows(_Writer):
                     continue
                 mine.add(n)
                 stack.extend(refs(made[n]))
-            loops[number] = [
-                s for s in seg.stmts if isinstance(s, Store | Check | Reduce) or s.out in mine
-            ]
+            loops[number] = [s for s in seg.stmts if isinstance(s, Store | Check | Reduce) or s.out in mine]
             before |= mine
         return loops, kept
+
+    def _wide(self, number: int, lane: Axis | None) -> bool:
+        """Whether a loop is written with vectors: also what earlier loops left in buffers must lie along it."""
+        if lane is None:
+            return False
+        e = self.e
+        along = Along(self.kernel, self.space, lane.name, {n: d for n, (_, d, _) in e.values.items()})
+        for n in self.buffer:
+            along.dims[n] = frozenset({lane.name})
+        if (self.buffer or self.kept) and along.step(self.flat) != 1:
+            return False
+        mine = self.loops[number]
+        held = [n for n in {*self.buffer, *self.kept} if any(n in refs(s) or getattr(s, "out", -1) == n for s in mine)]
+        return along.all_wide(mine, lane.extent) and all(self._dtype(n) in KINDS for n in held)
+
+    def _dtype(self, number: int) -> torch.dtype:
+        return next(s.dtype for s in self.kernel.body if getattr(s, "out", -1) == number)  # type: ignore[union-attr]
 
     def _loop(self, number: int, segment: Segment, few: bool) -> Part:
         e, rs = self.e, self.space.rs
         lane = rs[-1] if rs else None
         known = [a.name for a in self.outer]
-        e.nest(known, [a.name for a in rs])
+        wide = self._wide(number, lane)
+        e.nest(known, [a.name for a in rs], wide)
         inner = frozenset(e.known[-1])
+        place = e.index(self.flat)[0]
         for n, name in self.buffer.items():
-            e.values[n] = f"{name}[{e.index(self.flat)[0]}]", inner, e.values[n][2]
+            dtype = e.values[n][2]
+            text = f"get_{_kept_kind(dtype)}({name} + {place}, n)" if wide else f"{name}[{place}]"
+            e.values[n] = text, inner, dtype
         folds: list[Fold] = []
         clauses: dict[str, list[str]] = {}
         plain = True
         partial = few or (lane is not None and not (isinstance(lane.extent, int) and lane.extent <= 2 * BLOCK))
+        copies = unroll(self.loops[number]) if wide and any(isinstance(s, Reduce) for s in self.loops[number]) else 1
         for stmt in self.loops[number]:
             if isinstance(stmt, Reduce):
-                f, text, _ = self.fold(stmt)
+                f, text, dims = self.fold(stmt)
                 folds.append(f)
                 if f.at is not None:
                     plain = False
                     e.line(self.better(f, f.name, f.at, text), inner)
+                    continue
+                if wide:
+                    text = text if e.wide(dims) else f"all({text})"
+                    e.line(fold_step(f.op, f"{f.name}_v{'[u]' if copies > 1 else ''}", text), inner)
                     continue
                 acc = f"{f.name}_part" if partial and f.op == "sum" else f.name
                 e.line(_STEPS[f.op].format(acc=acc, v=text), inner)
@@ -254,14 +279,23 @@ class _Rows(_Writer):
             e.emit(stmt)
             if not isinstance(stmt, Store | Check) and stmt.out in self.kept and stmt.out not in self.buffer:
                 name = f"kept{len(self.buffer)}"
-                e.line(f"{name}[{e.index(self.flat)[0]}] = {e.values[stmt.out][0]};", inner)
+                text, dims, dtype = e.values[stmt.out]
+                if wide:
+                    text = text if e.wide(dims) else f"all({text})"
+                    e.line(f"put_{_kept_kind(dtype)}({name} + {place}, {text}, n);", inner)
+                else:
+                    e.line(f"{name}[{place}] = {text};", inner)
                 self.buffer[stmt.out] = name
         if e.flags:
             clauses.setdefault("|", []).append("bad")
         sums = [f for f in folds if f.op == "sum" and partial]
         starts = [f"{f.type} {f.name} = {f.start};" for f in folds]
         starts += [f"i64 {f.at} = -1;" for f in folds if f.at]
-        body = self._nest(e.blocks, lane, sums, simd(clauses) if plain else "", few, partial)
+        if wide:
+            assert lane is not None
+            body = self._around(self._vectors(e.blocks[-1], lane, folds, copies), e.blocks, lane, few, partial)
+        else:
+            body = self._nest(e.blocks, lane, sums, simd(clauses) if plain else "", few, partial)
         dims = frozenset(known)
         for f in folds:
             self.result(f, f.name, f.at, dims)
@@ -269,28 +303,53 @@ class _Rows(_Writer):
             return Part(body, folds, shared=True)
         return Part([*starts, "{", *_indented(body, 1), "}"])
 
+    def _vectors(self, block: list[str], lane: Axis, folds: Sequence[Fold], copies: int) -> list[str]:
+        """The innermost loop in steps of a vector, from ``begin`` to ``end``."""
+        lines: list[str] = []
+        for f in folds:
+            first = ", ".join([f"all({f.start})"] * copies)
+            lines.append(f"vf {f.name}_v[] = {{{first}}};" if copies > 1 else f"vf {f.name}_v = {first};")
+        lines += steps(lane, block, copies)
+        for f in folds:
+            if copies > 1:
+                step = fold_step(f.op, f"{f.name}_v[0]", f"{f.name}_v[u]").replace("(n,", "(Full{},")
+                lines.append(f"for (int u = 1; u < {copies}; ++u) {step}")
+            text = f"{FOLDS[f.op]}({f.name}_v{'[0]' if copies > 1 else ''})"
+            lines.append(_STEPS[f.op].format(acc=f.name, v=text))
+        return lines
+
     def _nest(
         self, blocks: list[list[str]], lane: Axis | None, sums: list[Fold], pragma: str, few: bool, partial: bool
     ) -> list[str]:
-        """The loops over r. In the form ``few`` the caller deals out all but a block of the innermost."""
+        """The loops over r, the innermost left to the compiler's vectorizer."""
         if lane is None:
             return [*(f"{f.type} {f.name}_part = 0;" for f in sums), *blocks[0], *_joins(sums)]
-        begin, end = ("begin", "end") if few or partial else ("0", size_text(lane.extent))
         body = [f"{f.type} {f.name}_part = 0;" for f in sums]
         body += [pragma] if pragma else []
-        body.append(f"for (i64 {lane.name} = {begin}; {lane.name} < {end}; ++{lane.name}) {{")
+        body.append(f"for (i64 {lane.name} = begin; {lane.name} < end; ++{lane.name}) {{")
         body += [*_indented(blocks[-1], 1), "}", *_joins(sums)]
+        return self._around(body, blocks, lane, few, partial)
+
+    def _around(self, body: list[str], blocks: list[list[str]], lane: Axis, few: bool, partial: bool) -> list[str]:
+        """Blocks of the innermost loop, and the loops around it; in the form ``few`` the caller deals them out."""
         if few:
             return [*(line for block in blocks[:-1] for line in block), *body]
+        extent = size_text(lane.extent)
         if partial:
-            extent = size_text(lane.extent)
             head = f"for (i64 begin = 0; begin < {extent}; begin += {BLOCK}) {{"
             body = [head, f"  const i64 end = min(begin + {BLOCK}, {extent});", *_indented(body, 1), "}"]
+        else:
+            body = ["{", f"  const i64 begin = 0, end = {extent};", *_indented(body, 1), "}"]
         for axis, block in zip(reversed(self.space.rs[:-1]), reversed(blocks[1:-1]), strict=True):
             name = axis.name
             head = f"for (i64 {name} = 0; {name} < {size_text(axis.extent)}; ++{name}) {{"
             body = [head, *_indented([*block, *body], 1), "}"]
         return [*blocks[0], *body]
+
+
+def _kept_kind(dtype: torch.dtype) -> str:
+    """Row buffers hold values as they are computed."""
+    return "bool" if dtype == torch.bool else "float"
 
 
 def _joins(sums: Sequence[Fold]) -> list[str]:

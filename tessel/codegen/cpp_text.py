@@ -8,7 +8,7 @@ from ..ir.types import Dim, product
 from ..tiles.kernel import Axis
 from .cpp_words import size_text
 
-__all__ = ["BLOCK", "coordinates", "items", "parts_of", "points", "simd", "squares"]
+__all__ = ["BLOCK", "coordinates", "items", "parts_of", "points", "simd", "squares", "steps"]
 
 SQUARE = (32, 64)  # points of the last two loops that are walked together where memory lies along both
 BLOCK = 2048  # elements of the innermost loop that one thread takes at a time
@@ -82,3 +82,22 @@ def simd(folds: Mapping[str, Sequence[str]]) -> str:
     """The pragma of a vector loop; ``folds`` are the accumulators by operator."""
     clauses = "".join(f" reduction({op}:{', '.join(names)})" for op, names in folds.items() if names)
     return f"#pragma omp simd{clauses}"
+
+
+def steps(lane: Axis, body: Sequence[str], copies: int = 1) -> list[str]:
+    """A loop from ``begin`` to ``end`` in steps of a vector; ``copies`` accumulators ``u`` take turns.
+
+    In the body ``n`` tells how many lanes count.
+    """
+    name = lane.name
+    turns = ", int u" if copies > 1 else ""
+    lines = [f"const auto step = [&](i64 {name}, auto n{turns}) __attribute__((always_inline)) {{"]
+    lines += [*("  " + line for line in body), "};", f"i64 {name} = begin;"]
+    first = ", 0" if copies > 1 else ""
+    if copies > 1:
+        calls = " ".join(f"step({name}{f' + {u} * W' if u else ''}, Full{{}}, {u});" for u in range(copies))
+        lines.append(f"for (; {name} + {copies} * W <= end; {name} += {copies} * W) {{ {calls} }}")
+    lines.append(f"for (; {name} + W <= end; {name} += W) step({name}, Full{{}}{first});")
+    if not (isinstance(lane.extent, int) and lane.extent % 16 == 0):
+        lines.append(f"if ({name} < end) step({name}, Part{{end - {name}}}{first});")
+    return ["{", *("  " + line for line in lines), "}"]

@@ -374,6 +374,269 @@ template <class T> INLINE T pow(T a, T b) {  // whole numbers wrap around
   return (T)got;
 }
 
+// ---------------------------------------------------------------- vectors of floats
+
+// Kernels whose values are floats and conditions are written with vectors of the CPU's width, through the vector
+// extensions that GCC and Clang share. A condition is a vector of words, 0 or -1. What the extensions lack is an
+// instruction where the CPU has it, else a loop over the lanes.
+#if defined(__AVX512F__)
+constexpr i64 W = 16;
+#elif defined(__AVX2__)
+constexpr i64 W = 8;
+#else
+constexpr i64 W = 4;
+#endif
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef i32 vi __attribute__((vector_size(W * 4)));
+typedef u32 vu __attribute__((vector_size(W * 4)));
+typedef u16 vh __attribute__((vector_size(W * 2)));
+typedef u8 vb __attribute__((vector_size(W)));
+
+// How many of the lanes count: all, or the first n (1 .. W - 1) at the end of a row.
+struct Full {};
+struct Part { i64 n; };
+
+INLINE vf all(float x) { return x - vf{}; }
+INLINE vi all(bool x) { return vi{} - (i32)x; }
+INLINE vf all(vf x) { return x; }
+INLINE vi all(vi x) { return x; }
+
+template <class V, class T> INLINE V get(const T* p, Full) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class T> INLINE void put(T* p, V v, Full) { __builtin_memcpy(p, &v, sizeof(V)); }
+// The lanes that count, the others zero.
+template <class V, class T> INLINE V get(const T* p, Part k) {
+  T a[W] = {};
+  for (i64 l = 0; l < k.n; ++l) a[l] = p[l];
+  return get<V>(a, Full{});
+}
+template <class V, class T> INLINE void put(T* p, V v, Part k) {
+  T a[W];
+  put(a, v, Full{});
+  for (i64 l = 0; l < k.n; ++l) p[l] = a[l];
+}
+#ifdef __AVX512F__
+template <> INLINE vf get<vf, float>(const float* p, Part k) {
+  vf v;
+  asm("vmovups %1, %0%{%2%}%{z%}" : "=v"(v) : "m"(*(const float(*)[W])p), "Yk"((u16)((1u << k.n) - 1)));
+  return v;
+}
+template <> INLINE void put<vf, float>(float* p, vf v, Part k) {
+  asm("vmovups %1, %0%{%2%}" : "+m"(*(float(*)[W])p) : "v"(v), "Yk"((u16)((1u << k.n) - 1)));
+}
+#endif
+// Lanes that do not count keep what was there.
+INLINE vf chosen(Full, vf now, vf) { return now; }
+INLINE vf chosen(Part k, vf now, vf before) {
+  vi at;
+  for (i32 l = 0; l < W; ++l) at[l] = l;
+  return at < (i32)k.n ? now : before;
+}
+
+INLINE vf as_floats(vu x) { return (vf)x; }
+INLINE vu as_words(vf x) { return (vu)x; }
+
+template <class F> INLINE vf lanes(F f, vf x) {
+  float a[W];
+  put(a, x, Full{});
+#pragma omp simd
+  for (int l = 0; l < W; ++l) a[l] = f(a[l]);
+  return get<vf>(a, Full{});
+}
+template <class F> INLINE vf lanes(F f, vf x, vf y) {
+  float a[W], b[W];
+  put(a, x, Full{});
+  put(b, y, Full{});
+#pragma omp simd
+  for (int l = 0; l < W; ++l) a[l] = f(a[l], b[l]);
+  return get<vf>(a, Full{});
+}
+
+#if defined(__AVX512F__)
+INLINE vf fma(vf a, vf b, vf c) { return __builtin_ia32_vfmaddps512_mask(a, b, c, (u16)-1, 4); }
+// The second operand where one is NaN.
+INLINE vf larger(vf a, vf b) {
+  vf y;
+  asm("vmaxps %2, %1, %0" : "=v"(y) : "v"(a), "v"(b));
+  return y;
+}
+INLINE vf smaller(vf a, vf b) {
+  vf y;
+  asm("vminps %2, %1, %0" : "=v"(y) : "v"(a), "v"(b));
+  return y;
+}
+template <int HOW> INLINE vf rounded(vf x) { return __builtin_ia32_rndscaleps_mask(x, HOW, x, (u16)-1, 4); }
+INLINE vf sqrt(vf x) {
+  asm("vsqrtps %0, %0" : "+v"(x));
+  return x;
+}
+#elif defined(__AVX2__) && defined(__FMA__)
+INLINE vf fma(vf a, vf b, vf c) { return __builtin_ia32_vfmaddps256(a, b, c); }
+INLINE vf larger(vf a, vf b) { return __builtin_ia32_maxps256(a, b); }
+INLINE vf smaller(vf a, vf b) { return __builtin_ia32_minps256(a, b); }
+template <int HOW> INLINE vf rounded(vf x) { return __builtin_ia32_roundps256(x, HOW); }
+INLINE vf sqrt(vf x) { return __builtin_ia32_sqrtps256(x); }
+#else
+INLINE vf fma(vf a, vf b, vf c) {
+  for (int l = 0; l < W; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
+  return c;
+}
+INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
+template <int HOW> INLINE vf rounded(vf x) {
+  return lanes([](float v) { return HOW == 8 ? round(v) : HOW == 9 ? floor(v) : HOW == 10 ? ceil(v) : trunc(v); }, x);
+}
+INLINE vf sqrt(vf x) { return lanes([](float v) { return sqrt(v); }, x); }
+#endif
+INLINE vf round(vf x) { return rounded<8>(x); }
+INLINE vf floor(vf x) { return rounded<9>(x); }
+INLINE vf ceil(vf x) { return rounded<10>(x); }
+INLINE vf trunc(vf x) { return rounded<11>(x); }
+
+INLINE vf abs(vf x) { return as_floats(as_words(x) & 0x7fffffffu); }
+INLINE vf copysign(vf x, vf y) { return as_floats((as_words(x) & 0x7fffffffu) | (as_words(y) & 0x80000000u)); }
+INLINE vf maximum(vf a, vf b) { return a != a ? a : larger(a, b); }
+INLINE vf minimum(vf a, vf b) { return a != a ? a : smaller(a, b); }
+INLINE vf relu(vf x) { return larger(vf{}, x); }
+INLINE vf number(vi test) { return as_floats((vu)test & 0x3f800000u); }
+INLINE vi isinf(vf x) { return abs(x) == INF; }
+
+// p * 2^n where n is whole
+INLINE vf times_pow2(vf p, vf n) {
+#ifdef __AVX512F__
+  asm("vscalefps %1, %0, %0" : "+v"(p) : "v"(n));
+  return p;
+#else
+  vi k = __builtin_convertvector(n, vi), half = k >> 1;
+  return p * (vf)((half + 127) << 23) * (vf)((k - half + 127) << 23);
+#endif
+}
+INLINE vf exp_of_parts(vf n, vf r) {
+  vf p = all(0x1.6db410p-10f);
+  p = fma(p, r, all(0x1.123b46p-7f));
+  p = fma(p, r, all(0x1.55545ep-5f));
+  p = fma(p, r, all(0x1.55548ep-3f));
+  p = fma(p, r, all(0.5f));
+  return times_pow2(fma(r * r, p, r) + 1, n);
+}
+INLINE vf exp(vf x) {  // NaN stays NaN on every step
+  vf c = smaller(all(90.0f), larger(all(-105.0f), x));
+  vf n = round(c * 0x1.715476p+0f);
+  vf r = fma(n, all(-0x1.62e400p-1f), c);
+  return exp_of_parts(n, fma(n, all(-0x1.7f7d1cp-20f), r));
+}
+INLINE vf exp2(vf x) {
+  vf c = smaller(all(130.0f), larger(all(-152.0f), x));
+  vf n = round(c);
+  return exp_of_parts(n, (c - n) * 0x1.62e430p-1f);
+}
+INLINE vf sigmoid(vf x) { return all(1.0f) / (1 + exp(-x)); }
+INLINE vf tanh(vf x) {
+  vf a = abs(x), s = a * a;
+  vf p = all(0x1.163b6cp-9f);
+  p = fma(p, s, all(-0x1.0b43cep-7f));
+  p = fma(p, s, all(0x1.636962p-6f));
+  p = fma(p, s, all(-0x1.b9eba8p-5f));
+  p = fma(p, s, all(0x1.111058p-3f));
+  p = fma(p, s, all(-0x1.555554p-2f));
+  vf near = fma(a * s, p, a), far = 1 - 2 / (exp(2 * a) + 1);
+  return copysign(a < 0.625f ? near : far, x);
+}
+INLINE vf erf(vf x) {
+  vf a = abs(x), s = a * a;
+  vf p = all(0x1.5d47b6p-14f);
+  p = fma(p, s, all(-0x1.aa6a2cp-11f));
+  p = fma(p, s, all(0x1.54cde6p-8f));
+  p = fma(p, s, all(-0x1.b80f50p-6f));
+  p = fma(p, s, all(0x1.ce2e14p-4f));
+  p = fma(p, s, all(-0x1.812744p-2f));
+  vf near = fma(fma(p, s, all(0x1.06eba8p-3f)), a, a);
+  vf t = smaller(all(4.1f), larger(all(0.9f), a));
+  vf q = all(0x1.61ea8ep-16f);
+  q = fma(q, t, all(-0x1.c7912cp-12f));
+  q = fma(q, t, all(0x1.115ad4p-8f));
+  q = fma(q, t, all(-0x1.9b8e84p-6f));
+  q = fma(q, t, all(0x1.bb83e8p-4f));
+  q = fma(q, t, all(0x1.44460cp-1f));
+  q = fma(q, t, all(0x1.2127e4p+0f));
+  q = fma(q, t, all(-0x1.6e57p-13f));
+  vf far = 1 - exp(-q);
+  return copysign(a < 0.925f ? near : far, x);
+}
+#define LANES(name) \
+  INLINE vf name(vf x) { return lanes([](float v) { return name(v); }, x); }
+LANES(expm1) LANES(log) LANES(log2) LANES(log10) LANES(log1p) LANES(sin) LANES(cos) LANES(sign)
+#undef LANES
+
+INLINE float total(vf v) {
+  float a[W];
+  put(a, v, Full{});
+  for (i64 half = W / 2; half; half /= 2)
+    for (i64 l = 0; l < half; ++l) a[l] += a[l + half];
+  return a[0];
+}
+INLINE float most(vf v) {
+  float a[W];
+  put(a, v, Full{});
+  for (int l = 1; l < W; ++l) a[0] = maximum(a[0], a[l]);
+  return a[0];
+}
+INLINE float least(vf v) {
+  float a[W];
+  put(a, v, Full{});
+  for (int l = 1; l < W; ++l) a[0] = minimum(a[0], a[l]);
+  return a[0];
+}
+
+INLINE vf from_bf16(vh x) { return as_floats(__builtin_convertvector(x, vu) << 16); }
+INLINE vu bf16_words(vf x) {
+  vu b = as_words(x), even = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+  return x != x ? vu{} + 0x7fc0u : even;
+}
+INLINE vh to_bf16(vf x) { return __builtin_convertvector(bf16_words(x), vh); }
+INLINE vf round_bf16(vf x) { return as_floats(bf16_words(x) << 16); }
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
+INLINE vf from_f16(vh x) {
+  vf y;
+  asm("vcvtph2ps %1, %0" : "=v"(y) : "v"(x));
+  return y;
+}
+INLINE vh to_f16(vf x) {
+  vh y;
+  asm("vcvtps2ph $0, %1, %0" : "=v"(y) : "v"(x));
+  return y;
+}
+#else
+INLINE vf from_f16(vh x) {
+  u16 a[W];
+  float b[W];
+  put(a, x, Full{});
+  for (int l = 0; l < W; ++l) b[l] = from_f16(a[l]);
+  return get<vf>(b, Full{});
+}
+INLINE vh to_f16(vf x) {
+  float a[W];
+  u16 b[W];
+  put(a, x, Full{});
+  for (int l = 0; l < W; ++l) b[l] = to_f16(a[l]);
+  return get<vh>(b, Full{});
+}
+#endif
+INLINE vf round_f16(vf x) { return from_f16(to_f16(x)); }
+
+// An element's address, and how many of the lanes count.
+template <class K> INLINE vf get_float(const float* p, K k) { return get<vf>(p, k); }
+template <class K> INLINE vf get_bf16(const u16* p, K k) { return from_bf16(get<vh>(p, k)); }
+template <class K> INLINE vf get_f16(const u16* p, K k) { return from_f16(get<vh>(p, k)); }
+template <class K> INLINE vi get_bool(const u8* p, K k) { return __builtin_convertvector(get<vb>(p, k), vi) != 0; }
+template <class K> INLINE void put_float(float* p, vf v, K k) { put(p, v, k); }
+template <class K> INLINE void put_bf16(u16* p, vf v, K k) { put(p, to_bf16(v), k); }
+template <class K> INLINE void put_f16(u16* p, vf v, K k) { put(p, to_f16(v), k); }
+template <class K> INLINE void put_bool(u8* p, vi v, K k) { put(p, __builtin_convertvector(v & 1, vb), k); }
+
 // ---------------------------------------------------------------- conversions
 
 template <class To, class From> INLINE To to(From x) {

@@ -1,0 +1,137 @@
+"""Which loops are written with vectors, not left to the compiler's vectorizer, and the words for it.
+
+A loop is where every value that varies along it is a float of at most 32 bits or a condition, and memory is read
+and written side by side. The compiler then has nothing to find out, tails are masked, and functions are those of
+the header's vectors: about half the instructions of what a vectorizer makes of the scalar ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ..ir.types import Dim
+from ..ops import OPS
+from ..tiles.index import Cond, Index
+from ..tiles.kernel import Check, Compute, IndexOf, Kernel, Load, Reduce, Ref, Stmt, Store, Test, refs
+from .cpp_space import Space
+
+__all__ = ["FOLDS", "KINDS", "Along", "fold_step", "unroll", "wide_cast"]
+
+KINDS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16", torch.bool: "bool"}
+_FUNCTIONS = """abs sign maximum minimum relu exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal sin cos tanh
+erf sigmoid floor ceil round trunc copysign isnan isinf"""
+_OPERATORS = "add sub mul div neg eq ne lt le gt ge logical_and logical_or logical_xor logical_not where cast copy"
+_OPS = frozenset((_FUNCTIONS + " " + _OPERATORS).split())
+_OF_BOOL = frozenset(
+    """add mul maximum minimum abs relu eq ne logical_and logical_or logical_xor logical_not bitwise_and bitwise_or
+    bitwise_xor bitwise_not cast copy""".split()
+)
+FOLDS = {"sum": "total", "amax": "most", "amin": "least"}  # a vector of partial results made one
+
+
+@dataclass
+class Along:
+    """What varies along the innermost loop.
+
+    Attributes:
+        dims: number of a value -> the loops it varies along; those of this loop's statements are added.
+    """
+
+    kernel: Kernel
+    space: Space
+    lane: str
+    dims: dict[int, frozenset[str]]
+
+    def all_wide(self, stmts: Iterable[Stmt], extent: Dim) -> bool:
+        """Whether the statements of a loop can be written with vectors, and are worth it."""
+        if isinstance(extent, int) and extent < 16:
+            return False
+        each = [self._wide(s) for s in stmts]  # of every one: later ones need to know what it varies along
+        return all(each)
+
+    def step(self, index: Index) -> int | None:
+        """How far memory moves from one point to the next: 0, 1, or another distance (None)."""
+        step = 0
+        for atom, c in self.space.at(index).terms:
+            if atom.kind == "var" and atom.name == self.lane:
+                if c != 1:
+                    return None
+                step = 1
+            elif self.lane in self._varies(atom):
+                return None
+        return step
+
+    def _varies(self, atom: object) -> frozenset[str]:
+        kind, name, arg = atom.kind, atom.name, atom.arg  # type: ignore[attr-defined]
+        if kind == "var":
+            return frozenset({name})
+        if kind == "value":
+            return self.dims.get(int(name), frozenset())
+        return self._index(arg)
+
+    def _index(self, index: Index) -> frozenset[str]:
+        return frozenset().union(*(self._varies(a) for a, _ in index.terms))
+
+    def _conds(self, conds: Iterable[Cond]) -> frozenset[str]:
+        return frozenset().union(*(self._index(self.space.at(c.index)) for c in conds))
+
+    def _wide(self, s: Stmt) -> bool:
+        dims = frozenset().union(*(self.dims.get(n, frozenset()) for n in refs(s)))
+        if isinstance(s, Load | Store):
+            param = self.kernel.params[s.access.param]
+            index = s.access.address(param)
+            masks = self._conds(s.access.mask)
+            dims |= self._index(self.space.at(index)) | masks
+            step = self.step(index)
+            if isinstance(s, Load):
+                self.dims[s.out] = dims
+                if self.lane not in dims:
+                    return True
+            plain = step == 1 and self.lane not in masks
+            return plain and param.type.dtype in KINDS and s.dtype in KINDS
+        if isinstance(s, IndexOf):
+            self.dims[s.out] = self._index(self.space.at(s.index))
+            return self.lane not in self.dims[s.out]
+        if isinstance(s, Test):
+            self.dims[s.out] = self._conds(s.conds)
+            return self.lane not in self.dims[s.out]
+        if isinstance(s, Check):
+            return self.lane not in dims | self._conds(s.mask)
+        if isinstance(s, Reduce):
+            return s.op in FOLDS and s.arg_dtype in KINDS and s.arg_dtype != torch.bool and s.dtype in KINDS
+        assert isinstance(s, Compute)
+        self.dims[s.out] = dims
+        if self.lane not in dims:
+            return True
+        if s.dtype not in KINDS or s.arg_dtype not in KINDS:
+            return False
+        if s.op == "pow":
+            power = s.args[1]
+            return not isinstance(power, Ref) and power in (0.0, 0.5, -0.5, 1.0, -1.0, 2.0, -2.0, 3.0)
+        return s.op in (_OF_BOOL if s.arg_dtype == torch.bool and s.op != "where" else _OPS)
+
+
+def wide_cast(text: str, source: torch.dtype, to: torch.dtype) -> str:
+    """A vector converted, as ``cpp_words.cast`` does a value."""
+    if source == to:
+        return text
+    if to == torch.bool:
+        return f"({text} != 0)"
+    if source == torch.bool:
+        return f"number({text})"
+    return f"round_{KINDS[to]}({text})" if to in (torch.bfloat16, torch.float16) else text
+
+
+def unroll(stmts: Iterable[Stmt]) -> int:
+    """Accumulators side by side: a short loop waits for its sums, a long one has enough else to do."""
+    cost = sum(OPS[s.op].cost if isinstance(s, Compute) else 1 for s in stmts)
+    return 4 if cost <= 8 else 2 if cost <= 16 else 1
+
+
+def fold_step(op: str, acc: str, value: str) -> str:
+    """A vector folded into the accumulator; lanes past the end leave it."""
+    new = f"{acc} + {value}" if op == "sum" else f"{'maximum' if op == 'amax' else 'minimum'}({acc}, {value})"
+    return f"{acc} = chosen(n, {new}, {acc});"
