@@ -178,7 +178,7 @@ def _write(file: Path, data: bytes) -> None:
     from .autotune.transfer import write_file
 
     if str(file) == "-":
-        click.get_binary_stream("stdout").write(data)
+        click.echo(data, nl=False)
     else:
         write_file(file, data)
 
