@@ -86,13 +86,15 @@ class Cache:
         Args:
             legal: says of knobs why they may not be used; entries it objects to are misses.
         """
-        folder = self._folder(create=False)
+        folder, refused = self._folder(create=False), []
         for suffix in SUFFIXES:
             entry = self._read(folder, _stem(key) + suffix) if folder else None
-            if entry is not None and self._fits(entry, key, suffix, legal):
-                return self._count("hit", entry)
+            if entry is not None:
+                if self._fits(entry, key, suffix, legal):
+                    return self._count("hit", entry)
+                refused.append(entry)
         entry = self._memory.get(key.digest)
-        if entry is not None and entry.key == key and self._legal(entry, legal):
+        if entry is not None and entry.key == key and entry not in refused and self._legal(entry, legal):
             return self._count("hit_in_memory", entry)
         self._count("miss")
         return None
