@@ -29,7 +29,7 @@ from .passes._groups import refusal
 from .passes.pipeline import PASSES, Trace, run_pipeline
 from .passes.pipeline import Pass as PassFunction
 from .report import Call, Compilation, Fused, Kernel, Pass, Report
-from .runtime.kernels import Kernels, by_torch
+from .runtime.kernels import Kernels, Pick, by_torch
 from .runtime.launch import interpreting
 from .runtime.library import called
 from .runtime.matmul_cpu import Product
@@ -145,8 +145,24 @@ def _gpu(device: str) -> Target:
     return max(known, key=lambda t: int(t.arch[3:]))
 
 
-def compile_graph(imported: Imported, info: GraphInfo, session: Session) -> Callable[[list[Any]], list[Any]]:
+def compile_graph(
+    imported: Imported,
+    info: GraphInfo,
+    session: Session,
+    *,
+    place: Place | None = None,
+    optimized: bool = False,
+    pick: Pick | None = None,
+) -> Callable[[list[Any]], list[Any]]:
     """Compile one graph; the result takes a list of inputs, which it empties, and returns a list.
+
+    Args:
+        imported: the graph.
+        info: how it was captured.
+        session: what was asked for; gets the record.
+        place: where it is to run, if that is not where its tensors are (a GPU that is not here).
+        optimized: the passes have run already, on the graph as it is.
+        pick: the tile of a kernel, see ``Kernels.pick``.
 
     Raises:
         TesselError: the request cannot be met, or Tessel itself failed; the message says which graph,
@@ -156,7 +172,7 @@ def compile_graph(imported: Imported, info: GraphInfo, session: Session) -> Call
     started = time.perf_counter()
     stage = ["import"]
     try:
-        run = _compile(imported, info, session, record, stage)
+        run = _compile(imported, info, session, record, stage, place, optimized, pick)
     except TesselError:
         raise
     except Exception as e:
@@ -172,21 +188,30 @@ def compile_graph(imported: Imported, info: GraphInfo, session: Session) -> Call
 
 
 def _compile(
-    imported: Imported, info: GraphInfo, session: Session, record: Compilation, stage: list[str]
+    imported: Imported,
+    info: GraphInfo,
+    session: Session,
+    record: Compilation,
+    stage: list[str],
+    place: Place | None,
+    optimized: bool,
+    pick: Pick | None,
 ) -> Callable[[list[Any]], list[Any]]:
     options, device = session.options, imported.device
-    place = place_for(session.target, device)
+    place = place or place_for(session.target, device)
     record.target = place.target.name
     record.passes.append(Pass("import", 0.0, len(imported.graph.nodes), imported.graph))
     record.fallbacks = [Call(f.target, f.loc.short, f.reason) for f in imported.fallbacks]
     if options.cuda_graphs and info.is_inference:
         check_replayable(imported.graph, device)
 
-    graph = _run_passes(imported, _resolved(options, place, imported.graph), place, record, stage)
+    graph = imported.graph
+    if not optimized:
+        graph = _run_passes(imported, _resolved(options, place, graph), place, record, stage)
 
     stage[0] = "rendering kernels"
     maker = NativeKernels if place.how == "native" else Kernels
-    kernels = maker(place.target, options.source_dir())
+    kernels = maker(place.target, options.source_dir(), pick)
     if place.how != "torch":
         kernels.render_all(graph)
         kernels.load()

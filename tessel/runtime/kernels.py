@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -24,7 +24,9 @@ from ..tiles.lower import lower
 from .launch import load
 from .program import build
 
-__all__ = ["Kernels", "by_torch"]
+__all__ = ["Kernels", "Pick", "by_torch"]
+
+Pick: TypeAlias = Callable[[Kernel], Mapping[str, int] | None]
 
 
 @dataclass
@@ -34,6 +36,8 @@ class Kernels:
     Attributes:
         target: what they are rendered for.
         directory: where their text goes.
+        pick: the knobs of a kernel's template, as far as they are decided; None, and a result of None: the
+            default tile.
         at: kernel node -> how it is launched.
         sources: launcher name -> rendered text.
         sites: launcher name -> nodes that launch it.
@@ -43,6 +47,7 @@ class Kernels:
 
     target: Target
     directory: Path
+    pick: Pick | None = None
     at: dict[Node, Launch] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
     sites: dict[str, list[Node]] = field(default_factory=dict)
@@ -76,7 +81,7 @@ class Kernels:
 
     def render(self, kernel: Kernel) -> Any:
         """The source of one kernel."""
-        return render(kernel, self.target)
+        return render(kernel, self.target, self.pick(kernel) if self.pick else None)
 
     def grid(self, kernel: Kernel, name: str) -> tuple[Any, ...]:
         """The grid of a kernel that runs the source ``name``, perhaps another's: sizes of the grid may differ."""
