@@ -36,6 +36,8 @@ __all__ = ["attention", "headers", "refusal"]
 
 _ELEMENTS = {torch.float32: "float", torch.float16: "float", torch.bfloat16: "bf16_word"}
 
+_FEW = 8  # query rows a key head up to which keys and values are read where they lie
+
 
 def refusal(dtype: torch.dtype, features: Iterable[str]) -> str | None:
     """Why there is no attention kernel for a dtype on a CPU with these features, ``None`` where there is one.
@@ -143,6 +145,8 @@ class _Writer:
         self.batch = points(self.at.batches, "x")
         self.known = [a.name for a in self.at.batches]
         self.row = [f"const i64 member = row / {size_text(self.m)}, m = row % {size_text(self.m)};"]
+        rows = product((self.at.group, self.m))
+        self.few = rows if isinstance(rows, int) and rows <= _FEW else None
         provided = kernel.provides["q"]
         assert isinstance(provided, Ref)
         self.dtype = self._dtype_of("q", provided)
@@ -171,7 +175,7 @@ class _Writer:
             "seen": seen,
             "edit": edit,
             "store": self._store(),
-            "form": "tiled",
+            "form": f"few<Element, {self.few}, " if self.few else "tiled<Element, ",
             "batches": size_text(product(a.extent for a in self.at.batches)),
             "group": size_text(self.at.group),
             "m": size_text(self.m),
@@ -198,6 +202,7 @@ class _Writer:
         e.nest(known, [lane])
         for s in stmts:
             e.emit(s)
+        whole = "(2 * LANES)" if self.few else "LANES"
         check(not e.flags, lambda: f"{kernel.name}: part {part!r} reads indices that must be checked")
         text, dims, _ = e.values[provided.number]
         e.line(f"put(to + {lane}, {text});", dims | {lane})
@@ -210,7 +215,8 @@ class _Writer:
             "extent": extent,
             "direct": self._direct(stmts, provided, lane),
             "itemsize": dtype.itemsize,
-            "whole": f"words<Element>({extent}) % LANES == 0" if lane == "d" else f"{extent} % LANES == 0",
+            # Rows are read by whole vectors, of words along d.
+            "whole": f"words<Element>({extent}) % LANES == 0" if lane == "d" else f"{extent} % {whole} == 0",
         }
 
     def _direct(self, stmts: tuple[Stmt, ...], provided: Ref, lane: str) -> str:

@@ -83,6 +83,36 @@ INLINE float greatest(const float* s, i64 count) {
   return m;
 }
 
+// A row's next scores (of ``mine`` keys) into weights; its sums so far fade where a greater score has come.
+template <bool SEEN, bool EDIT, i64 WIDE, class T, class F>
+INLINE int weigh(float* row, T* weight, i64 mine, const u8* may, float scale, float c, float* top, float* sums, float* o, F edit) {
+  const i64 wide = whole(mine, LANES);
+  int bad = 0;
+  if (EDIT) {
+#pragma omp simd
+    for (i64 j = 0; j < mine; ++j) row[j] *= scale;
+    bad = edit(row);
+  }
+  if (SEEN && may) {
+#pragma omp simd
+    for (i64 j = 0; j < mine; ++j) row[j] = may[j] ? row[j] : -INF;
+  }
+  for (i64 j = mine; j < wide; ++j) row[j] = -INF;
+  const float high = greatest(row, wide), old = *top;
+  if (high > old) {
+    *top = high;
+    if (old != -INF) {
+      const float fade = exp2_falling(old * c - high * c);
+#pragma omp simd
+      for (i64 e = 0; e < WIDE; ++e) o[e] *= fade;
+#pragma omp simd
+      for (i64 j = 0; j < LANES; ++j) sums[j] *= fade;
+    }
+  }
+  weights(row, weight, wide, c, *top == -INF ? 0.0f : *top * c, sums);
+  return bad;
+}
+
 // LANES keys at a time turned into columns: to[at of the panel][d][key].
 template <class T, i64 D, class K>
 INLINE void pack_keys(i64 x, i64 n0, i64 count, word* to, word* rows, K k_row) {
@@ -151,7 +181,7 @@ template <class T, i64 D, i64 E, bool CAUSAL, bool SEEN, bool SEEN_ROWS, bool ED
 INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V v_row, C seen_row, F edit, S store) {
   const Pieces pieces = pieces_of(shape, threads);
   const i64 piece = pieces.rows, each = pieces.each;
-  const i64 work = shape.batches * shape.group * shape.m * shape.n;
+  const i64 work = shape.batches * shape.group * shape.m * shape.n * ceil_div(D + E, 32);
   return parallel(shape.batches * each, work, threads, [=](i64 first, i64 last, i64) __attribute__((always_inline)) -> int {
     constexpr i64 DW = words<T>(D), DEPTH = whole(DW, LANES), ALL = whole(E, LANES) / LANES, WIDE = ALL * LANES;
     constexpr i64 PER = 4 / sizeof(T);
@@ -235,36 +265,13 @@ INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, 
                         s + g * ROWS * KEYS + at * LANES, KEYS, false);
           }
           for (i64 i = 0; i < whole(many, ROWS); ++i) {
-            const i64 mine = sight[i], wide = whole(mine, LANES), upto = whole(sights[i / ROWS], LANES);
-            float* row = s + i * KEYS;
+            const i64 mine = sight[i], wide = whole(mine, LANES), at = i0 + i;
             T* weight = p + i * KEYS;
-            if (mine > 0) {
-              const i64 at = i0 + i;
-              if (EDIT) {
-#pragma omp simd
-                for (i64 j = 0; j < mine; ++j) row[j] *= scale;
-                bad |= edit(x, begin + at, n0, mine, row);
-              }
-              if (SEEN && !all_seen) {
-                const u8* may = seen + (SEEN_ROWS ? i * KEYS : 0);
-#pragma omp simd
-                for (i64 j = 0; j < mine; ++j) row[j] = may[j] ? row[j] : -INF;
-              }
-              for (i64 j = mine; j < wide; ++j) row[j] = -INF;
-              const float high = greatest(row, wide), old = top[at];
-              if (high > old) {
-                top[at] = high;
-                if (old != -INF) {
-                  const float fade = exp2_falling(old * c - high * c);
-#pragma omp simd
-                  for (i64 e = 0; e < WIDE; ++e) o[at * WIDE + e] *= fade;
-#pragma omp simd
-                  for (i64 j = 0; j < LANES; ++j) sums[at * LANES + j] *= fade;
-                }
-              }
-              weights(row, weight, wide, c, top[at] == -INF ? 0.0f : top[at] * c, sums + at * LANES);
-            }
-            for (i64 j = wide; j < upto; ++j) weight[j] = 0;
+            if (mine > 0)
+              bad |= weigh<SEEN, EDIT, WIDE>(s + i * KEYS, weight, mine, !SEEN || all_seen ? nullptr : seen + (SEEN_ROWS ? i * KEYS : 0),
+                                             scale, c, top + at, sums + at * LANES, o + at * WIDE,
+                                             [=](float* row) __attribute__((always_inline)) { return edit(x, begin + at, n0, mine, row); });
+            for (i64 j = wide; j < whole(sights[i / ROWS], LANES); ++j) weight[j] = 0;
           }
           for (i64 at = 0; at < ALL; at += panel(at, ALL)) {
             const i64 width = panel(at, ALL);
@@ -284,6 +291,160 @@ INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, 
     free(memory);
     return bad;
   });
+}
+
+// ---------------------------------------------------------------- a handful of queries
+
+constexpr i64 RANGE = 256;  // keys whose scores are held at a time
+constexpr i64 SHARES = 64;  // pieces of work that are enough for any number of threads
+
+template <class T> INLINE void dots(const word* const* keys, const word* q, i64 depth, float* to) {
+#ifdef __AVX512BF16__
+  if constexpr (sizeof(T) == 2) {
+    dots_half(keys, q, depth, to);
+    return;
+  }
+#endif
+  dots_float(keys, q, depth, to);
+}
+
+template <class T, i64 ROUND>
+INLINE void add_rows(const word* const* values, i64 at, i64 count, const float* p, float* o, i64 ldo) {
+#ifdef __AVX512BF16__
+  if constexpr (sizeof(T) == 2) {
+    if constexpr (ROUND == 1) add_half_1(values, at, count, p, RANGE, o, ldo);
+    else if constexpr (ROUND == 2) add_half_2(values, at, count, p, RANGE, o, ldo);
+    else if constexpr (ROUND == 4) add_half_4(values, at, count, p, RANGE, o, ldo);
+    else add_half_8(values, at, count, p, RANGE, o, ldo);
+    return;
+  }
+#endif
+  if constexpr (ROUND == 1) add_float_1(values, at, count, p, RANGE, o, ldo);
+  else if constexpr (ROUND == 2) add_float_2(values, at, count, p, RANGE, o, ldo);
+  else if constexpr (ROUND == 4) add_float_4(values, at, count, p, RANGE, o, ldo);
+  else add_float_8(values, at, count, p, RANGE, o, ldo);
+}
+
+// Keys and values are read once, where they lie. Ranges of keys are shared out, their number the same for any number
+// of threads, and their results combined in order.
+template <class T, i64 COUNT, i64 D, i64 E, bool CAUSAL, bool SEEN, bool SEEN_ROWS, bool EDIT, class Q, class K, class V,
+          class C, class F, class S>
+INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V v_row, C seen_row, F edit, S store) {
+  constexpr i64 DEPTH = whole(words<T>(D), LANES), WIDE = whole(E, 2 * LANES), PER = 4 / sizeof(T), RECORD = WIDE + 16;
+  constexpr i64 ROUND = COUNT > 4 ? 8 : COUNT > 2 ? 4 : COUNT;
+  const float c = EDIT ? LOG2E : scale * LOG2E;
+  const i64 ranges = max(1, ceil_div(shape.n, RANGE));
+  const i64 each = ceil_div(ranges, min(ranges, ceil_div(SHARES, max(shape.batches, 1)))), splits = ceil_div(ranges, each);
+  const i64 work = shape.batches * COUNT * shape.n * ceil_div(D + E, 16);
+  float* const records = (float*)malloc(max(shape.batches * splits, 1) * COUNT * RECORD * 4);
+  if (!records) return NO_MEMORY;
+  int bad = parallel(shape.batches * splits, work, threads, [=](i64 first, i64 last, i64) __attribute__((always_inline)) -> int {
+    constexpr i64 TEMP = LANES * (DEPTH > WIDE ? DEPTH : WIDE);
+    alignas(64) word q[ROUND * DEPTH];
+    alignas(64) float o[ROUND * WIDE], s[ROUND * RANGE], sums[COUNT * LANES];
+    alignas(64) word temp[TEMP], zeros[DEPTH];
+    alignas(64) u8 seen[COUNT * RANGE];
+    float top[COUNT];
+    int bad = 0;
+    memset(q, 0, sizeof(q));
+    memset(s, 0, sizeof(s));
+    memset(zeros, 0, sizeof(zeros));
+    memset(temp, 0, sizeof(temp));
+    for (i64 item = first; item < last; ++item) {
+      const i64 x = item / splits, from = item % splits * each * RANGE;
+      const i64 to = min(shape.n, from + each * RANGE);
+      for (i64 i = 0; i < COUNT; ++i) {
+        const word* row = (const word*)q_row(x, i, (T*)(q + i * DEPTH));
+        if (row != q + i * DEPTH) for (i64 d = 0; d < DEPTH; ++d) q[i * DEPTH + d] = row[d];
+        top[i] = -INF;
+      }
+      memset(o, 0, sizeof(o));
+      memset(sums, 0, sizeof(sums));
+      for (i64 n0 = from; n0 < to; n0 += RANGE) {
+        const i64 block = min(RANGE, to - n0);
+        i64 sight[COUNT], most = 0;
+        for (i64 i = 0; i < COUNT; ++i) {
+          sight[i] = CAUSAL ? clip(i % shape.m + shape.offset + 1 - n0, 0, block) : block;
+          most = max(most, sight[i]);
+        }
+        if (most == 0) break;
+        const i64 steps = ceil_div(most, LANES);
+        u8 any[RANGE / LANES];  // whether some row sees some of LANES keys
+        for (i64 g = 0; g < steps; ++g) any[g] = !SEEN;
+        if (SEEN) {
+          for (i64 i = 0; i < (SEEN_ROWS ? COUNT : 1); ++i) {
+            u8* may = seen + i * RANGE;
+            bad |= seen_row(x, i, n0, most, may);
+            for (i64 j = most; j < whole(most, LANES); ++j) may[j] = 0;
+            for (i64 g = 0; g < steps; ++g)
+              for (i64 j = 0; j < LANES; ++j) any[g] |= may[g * LANES + j];
+          }
+        }
+        for (i64 g = 0; g < steps; ++g) {
+          if (!any[g]) continue;
+          const word* keys[LANES];
+          for (i64 j = 0; j < LANES; ++j) {
+            const i64 n = g * LANES + j;
+            keys[j] = n < most ? (const word*)k_row(x, n0 + n, (T*)(temp + j * DEPTH)) : zeros;
+          }
+          for (i64 i = 0; i < COUNT; ++i) dots<T>(keys, q + i * DEPTH, DEPTH, s + i * RANGE + g * LANES);
+        }
+        for (i64 i = 0; i < COUNT; ++i) {
+          float* row = s + i * RANGE;
+          const i64 mine = sight[i];
+          if (mine > 0)
+            bad |= weigh<SEEN, EDIT, WIDE>(row, row, mine, SEEN ? seen + (SEEN_ROWS ? i * RANGE : 0) : nullptr, scale, c, top + i,
+                                           sums + i * LANES, o + i * WIDE,
+                                           [=](float* scores) __attribute__((always_inline)) { return edit(x, i, n0, mine, scores); });
+          for (i64 j = whole(mine, LANES); j < steps * LANES; ++j) row[j] = 0;
+        }
+        for (i64 g = 0; g < steps; ++g) {
+          if (!any[g]) continue;
+          const word* values[LANES];
+          const i64 count = min(LANES, most - g * LANES);
+          for (i64 j = 0; j < count; ++j)
+            values[j] = (const word*)v_row(x, n0 + g * LANES + j, (T*)(temp + j * (WIDE / PER)));
+          for (i64 e = 0; e < WIDE; e += 2 * LANES) add_rows<T, ROUND>(values, e / PER, count, s + g * LANES, o + e, WIDE);
+        }
+      }
+      for (i64 i = 0; i < COUNT; ++i) {
+        float* record = records + (item * COUNT + i) * RECORD;
+        float total = 0;
+        for (i64 j = 0; j < LANES; ++j) total += sums[i * LANES + j];
+        record[WIDE] = top[i];
+        record[WIDE + 1] = total;
+        for (i64 e = 0; e < WIDE; e += 2 * LANES)
+          for (i64 j = 0; j < LANES; ++j) {
+            const i64 a = PER == 2 ? e + 2 * j : e + j, b = PER == 2 ? a + 1 : a + LANES;
+            record[a] = o[i * WIDE + e + j];
+            record[b] = o[i * WIDE + e + LANES + j];
+          }
+      }
+    }
+    return bad;
+  });
+  bad |= parallel(shape.batches, shape.batches * COUNT * splits * WIDE, threads, [=](i64 first, i64 last, i64) __attribute__((always_inline)) -> int {
+    int bad = 0;
+    for (i64 item = first; item < last; ++item) {
+      for (i64 i = 0; i < COUNT; ++i) {
+        float* record = records + (item * splits * COUNT + i) * RECORD;
+        float top = record[WIDE], total = 0;
+        for (i64 part = 1; part < splits; ++part) top = maximum(top, record[part * COUNT * RECORD + WIDE]);
+        for (i64 part = 0; part < splits; ++part) {
+          const float* other = record + part * COUNT * RECORD;
+          const float fade = other[WIDE] == top ? 1.0f : exp2_falling(other[WIDE] * c - top * c);
+          total += fade * other[WIDE + 1];
+#pragma omp simd
+          for (i64 e = 0; e < E; ++e) record[e] = part == 0 ? record[e] * fade : fma(other[e], fade, record[e]);
+        }
+        const float lse = total == 0 ? -INF : fma(top * c, LN2, log(total));
+        bad |= store(item, i, record, total == 0 ? 1.0f : 1 / total, lse);
+      }
+    }
+    return bad;
+  });
+  free(records);
+  return bad;
 }
 
 }  // namespace attention
