@@ -20,7 +20,7 @@ from ..errors import TesselError, did_you_mean
 from ..tiles.formula import evaluate
 from ..tiles.header import FAMILIES, Header, LoadPath, load_header
 
-__all__ = ["COLUMNS", "FOLDS", "Fitted", "Row", "fit", "fold_of", "judge", "read_rows"]
+__all__ = ["COLUMNS", "FOLDS", "Fitted", "Row", "Verdict", "cross", "fit", "fold_of", "header_of", "judge", "read_rows"]
 
 FOLDS = 5
 """Rows are dealt into this many parts by hash; part 0 is held out."""
@@ -196,28 +196,54 @@ class Verdict:
 
 
 def judge(path: str, rows: Sequence[Row], test: np.ndarray, fitted: Fitted) -> Verdict:
-    """Compare the model with the rows where ``test`` is true."""
+    """Compare a fit with the rows where ``test`` is true."""
+    wanted, called = _predicted(path, rows, fitted)
+    return _verdict(path, rows, test, wanted, called)
+
+
+def cross(path: str, rows: Sequence[Row], by: Sequence[str] | None = None) -> Verdict:
+    """Every row judged by a fit to the four parts that it is not in.
+
+    Args:
+        by: rows that agree in these knobs stay in one part. By default all knobs: rows are dealt one by one.
+    """
+    part = np.array([fold_of(path, r.knobs, by) for r in rows])
+    wanted, called = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
+    for i in range(FOLDS):
+        held = part == i
+        if held.any():
+            own_wanted, own_called = _predicted(path, rows, fit(path, rows, ~held))
+            wanted[held], called[held] = own_wanted[held], own_called[held]
+    return _verdict(path, rows, np.ones(len(rows), dtype=bool), wanted, called)
+
+
+def _predicted(path: str, rows: Sequence[Row], fitted: Fitted) -> tuple[np.ndarray, np.ndarray]:
+    """Registers wanted, and whether it spills, a row."""
     header, declared = header_of(path)
-    values = table(header, rows, _warp_size(declared))
-    n = len(rows)
+    values, n = table(header, rows, _warp_size(declared)), len(rows)
+    wanted = terms(declared.registers, values, n) @ np.array(fitted.registers)
+    ratio = wanted / _column(declared.register_limit, values, n)
+    z = np.concatenate([ratio[:, None], terms(declared.spill_terms, values, n), np.ones((n, 1))], axis=1)
+    return wanted, (z @ np.array(fitted.spill) > 0) | (_column(declared.always_spills, values, n) > 0)
+
+
+def _verdict(path: str, rows: Sequence[Row], test: np.ndarray, wanted: np.ndarray, called: np.ndarray) -> Verdict:
+    header, declared = header_of(path)
+    values, n = table(header, rows, _warp_size(declared)), len(rows)
     got = np.array([r.registers for r in rows], dtype=float)
     shared = np.array([r.shared for r in rows], dtype=float)
     spilled = np.array([r.spills > 0 for r in rows])
     most, least = _column(declared.shared, values, n), _column(declared.shared_least, values, n)
     columns = _column(declared.tensor_columns, values, n)
     wrong = np.array([r.tensor_columns is not None and r.tensor_columns != c for r, c in zip(rows, columns)])
-    limit = _column(declared.register_limit, values, n)
-    wanted = terms(declared.registers, values, n) @ np.array(fitted.registers)
-    z = np.concatenate([(wanted / limit)[:, None], terms(declared.spill_terms, values, n), np.ones((n, 1))], axis=1)
-    called = (z @ np.array(fitted.spill) > 0) | (_column(declared.always_spills, values, n) > 0)
-    clear = test & ~spilled & (got < limit - _SATURATED)
+    clear = test & ~spilled & (got < _column(declared.register_limit, values, n) - _SATURATED)
     off = np.abs(wanted - got)[clear]
     return Verdict(
         rows=int(test.sum()),
         exact=int(((shared == most) & test).sum()),
         bounded=int(((least <= shared) & (shared <= most) & test).sum()),
         clear=int(clear.sum()),
-        error=tuple(round(float(f), 1) for f in (off.mean(), np.quantile(off, 0.9), off.max())),  # type: ignore[arg-type]
+        error=(round(float(off.mean()), 1), round(float(np.quantile(off, 0.9)), 1), round(float(off.max()), 1)),
         spilling=int((spilled & test).sum()),
         missed=int((spilled & ~called & test).sum()),
         others=int((~spilled & test).sum()),

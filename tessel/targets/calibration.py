@@ -30,6 +30,7 @@ class Calibration:
         memory_efficiency: part of the record's memory bandwidth that a long copy reaches.
         matrix_efficiency: part of the record's matrix rate that a long product reaches (the clock sags under power).
         program_s: seconds to start a program and to retire it.
+        dispatch_s: seconds between two programs that the device hands to its units.
         exchange_s: seconds for warps of one program to exchange partial results: write, barrier, read.
         exps_per_clock: exponentials a clock a unit.
         lanes_per_clock: single-precision operations a clock a unit.
@@ -47,6 +48,7 @@ class Calibration:
     memory_efficiency: float
     matrix_efficiency: float
     program_s: float
+    dispatch_s: float
     exchange_s: float
     exps_per_clock: float
     lanes_per_clock: float
@@ -95,6 +97,7 @@ _ASSUMED = {
     "latency_s": "assumed: twice the idle latency of memory (about 480 clocks, Luo et al., arXiv 2501.12084)",
     "memory_efficiency": "assumed: nine tenths, what published softmax and norm kernels reach",
     "program_s": "assumed: some 500 clocks to start, find out the tile and drain",
+    "dispatch_s": "assumed: two clocks",
     "exchange_s": "assumed: two barriers and a round trip through shared memory, some 100 clocks",
     "launch_s": "assumed: kernels back to back on a stream",
 }
@@ -125,6 +128,7 @@ def _calibration(
         memory_efficiency=memory[0] if memory is not None else 0.9,
         matrix_efficiency=matrix[0],
         program_s=500 * clock,
+        dispatch_s=2 * clock,
         exchange_s=100 * clock,
         exps_per_clock=exps[0],
         lanes_per_clock=lanes,

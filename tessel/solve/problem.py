@@ -1,0 +1,270 @@
+"""What of a kernel matters for its tile: sizes, bytes and counts, as one value that compares and hashes.
+
+Two kernels with the same ``Problem`` get the same tile, so an answer is computed once for every shape class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..ir.exprs import evaluate
+from ..ir.types import Dim, product
+from ..targets import Target
+from ..tiles.cost import stored_bytes
+from ..tiles.default import batch_axes, formula_values, head_widths, of_kind, plain_dot, reads_across
+from ..tiles.kernel import Compute, Kernel, Load, Reduce, Stmt, Store, axes_read
+
+__all__ = ["Problem", "problem_of"]
+
+UNKNOWN_SIZE = 2048  # what a size that is only known at run time counts as
+_SLOW = frozenset({"exp", "exp2", "log", "sin", "cos", "tan", "tanh", "erf", "sigmoid", "silu", "gelu", "pow", "rsqrt"})
+_FLOPS = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int8: "i8",
+    torch.uint8: "i8",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A kernel as the solver sees it. Sizes are elements, ``*_bytes`` are bytes.
+
+    Attributes:
+        family: of templates.
+        name: of the kernel, for messages; it does not compare.
+        batch, m, n, k: of a product; for attention m queries and n keys.
+        d, e: widths of keys and values, as powers of two.
+        x, r: points of a pointwise kernel or reduction, and how many are folded into each.
+        itemsize, out_itemsize, widest: bytes of the widest input, output and either (at least 4).
+        dtype: of a product's operands, as ``Target.flops`` names it.
+        plain: multiplied without matrix instructions.
+        tf32: single precision may go through tf32.
+        causal: attention that hides later keys.
+        a_bytes, b_bytes: loaded for one element of a product's operands.
+        a_along_k, b_along_k: whether an operand is contiguous along k, not along m or n.
+        aligned: rows of the operands start at multiples of 16 bytes, so that they are copied asynchronously.
+        point_bytes: loaded at each point: (m, n) of an epilogue or a score, (x, r) of a reduction, x otherwise.
+        total_bytes: of all inputs, each read once.
+        out_bytes: of all outputs.
+        ops, slow_ops: operators at each point, and those of them that take the special-function unit.
+        loads: loads at each point that are live together.
+        folds: folds over r; loops: passes over r that a looped form makes.
+        across: x, not r, runs along memory.
+        symbolic: a size is known at run time only.
+        r_known: the folded extent is known.
+    """
+
+    family: str
+    name: str = field(default="kernel", compare=False)
+    batch: int = 1
+    m: int = 1
+    n: int = 1
+    k: int = 1
+    d: int = 1
+    e: int = 1
+    x: int = 1
+    r: int = 1
+    itemsize: int = 4
+    out_itemsize: int = 4
+    widest: int = 4
+    dtype: str = "f32"
+    plain: bool = False
+    tf32: bool = False
+    causal: bool = False
+    a_bytes: int = 0
+    b_bytes: int = 0
+    a_along_k: bool = True
+    b_along_k: bool = True
+    aligned: bool = True
+    point_bytes: int = 0
+    total_bytes: int = 0
+    out_bytes: int = 0
+    ops: int = 0
+    slow_ops: int = 0
+    loads: int = 1
+    folds: int = 0
+    loops: int = 1
+    across: bool = False
+    symbolic: bool = False
+    r_known: bool = True
+
+    @property
+    def flops(self) -> float:
+        """Operations of the contraction; 0 for other families."""
+        if self.family == "matmul":
+            return 2.0 * self.batch * self.m * self.n * self.k
+        if self.family == "attention":
+            return 2.0 * self.batch * self.m * self.n * (self.d + self.e) * (0.5 if self.causal else 1.0)
+        return 0.0
+
+    @property
+    def matrix(self) -> bool:
+        """Whether matrix instructions multiply."""
+        return not self.plain and (self.dtype not in ("f32", "f64") or (self.dtype == "f32" and self.tf32))
+
+    def __str__(self) -> str:
+        if self.family == "matmul":
+            batch = f"{self.batch}×" if self.batch > 1 else ""
+            return f"{batch}{self.m}×{self.n}×{self.k} {self.dtype}"
+        if self.family == "attention":
+            return f"{self.batch} heads, {self.m}×{self.n}, width {self.d} {self.dtype}{', causal' * self.causal}"
+        return f"{self.x} points" + (f" of {self.r} each" if self.family == "reduction" else "")
+
+    def sizes(self) -> dict[str, int]:
+        """What the formulas of a header may name, beside the knobs."""
+        out = {"itemsize": self.itemsize, "out_itemsize": self.out_itemsize, "widest": self.widest}
+        if self.family == "attention":
+            out |= {"BD": self.d, "BE": self.e}
+        return {**out, "plain": int(self.plain)}
+
+
+def problem_of(kernel: Kernel, target: Target, hints: Mapping[str, int] | None = None) -> Problem:
+    """The problem a kernel poses on a target; sizes known only at run time take ``hints`` or count as 2048."""
+    sizes = _Sizes(hints or {})
+    common = formula_values(kernel, {}, target.vendor)
+    ins = [p for p in kernel.params if not p.out]
+    base = {
+        "family": kernel.family,
+        "name": kernel.name,
+        "itemsize": common["itemsize"],
+        "out_itemsize": common["out_itemsize"],
+        "widest": common["widest"],
+        "total_bytes": sum(sizes.of(stored_bytes(p.type)) for p in ins),
+        "out_bytes": sum(sizes.of(stored_bytes(p.type)) for p in kernel.params if p.out),
+    }
+    if kernel.family == "matmul":
+        own = _matmul(kernel, target, sizes)
+    elif kernel.family == "attention":
+        own = _attention(kernel, target, sizes)
+    else:
+        own = _points(kernel, sizes)
+    return Problem(**{**base, **own}, symbolic=sizes.guessed)  # type: ignore[arg-type]
+
+
+class _Sizes:
+    """Sizes as numbers; remembers whether one had to be guessed."""
+
+    def __init__(self, hints: Mapping[str, int]) -> None:
+        self.hints = hints
+        self.guessed = False
+
+    def of(self, d: Dim) -> int:
+        if isinstance(d, int):
+            return d
+        names = {s.name for s in d.free_symbols}
+        self.guessed = self.guessed or not names <= set(self.hints)
+        return max(1, int(evaluate(d, {n: self.hints.get(n, UNKNOWN_SIZE) for n in names})))
+
+
+def _bytes(stmts: Iterable[Stmt], kinds: type[Load] | type[Store], axes: frozenset[str]) -> int:
+    """Bytes that loads or stores move at each point of ``axes``; those that leave one of them out are shared."""
+    return sum(s.dtype.itemsize for s in stmts if isinstance(s, kinds) and axes <= axes_read(s))
+
+
+def _matmul(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, object]:
+    m, n, k = (sizes.of(kernel.axis(a).extent) for a in "mnk")
+    left = max(_bytes(kernel.parts["a"], Load, frozenset({"m", "k"})), 1)
+    right = max(_bytes(kernel.parts["b"], Load, frozenset({"k", "n"})), 1)
+    return {
+        "batch": sizes.of(product(a.extent for a in batch_axes(kernel))),
+        "m": m,
+        "n": n,
+        "k": k,
+        "dtype": _dtype(kernel, "a"),
+        "plain": plain_dot(kernel, target.vendor),
+        "tf32": kernel.attrs.get("precision", "ieee") != "ieee",
+        "a_bytes": left,
+        "b_bytes": right,
+        "a_along_k": _along(kernel, "a") == "k",
+        "b_along_k": _along(kernel, "b") == "k",
+        "aligned": _aligned(kernel, ("a", "b")),
+        "point_bytes": _bytes(kernel.body, Load, frozenset({"m", "n"})),
+        **_counts(kernel.body),
+    }
+
+
+def _attention(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, object]:
+    m, n = (sizes.of(kernel.axis(a).extent) for a in "mn")
+    widths = head_widths(kernel)
+    score = kernel.parts.get("score", ())
+    return {
+        "batch": sizes.of(product(a.extent for a in batch_axes(kernel))),
+        "m": m,
+        "n": n,
+        "d": widths["BD"],
+        "e": widths["BE"],
+        "dtype": _dtype(kernel, "q"),
+        "plain": plain_dot(kernel, target.vendor),
+        "tf32": kernel.attrs.get("precision", "ieee") != "ieee",
+        "causal": bool(kernel.attrs.get("causal", False)),
+        "aligned": _aligned(kernel, ("q", "k", "v")),
+        "point_bytes": _bytes(score, Load, frozenset({"n"})),
+        **_counts(score),
+    }
+
+
+def _points(kernel: Kernel, sizes: _Sizes) -> dict[str, object]:
+    x = sizes.of(product(a.extent for a in of_kind(kernel, "x")))
+    folded = product(a.extent for a in of_kind(kernel, "r"))
+    reduced = frozenset(a.name for a in of_kind(kernel, "r"))
+    loads = [s for s in kernel.body if isinstance(s, Load)]
+    wide = [s for s in loads if not reduced or axes_read(s) & reduced]
+    return {
+        "x": x,
+        "r": sizes.of(folded),
+        "point_bytes": sum(s.dtype.itemsize for s in wide),
+        "loads": max(1, len(wide)),
+        "folds": sum(isinstance(s, Reduce) for s in kernel.body),
+        "loops": max(1, sum(s.loop for s in kernel.segments())) if reduced else 1,
+        "across": bool(reduced) and reads_across(kernel),
+        "r_known": isinstance(folded, int),
+        **_counts(dict.fromkeys(_inner(kernel)) if reduced else kernel.body),
+    }
+
+
+def _inner(kernel: Kernel) -> list[Stmt]:
+    """The statements at the innermost points: all of them, or those that depend on a reduced axis."""
+    return [s for part in kernel.segments() if part.loop for s in part.stmts] or list(kernel.body)
+
+
+def _counts(stmts: Iterable[Stmt]) -> dict[str, int]:
+    names = [s.op for s in stmts if isinstance(s, Compute)]
+    return {"ops": len(names), "slow_ops": sum(n in _SLOW for n in names)}
+
+
+def _terms(kernel: Kernel, load: Load) -> Mapping[str, Dim]:
+    """Axis -> elements between neighbours along it, for the axes that stand alone in a load's address."""
+    address = load.access.address(kernel.params[load.access.param])
+    return {atom.name: c for atom, c in address.terms if atom.kind == "var"}
+
+
+def _along(kernel: Kernel, part: str) -> str:
+    """The axis along which a part's first load is contiguous; "" where none is."""
+    for s in kernel.parts[part]:
+        if isinstance(s, Load):
+            return next((a for a, c in _terms(kernel, s).items() if isinstance(c, int) and c == 1), "")
+    return ""
+
+
+def _aligned(kernel: Kernel, parts: Iterable[str]) -> bool:
+    """Whether all steps between rows are known to be multiples of 16 bytes, and one axis is contiguous."""
+    for part in parts:
+        for s in kernel.parts[part]:
+            if not isinstance(s, Load):
+                continue
+            steps = [c for c in _terms(kernel, s).values() if not (isinstance(c, int) and c == 1)]
+            if any(not isinstance(c, int) or c * s.dtype.itemsize % 16 for c in steps):
+                return False
+    return True
+
+
+def _dtype(kernel: Kernel, part: str) -> str:
+    number = getattr(kernel.provides[part], "number", None)
+    dtype = next(s.dtype for s in kernel.parts[part] if getattr(s, "out", None) == number)  # type: ignore[union-attr]
+    return _FLOPS.get(dtype, "f8" if dtype.itemsize == 1 else "f32")

@@ -1,0 +1,155 @@
+"""What a tile takes of a unit: shared memory, registers, tensor memory; and how many programs then fit.
+
+Bytes are the formulas of the template's own header. Registers and spills are the header's terms with coefficients
+fitted to measured compiles (``resources.json``, made by ``benchmarks/fit_resources.py``). Everything works on
+numbers and on numpy arrays of them, one tile or all at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import TesselError
+from ..targets import Target
+from ..tiles.formula import evaluate
+from ..tiles.header import Header, LoadPath, load_header
+
+__all__ = ["Resources", "coefficients", "estimate", "nearest_path", "programs_per_unit"]
+
+PROGRAMS_PER_UNIT = 32  # resident blocks an SM; 24 on sm_89 (CUDA programming guide, technical specifications)
+RESERVED = 1024  # bytes of shared memory that the driver keeps for each block (CUDA programming guide)
+_GRANULE = 8  # registers are handed to a thread in eights
+_FILE = Path(__file__).with_name("resources.json")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program takes.
+
+    Attributes:
+        shared_bytes: at most.
+        registers: a thread, estimated; what it would like to have, which may be more than there are.
+        register_limit: what a thread may have.
+        spills: whether the estimate says that it spills.
+        tensor_columns: of tensor memory.
+        per_unit: programs that are resident on an SM or CU together.
+        path: the measured path that the estimate is from.
+    """
+
+    shared_bytes: int
+    registers: float
+    register_limit: int
+    spills: bool
+    tensor_columns: int
+    per_unit: int
+    path: str
+
+
+@cache
+def coefficients() -> Mapping[str, Mapping[str, Any]]:
+    """The fitted coefficients by path, with their errors and their source.
+
+    >>> coefficients()["tma90"]["registers"]
+    [26.0, 1.0]
+    """
+    try:
+        got = json.loads(_FILE.read_text(encoding="utf-8"))["paths"]
+    except (OSError, ValueError, KeyError) as e:
+        raise TesselError(f"{_FILE}: the fitted coefficients cannot be read: {e}; reinstall tessel") from e
+    return dict(got)
+
+
+_ELSEWHERE = {  # what stands in where an architecture has not been measured
+    "matmul": {"sm_100": "tma100", "gfx": "ptr942", "sm_": "ptr80"},
+    "attention": {"sm_": "attn90", "gfx": "attn90"},
+    "reduction": {"sm_": "rmsnorm90", "gfx": "rmsnorm90"},
+    "pointwise": {},
+}
+
+
+def nearest_path(header: Header, arch: str) -> tuple[LoadPath | None, bool]:
+    """``(path, measured)``: the path for loads by pointer on ``arch``, or the nearest one and False."""
+    path = header.path(arch)
+    if path is not None:
+        return path, True
+    for prefix, name in _ELSEWHERE[header.family].items():
+        if arch.startswith(prefix):
+            return header.paths[name], False
+    return None, False
+
+
+def estimate(family: str, target: Target, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Resources of tiles whose knobs and sizes are in ``values`` (see ``Header.with_derived``), by name.
+
+    ``shared``, ``registers``, ``register_limit``, ``spills``, ``columns`` and ``per_unit``, numbers or arrays as the
+    knobs are; ``path`` is the name of the measured path.
+    """
+    assert target.limits is not None
+    header = load_header(family)
+    path, _ = nearest_path(header, target.arch)
+    shared = evaluate(header.smem_formula(target.arch), values)
+    resident = shared if family in ("matmul", "attention") else 0 * values["num_warps"]  # without turning layouts
+    columns: Any = 0
+    if path is None:  # pointwise: a value or two live for each load, and addresses
+        registers = 20 + 2 * values["held"] * values.get("loads", 1)
+        limit: Any = target.limits.registers_per_thread
+        spills = registers > limit
+    else:
+        fitted = coefficients()[path.name]
+        registers = sum(c * evaluate(f, values) for c, f in zip(fitted["registers"], path.registers))
+        if family == "reduction":  # the path holds one value an element; each further load holds one more
+            held = evaluate(path.registers[1], values) * fitted["registers"][1]
+            registers = registers + held * (values.get("loads", 1) - 1) * 0.5
+            resident = evaluate(path.shared, values)
+        if "a_part" in values and not values.get("aligned", 1):  # operands pass through registers, two halves in one
+            registers = registers + (values["a_part"] + values["b_part"]) * values["itemsize"] / 4
+        limit = evaluate(path.register_limit, values) if target.vendor != "amd" or path.name == "ptr942" else None
+        limit = np.minimum(512, 2048 // values["num_warps"]) if limit is None else limit
+        ratio = registers / limit
+        *weights, constant = fitted["spill"]
+        score = weights[0] * ratio + sum(w * evaluate(f, values) for w, f in zip(weights[1:], path.spill_terms))
+        spills = (score + constant > 0) | (evaluate(path.always_spills, values) > 0)
+        unmeasured = values.get("loads", 1) > 1 if family == "reduction" else not values.get("aligned", 1)
+        if unmeasured:  # take the limit at its word
+            spills = spills | (registers > limit)
+        if target.arch == "sm_100":
+            columns = evaluate(path.tensor_columns, values)
+    return {
+        "shared": shared,
+        "registers": registers,
+        "register_limit": limit,
+        "spills": spills,
+        "columns": columns,
+        "per_unit": programs_per_unit(target, resident, registers, limit, values["num_warps"], columns),
+        "path": path.name if path is not None else "",
+    }
+
+
+def programs_per_unit(target: Target, shared: Any, registers: Any, limit: Any, warps: Any, columns: Any = 0) -> Any:
+    """How many programs of such a size are resident on one SM or CU; 0 where not even one fits.
+
+    >>> from tessel.targets import get_target
+    >>> int(programs_per_unit(get_target("h100"), 96 * 1024, 128, 255, 8))
+    2
+    """
+    limits = target.limits
+    assert limits is not None
+    own = RESERVED if target.vendor == "nvidia" else 0
+    threads = warps * limits.warp_size
+    granted = np.minimum(-(-np.maximum(registers, 1) // _GRANULE) * _GRANULE, -(-limit // _GRANULE) * _GRANULE)
+    by = [
+        limits.shared_bytes_per_unit // np.maximum(shared + own, 1),
+        limits.registers_per_unit // (granted * threads),
+        limits.warps_per_unit // warps,
+        np.where(np.asarray(columns) > 0, 512 // np.maximum(columns, 1), PROGRAMS_PER_UNIT),
+    ]
+    return np.minimum.reduce([np.broadcast_to(np.asarray(b, dtype=np.int64), np.shape(shared)) for b in by]).clip(
+        0, PROGRAMS_PER_UNIT
+    )

@@ -1,0 +1,401 @@
+"""How long a kernel takes with a given tile, term by term.
+
+The grid runs in waves of ``units × resident`` programs. A program walks ``steps`` tiles of its loop, then writes:
+
+    T = Σ over waves [ steps · (max(matrix, L2, memory, shared, latency to cover) + issue) + fill + epilogue ] + launch
+
+with every term for the programs that are resident on one unit together. The form is the pipeline model of
+Triton's software pipelining (a roofline alone prefers the largest tile with the fewest stages, since it sees
+neither what a step costs to issue nor the latency that stages must cover); that analytical ranking comes close to
+an exhaustive search is the finding of Origami (AMD's tritonBLAS) and nvMatmulHeuristics. Terms:
+
+    matrix   2·BM·BN·BK ÷ (rate of a unit × what a long product reaches); mma.sync where a tile is too small for wgmma
+    L2       bytes of the step's tiles ÷ the unit's share of L2's bandwidth (64 bytes a clock a unit at most)
+    memory   the step's share of the traffic that grouping and L2 leave ÷ the unit's share of memory bandwidth
+    shared   the tiles written once, the right one read once for every m rows of the instruction, ÷ 128 bytes a clock
+    latency  (latency + arrival of a tile) ÷ (stages − 1): what is asked for must be there when its turn comes
+    vector   softmax, a norm's arithmetic: exponentials on the special-function unit, the rest on the lanes
+    serial   matrix and vector of one program, where the one waits for the other (attention)
+    issue    barriers and loop control, and one instruction a warp for each 512 bytes copied; resident programs share it
+    fill     latency and the first tile, before anything can be multiplied
+    epilogue what is read for it and written, and the exchange through shared memory
+
+A program of few warps cannot use all four schedulers of a unit, so matrix and vector take longer until ``resident ×
+warps`` reaches four. The first ``stages − 1`` steps find their tiles asked for, and wait for no latency but fill's.
+
+Constants are in ``targets/calibration.py``, each with its source. Everything is computed on numpy arrays, all
+tiles at once; ``Time`` is one of them, in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from ..targets import Calibration, MatrixInstruction, Target, calibration_of
+from .problem import Problem
+
+__all__ = ["Time", "predict"]
+
+_PORT = 64  # bytes a clock that L2 gives one SM: NVIDIA H100 white paper, as on A100; assumed for a CU
+_SECTOR = 32  # bytes: what memory moves at least
+_COPY = 512  # bytes that a warp's instruction of 16 bytes a thread copies
+_RUN = 64  # bytes in a row below which loads waste bandwidth: assumed, two sectors
+_SCHEDULERS = 4  # of a unit, each with its own matrix unit: NVIDIA since Volta, AMD's four SIMDs
+_SOFTMAX_OPS = 20  # lane operations a score: assumed, 14 (scale, masks, compare, subtract, sum, convert) at 70% issue
+_ROW_OPS = 48  # lane operations a row of scores: assumed, two folds across four lanes and the running peak and total
+
+
+@dataclass(frozen=True)
+class Time:
+    """A predicted time and what it is made of. Times are seconds; those of a step are for all resident programs.
+
+    ``str`` gives the table.
+    """
+
+    programs: float
+    resident: float
+    waves: float
+    steps: float
+    matrix: float
+    l2: float
+    memory: float
+    shared: float
+    vector: float
+    serial: float
+    latency: float
+    ahead: float
+    issue: float
+    fill: float
+    epilogue: float
+    program: float
+    dispatch: float
+    launch: float
+    total: float
+
+    @property
+    def bound(self) -> str:
+        """The largest term of a step."""
+        names = ("matrix", "l2", "memory", "shared", "vector", "serial", "latency")
+        return max(names, key=lambda n: float(getattr(self, n)))
+
+    def __str__(self) -> str:
+        step = float(getattr(self, self.bound)) + self.issue
+        words = {
+            "matrix": "multiply",
+            "l2": "tiles from L2",
+            "memory": "tiles from memory",
+            "shared": "shared memory's traffic",
+            "vector": "arithmetic outside products",
+            "serial": "products, then arithmetic on them",
+            "latency": f"latency to cover, after the first {self.ahead:.0f}",
+        }
+        lines = [
+            f"predicted {_show(self.total)}: {self.programs:,.0f} programs, {self.resident:.0f} resident a unit, "
+            f"{self.waves:.2f} waves of {self.steps:,.0f} steps"
+        ]
+        for name, what in words.items():
+            mark = "  <- the most" if name == self.bound else ""
+            if getattr(self, name) > 0:
+                lines.append(f"    {name:<9} {_show(getattr(self, name)):>9}  a step: {what}{mark}")
+        lines += [
+            f"  + {'issue':<9} {_show(self.issue):>9}  a step: barriers, loop, copies; {_show(step)} in all",
+            f"  + {'fill':<9} {_show(self.fill):>9}  a wave: latency and the first tile",
+            f"  + {'epilogue':<9} {_show(self.epilogue):>9}  a wave: reads, exchange, writes",
+            f"  + {'program':<9} {_show(self.program):>9}  a wave: start and end of a program",
+            f"  + {'launch':<9} {_show(self.launch):>9}  once",
+            f"    {'dispatch':<9} {_show(self.dispatch):>9}  at least, to hand out all programs",
+        ]
+        return "\n".join(lines)
+
+
+def _show(seconds: float) -> str:
+    if seconds >= 1e-3:
+        return f"{seconds * 1e3:.3f} ms"
+    return f"{seconds * 1e6:.2f} µs" if seconds >= 1e-6 else f"{seconds * 1e9:.1f} ns"
+
+
+def predict(problem: Problem, target: Target, values: Mapping[str, Any], used: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``Time`` for tiles whose knobs are in ``values`` and whose resources are in ``used``."""
+    model = _Model(problem, target, values, used)
+    rule = {
+        "matmul": model.matmul,
+        "attention": model.attention,
+        "reduction": model.reduction,
+        "pointwise": model.pointwise,
+    }
+    out = rule[problem.family]()
+    rows = len(np.atleast_1d(values["num_warps"]))
+    return {f.name: np.broadcast_to(np.asarray(out[f.name], dtype=float), (rows,)) for f in fields(Time)}
+
+
+def row(times: Mapping[str, Any], i: int) -> Time:
+    """One tile's ``Time`` out of those of all."""
+    return Time(**{f.name: float(times[f.name][i]) for f in fields(Time)})
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of one program's loop (bytes, seconds on an otherwise idle unit), before sharing."""
+
+    matrix: Any
+    vector: Any
+    l2_bytes: Any
+    memory_bytes: Any
+    shared_bytes: Any
+    copies: Any
+    by_warp: Any  # 1 where each warp multiplies for itself, 0 where the instruction reads shared memory
+    overlap: bool  # products and vector work of one program overlap
+
+
+class _Model:
+    """The terms that the families share, on arrays."""
+
+    def __init__(self, problem: Problem, target: Target, v: Mapping[str, Any], used: Mapping[str, Any]) -> None:
+        self.p, self.target, self.v, self.used = problem, target, v, used
+        self.c: Calibration = calibration_of(target)
+        assert target.limits is not None and target.clock_hz is not None
+        self.units, self.clock = target.units, target.clock_hz
+        self.warp = target.limits.warp_size
+        memory = target.level("memory").bandwidth_bytes_per_s
+        shared = target.level("shared").bandwidth_bytes_per_s
+        assert memory is not None and shared is not None
+        self.memory_rate = memory * self.c.memory_efficiency
+        self.shared_rate = shared / self.units
+        self.l2_size = target.level("l2").capacity_bytes
+
+    # ---------------------------------------------------------------- families
+
+    def matmul(self) -> dict[str, Any]:
+        p, v = self.p, self.v
+        bm, bn, bk = (_real(v[n]) for n in ("BM", "BN", "BK"))
+        tiles_m, tiles_n = _up(p.m, bm), _up(p.n, bn)
+        split = _real(v.get("SPLIT", 1))
+        programs = p.batch * tiles_m * tiles_n * split
+        steps = _up(p.k, bk * split)
+        matrix, shared, by_warp = self._product(bm, bn, bk)
+        a_run, b_run = (bk if p.a_along_k else bm), (bk if p.b_along_k else bn)
+        waste_a = np.maximum(1.0, _RUN / (a_run * p.a_bytes))
+        waste_b = np.maximum(1.0, _RUN / (b_run * p.b_bytes))
+        loaded = (bm * p.a_bytes * waste_a + bn * p.b_bytes * waste_b) * bk
+        traffic = self._traffic(bm, bn, tiles_m, tiles_n, waste_a * p.a_bytes, waste_b * p.b_bytes)
+        step = _Step(
+            matrix, 0.0, loaded, traffic / (programs * steps), shared + loaded, self._copies(loaded), by_warp, True
+        )
+        out = p.out_bytes / max(1, p.batch * p.m * p.n)
+        written = bm * bn * np.where(split > 1, 4.0, out + p.point_bytes)
+        epilogue = written, bm * bn * (2 + p.ops) / self._lanes()
+        got = self._waves(programs, steps, step, epilogue, stages=self._stages())
+        extra = (split + 1) * 4.0 * p.batch * p.m * p.n / self.memory_rate + self.c.launch_s
+        got["total"] = got["total"] + np.where(split > 1, extra, 0.0)
+        return got
+
+    def attention(self) -> dict[str, Any]:
+        p, v = self.p, self.v
+        bm, bn = _real(v["BM"]), _real(v["BN"])
+        programs = p.batch * _up(p.m, bm)
+        seen = 0.5 + bm / (2.0 * max(p.n, 1)) if p.causal else 1.0
+        steps = np.maximum(1, _up(p.n, bn) * np.minimum(seen, 1.0))
+        scores, shared_scores, by_warp = self._product(bm, bn, _real(p.d))
+        values, shared_values, _ = self._product(bm, _real(p.e), bn, left_in_registers=True)
+        lanes = bm * bn * (_SOFTMAX_OPS + p.ops) + bm * (p.e * 2 + _ROW_OPS)
+        vector = bm * bn * (1 + p.slow_ops) / (self.c.exps_per_clock * self.clock) + lanes / self._lanes()
+        loaded = bn * (p.d + p.e) * p.itemsize + bm * bn * p.point_bytes
+        shared = shared_scores + shared_values + loaded
+        traffic = p.total_bytes  # keys and values of a head stay in L2 while its queries pass
+        step = _Step(
+            scores + values, vector, loaded, traffic / (programs * steps), shared, self._copies(loaded), by_warp, False
+        )
+        epilogue = bm * p.e * p.out_itemsize, bm * p.e * 2 / self._lanes()
+        return self._waves(programs, steps, step, epilogue, stages=self._stages())
+
+    def reduction(self) -> dict[str, Any]:
+        p, v = self.p, self.v
+        xb, rb, warps = _real(v["XB"]), _real(v["RB"]), _real(v["num_warps"])
+        programs = _up(p.x, xb)
+        looped = (rb < p.r) | (not p.r_known)
+        passes = np.where(looped, p.loops, 1)
+        steps = _up(p.r, rb) * passes
+        run = (np.minimum(xb, p.x) if p.across else np.minimum(rb, p.r)) * max(1, p.itemsize)
+        waste = np.maximum(1.0, _SECTOR / run)
+        again = np.where(xb * p.r * p.point_bytes * self.units <= self.l2_size / 2, 1, passes)  # a second pass finds L2
+        loaded = xb * rb * p.point_bytes * waste
+        points = xb * rb
+        vector = points * (p.ops + 2 * p.folds) / self._lanes()
+        vector = vector + points * p.slow_ops / (self.c.exps_per_clock * self.clock)
+        wide = np.minimum(16.0, np.maximum(p.itemsize, points / (warps * self.warp) * p.itemsize))
+        copies = loaded / (self.warp * wide)
+        traffic = p.total_bytes * waste * again
+        vector = vector + copies * self.c.copy_s
+        step = _Step(0.0, vector, loaded, traffic / (programs * steps), 0.0, 0.0, 0.0, overlap=True)
+        lanes_r = np.minimum(self.warp, rb)  # a fold inside a warp takes log2 shuffles, across warps an exchange
+        across = np.where(rb > self.warp * 4, self.c.exchange_s, self.c.exchange_s / 4)
+        folds = p.folds * (across * (warps > 1) + np.log2(np.maximum(lanes_r, 2)) * 30 / self.clock)
+        written = xb * p.out_bytes / max(1, p.x)
+        return self._waves(programs, steps, step, (written, folds), stages=1)
+
+    def pointwise(self) -> dict[str, Any]:
+        p, v = self.p, self.v
+        xb, warps = _real(v["XB"]), _real(v["num_warps"])
+        programs = _up(p.x, xb)
+        each = xb / (warps * self.warp)
+        wide = np.minimum(16.0, np.maximum(1.0, each) * p.itemsize)
+        loaded = xb * max(p.point_bytes, p.total_bytes / max(1, p.x))
+        vector = xb * p.ops / self._lanes() + xb * p.slow_ops / (self.c.exps_per_clock * self.clock)
+        idle = np.maximum(1.0, warps * self.warp / xb)
+        copies = (loaded + xb * p.out_bytes / max(1, p.x)) / (self.warp * wide) * idle
+        vector = vector * idle + copies * self.c.copy_s
+        step = _Step(0.0, vector, loaded, p.total_bytes / programs, 0.0, 0.0, 0.0, overlap=True)
+        return self._waves(programs, 1.0, step, (xb * p.out_bytes / max(1, p.x), 0.0), stages=1)
+
+    # ---------------------------------------------------------------- terms
+
+    def _lanes(self) -> float:
+        return self.c.lanes_per_clock * self.clock
+
+    def _copies(self, loaded: Any) -> Any:
+        return loaded / _COPY * (1 if self.p.aligned else 16 / self.p.itemsize)
+
+    def _stages(self) -> Any:
+        """Stages that really run ahead: unaligned operands are not copied asynchronously."""
+        return _real(self.v["num_stages"]) if self.p.aligned else _real(self.v["num_stages"]) * 0 + 1
+
+    def _product(self, bm: Any, bn: Any, bk: Any, left_in_registers: bool = False) -> tuple[Any, Any, Any]:
+        """``(seconds, bytes read from shared memory, whether by warp)`` of one tile product on one unit."""
+        p, flops = self.p, self.target.flops
+        work = 2.0 * bm * bn * bk
+        warps = _real(self.v["num_warps"])
+        if not p.matrix:  # products by the lanes: their operands come out of registers, filled from shared memory
+            rate = flops.get("f64" if p.dtype == "f64" else "f32", flops["f32"]) / self.units * 0.6
+            slow = 4.0 if p.plain else 1.0  # sums of products through a third dimension
+            return work * slow / rate, (bm + bn) * bk * p.itemsize * 4, 1.0
+        dtype = "tf32" if p.dtype == "f32" else p.dtype
+        rate = flops.get(dtype, flops.get("bf16", flops["f32"])) / self.units * self.c.matrix_efficiency
+        seconds, reads = work / rate, 0.0 * bm
+        by_warp = np.ones_like(seconds)
+        done = np.zeros_like(bm + warps, dtype=bool)
+        for i in self.target.matrix:
+            fits = (bm >= i.m) & (warps >= i.warps) & ~done
+            fits = fits if i.name != self.target.matrix[-1].name else ~done  # the last one takes every tile
+            s, r = self._instruction(i, work / rate, bm, bn, bk, warps, left_in_registers)
+            seconds, reads = np.where(fits, s, seconds), np.where(fits, r, reads)
+            by_warp = np.where(fits, 0.0 if i.shared else 1.0, by_warp)
+            done = done | fits
+        return seconds, reads, by_warp
+
+    def _instruction(
+        self, i: MatrixInstruction, seconds: Any, bm: Any, bn: Any, bk: Any, warps: Any, left: bool
+    ) -> tuple[Any, Any]:
+        """Time and shared-memory reads when tiles are multiplied by one instruction."""
+        size = self.p.itemsize
+        padded = np.maximum(1.0, i.m / bm) * np.maximum(1.0, i.k_bytes / (bk * size)) * np.maximum(1.0, i.n / 32 / bn)
+        if i.shared:
+            reads = ((0 if left else bm) + _up(bm, i.m) * bn) * bk * size
+        else:
+            along = 2.0 ** np.clip(np.round(np.log2(warps * bm / bn) / 2), 0, np.log2(warps))
+            reads = ((0 if left else bm * (warps / along)) + bn * along) * bk * size
+        return seconds * padded / i.rate, reads
+
+    def _traffic(self, bm: Any, bn: Any, tiles_m: Any, tiles_n: Any, a_bytes: Any, b_bytes: Any) -> Any:
+        """Bytes of operands that come from memory: L2 keeps what a wave, or a group of rows, reads together."""
+        p, v = self.p, self.v
+        a, b = float(p.m) * p.k * a_bytes, float(p.k) * p.n * b_bytes
+        each = tiles_m * tiles_n
+        together = np.minimum(each, np.maximum(1, self.units * np.maximum(self.used["per_unit"], 1)))
+        group = np.minimum(_real(v["GROUP"]), tiles_m)
+        columns = np.minimum(tiles_n, _up(together, group))
+        rows = np.minimum(tiles_m, group * _up(together, group * tiles_n))
+        wave = (rows * bm * a_bytes + columns * bn * b_bytes) * p.k
+        waves = each / together
+        panel = group * bm * p.k * p.a_bytes  # rows of a group, kept while all columns pass
+        grouped = np.where(panel <= self.l2_size / 2, a + _up(tiles_m, group) * b, np.inf)
+        per_product = np.maximum(a + b, np.minimum(waves * wave, grouped))
+        per_product = np.where(a + b <= self.l2_size / 2, a + b, per_product)
+        return per_product * p.batch
+
+    def _waves(self, programs: Any, steps: Any, step: _Step, epilogue: tuple[Any, Any], stages: Any) -> dict[str, Any]:
+        """All terms, from what one step and one epilogue take."""
+        per_unit = np.maximum(_real(self.used["per_unit"]), 1)
+        resident = np.minimum(per_unit, _up(programs, self.units))
+        at_once = self.units * resident
+        full = np.floor(programs / at_once)
+        rest = programs - full * at_once
+        main = self._wave(resident, np.minimum(self.units, programs), steps, step, epilogue, stages)
+        last = self._wave(
+            np.maximum(1, _up(rest, self.units)), np.clip(rest, 1, self.units), steps, step, epilogue, stages
+        )
+        walk = full * main["wave"] + np.where(rest > 0, last["wave"], 0.0)
+        dispatch = programs * self.c.dispatch_s
+        total = np.maximum(walk, dispatch) + self.c.launch_s
+        shown = {n: np.where(full > 0, main[n], last[n]) for n in main if n != "wave"}
+        return {
+            **shown,
+            "programs": programs,
+            "resident": resident,
+            "waves": programs / at_once,
+            "steps": steps,
+            "dispatch": dispatch,
+            "launch": self.c.launch_s,
+            "total": total,
+        }
+
+    def _wave(
+        self, o: Any, active: Any, steps: Any, step: _Step, epilogue: tuple[Any, Any], stages: Any
+    ) -> dict[str, Any]:
+        """One wave with ``o`` programs resident on each of ``active`` units."""
+        port = _PORT * self.clock
+        l2_rate = np.minimum(self.c.l2_bytes_per_s / active, port)
+        memory_rate = np.minimum(self.memory_rate / active, port)
+        l2, memory = step.l2_bytes / l2_rate, step.memory_bytes / memory_rate
+        shared = step.shared_bytes / self.shared_rate
+        warps = _real(self.v["num_warps"])
+        idle = np.maximum(1.0, _SCHEDULERS / (o * warps))  # schedulers without a warp
+        # One warp a scheduler cannot hide its own loads from shared memory; two can (wgmma reads them itself).
+        lone = 1 + 0.25 * np.clip(2 * _SCHEDULERS / (o * warps) - 1, 0, 1) * step.by_warp
+        matrix, vector = step.matrix * idle * lone, step.vector * idle
+        work = np.maximum.reduce(np.broadcast_arrays(matrix, l2, memory, shared, vector))
+        # Four warps wait for their own products, then for their arithmetic on them; other four go on meanwhile.
+        few = _SCHEDULERS / warps
+        chain = (step.matrix + step.vector) * few if not step.overlap else np.maximum(matrix, vector)
+        alone = np.maximum(work, chain)
+        # A tile must arrive in the time that the stages in flight give; without stages every step waits for its own.
+        arrival = np.maximum(l2, memory) * o
+        ahead = np.maximum(stages - 1, 1)
+        apart = self.c.latency_s + np.maximum(l2, memory) + np.maximum(chain, shared)
+        cover = np.where(stages > 1, (self.c.latency_s + arrival) / ahead, apart)
+        copies = step.copies * self.c.copy_s * np.maximum(1.0, few)
+        issue = (self.c.issue_s + copies) / o
+        busy = np.maximum(o * work, alone)
+        first = np.minimum(stages - 1, steps)
+        walk = steps * issue + first * busy + (steps - first) * np.maximum(busy, cover)
+        fill = (self.c.latency_s + first * copies) / o + l2
+        written, arithmetic = epilogue
+        epilogue_s = o * written / memory_rate + arithmetic + self.c.exchange_s / o
+        program = self.c.program_s / o
+        return {
+            "matrix": o * matrix,
+            "l2": o * l2,
+            "memory": o * memory,
+            "shared": o * shared,
+            "vector": o * vector,
+            "serial": 0.0 * work if step.overlap else chain,
+            "latency": cover,
+            "ahead": first,
+            "issue": issue,
+            "fill": fill,
+            "epilogue": epilogue_s,
+            "program": program,
+            "wave": walk + fill + epilogue_s + program,
+        }
+
+
+def _real(x: Any) -> Any:
+    return np.asarray(x, dtype=float)
+
+
+def _up(a: Any, b: Any) -> Any:
+    """A quotient rounded up."""
+    return np.ceil(np.asarray(a, dtype=float) / b)
