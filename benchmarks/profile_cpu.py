@@ -166,7 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines = []
         for kernel, what, n, ms, size in rows(steps, given.each)[: given.top]:
             rate = f"{size / ms / 1e6:.1f}" if ms else "-"
-            lines.append([f"{ms:.3f}", f"{ms / whole / 10:.1f}%", str(n), f"{size / 1e6:.2f}", rate, kernel, what[:110]])
+            lines.append(
+                [f"{ms:.3f}", f"{ms / whole / 10:.1f}%", str(n), f"{size / 1e6:.2f}", rate, kernel, what[:110]]
+            )
         print(f"\n{graph}\n{table(['ms', 'share', 'times', 'MB', 'GB/s', 'kernel', 'operators -> type'], lines)}")
 
 
