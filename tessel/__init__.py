@@ -10,7 +10,8 @@ print(tessel.explain(model, x))      # what became of it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .backend import name_of
 from .config import Options
@@ -20,8 +21,13 @@ from .report import Report
 from .targets import TARGETS
 from .wrapper import RecompileLimit, compile_function, explain_call
 
+if TYPE_CHECKING:
+    import torch
+
+    from .build import Loaded
+
 __version__ = "0.1.0"
-__all__ = ["TARGETS", "Options", "RecompileLimit", "Report", "TesselError", "compile", "explain"]
+__all__ = ["TARGETS", "Options", "RecompileLimit", "Report", "TesselError", "compile", "explain", "load"]
 
 
 def compile(
@@ -102,3 +108,23 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
     if not callable(model):
         raise TesselError(f"explain: expected an nn.Module or a function, got {type(model).__name__}: {model!r}")
     return explain_call(model, args, kwargs)
+
+
+def load(folder: str | Path, weights: Mapping[str, torch.Tensor] | None = None, device: str | None = None) -> Loaded:
+    """The model that ``tessel compile MODEL --target NAME --out folder`` built, ready to be called without gradients.
+
+    Args:
+        folder: the build.
+        weights: parameters and buffers by name (a ``state_dict``); they go before those in the folder, and must be
+            there if the build has none.
+        device: where it runs, ``"cuda:1"`` for example; the target's own kind by default.
+
+    Returns:
+        What is called as the model was, with inputs of the sizes and dtypes that it was built with.
+
+    Raises:
+        TesselError: no build, or a damaged one; another device than the target; missing or different weights.
+    """
+    from .build import load as load_build  # what reads builds is not needed for anything else
+
+    return load_build(folder, weights, device)

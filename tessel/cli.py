@@ -9,7 +9,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from .cli_build import compile_command
 from .cli_cache import cache
+from .cli_model import model_options
 from .errors import TesselError, check
 from .targets import TARGETS, Target, get_target, host_measured
 from .targets.host import features_that_matter, vector_bits, with_rates
@@ -40,6 +42,7 @@ def main() -> None:
 
 
 main.add_command(cache)
+main.add_command(compile_command)
 
 
 @main.command()
@@ -70,25 +73,17 @@ def _measured(cpu: Target, again: bool) -> Target:
 
 
 @main.command()
-@click.argument("model")
+@model_options
 @click.option("--target", default="auto", show_default=True, help="auto, cpu, cuda, or a name from `tessel targets`.")
-@click.option("--batch", type=click.IntRange(min=1), help="Rows in a batch (hf: 1).")
-@click.option("--seq", type=click.IntRange(min=1), help="Tokens in a row (hf: 16).")
-@click.option("--dtype", help="float32, bfloat16, float16 or float64 (hf: float32).")
-@click.option("--layers", type=click.IntRange(min=1), help="Layers to build (hf: 2).")
-def explain(model: str, target: str, batch: int | None, seq: int | None, dtype: str | None, layers: int | None) -> None:
-    """Compile MODEL and print what became of it: passes, kernels, what fused, what fell back and why.
-
-    MODEL is file.py:function or package.module:function, where the function returns (module, args) or
-    (module, args, kwargs), or hf:<model type> for a small transformers model with random weights.
-    """
+def explain(model: str, target: str, **size: Any) -> None:
+    """Compile MODEL and print what became of it: passes, kernels, what fused, what fell back and why."""
     if target not in ("auto", "cuda"):
         get_target(target)  # refuse a wrong name before the model is built
     import tessel  # the public face, and torch with it: only where it is needed
 
     from .models import load_model
 
-    module, args, kwargs = load_model(model, batch=batch, seq=seq, dtype=dtype, layers=layers)
+    module, args, kwargs = load_model(model, **size)
     if target != "auto":
         module = tessel.compile(module, target=target)
     click.echo(str(tessel.explain(module, *args, **kwargs)))

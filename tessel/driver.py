@@ -28,7 +28,7 @@ from .passes import inplace
 from .passes._groups import refusal
 from .passes.pipeline import PASSES, Trace, run_pipeline
 from .passes.pipeline import Pass as PassFunction
-from .report import Call, Compilation, Fused, Kernel, Pass, Report
+from .report import Call, Compilation, Fused, Kernel, Pass, Report, Resource
 from .runtime.kernels import Kernels, Pick, by_torch
 from .runtime.launch import interpreting
 from .runtime.library import called
@@ -342,7 +342,14 @@ def _describe(
         file = str(kernels.launchers[name].path)
         sites = [n.loc.short for n in kernels.sites[name]]
         language = "cpp" if place.how == "native" else "triton"
-        record.kernels.append(Kernel(name, source.kernel.family, file, source.text, sites, language))
+        kernel = Kernel(name, source.kernel.family, file, source.text, sites, language, rendered=source)
+        if place.how == "launch":
+            limits = place.target.limits
+            kernel.knobs = dict(source.knobs)
+            kernel.resources = [
+                Resource("shared", source.smem_bytes, limit=limits.shared_bytes_per_block if limits else None)
+            ]
+        record.kernels.append(kernel)
     if place.why:
         record.notes.append(place.why)
 

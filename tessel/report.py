@@ -16,7 +16,7 @@ from typing import Any
 from .ir.node import Graph
 from .report_html import page
 
-__all__ = ["Call", "Compilation", "Fused", "Kernel", "Pass", "Recompile", "Report"]
+__all__ = ["Call", "Compilation", "Fused", "Kernel", "Pass", "Recompile", "Report", "Resource"]
 
 
 @dataclass
@@ -34,8 +34,40 @@ class Pass:
 
 
 @dataclass
+class Resource:
+    """What a kernel needs of something that is limited: predicted, said by the compiler, and the most there is.
+
+    None where that is not known.
+    """
+
+    name: str
+    predicted: int | None
+    compiled: int | None = None
+    limit: int | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether the compiler's number, or else the predicted one, is above the limit."""
+        needed = self.predicted if self.compiled is None else self.compiled
+        return self.limit is not None and needed is not None and needed > self.limit
+
+
+@dataclass
 class Kernel:
-    """One generated kernel; ``sites`` are the places in the graph that launch it."""
+    """One generated kernel.
+
+    Attributes:
+        name, family: of the kernel; its template.
+        file: where its text lies.
+        source: its text.
+        sites: the places in the graph that launch it.
+        language: ``triton`` or ``cpp``.
+        knobs: the template's knobs it was rendered with.
+        resources: of a kernel for a GPU: shared memory (bytes) and, once compiled, registers a thread and spills
+            (bytes).
+        fault: why the device will not run it; empty as far as is known.
+        rendered: the record of the text; no part of ``to_dict``.
+    """
 
     name: str
     family: str
@@ -43,6 +75,10 @@ class Kernel:
     source: str
     sites: list[str] = field(default_factory=list)
     language: str = "triton"
+    knobs: dict[str, int] = field(default_factory=dict)
+    resources: list[Resource] = field(default_factory=list)
+    fault: str = ""
+    rendered: Any = field(default=None, repr=False)
 
 
 @dataclass
@@ -174,10 +210,16 @@ class Report:
 def _compilation_dict(c: Compilation) -> dict[str, Any]:
     out: dict[str, Any] = {k: v for k, v in vars(c).items() if isinstance(v, str | int | float)}
     out["passes"] = [{"name": p.name, "seconds": p.seconds, "nodes": p.nodes, "graph": p.text} for p in c.passes]
-    for name in ("kernels", "groups", "calls", "fallbacks"):
+    out["kernels"] = [_kernel_dict(k) for k in c.kernels]
+    for name in ("groups", "calls", "fallbacks"):
         out[name] = [vars(x).copy() for x in getattr(c, name)]
     out["notes"] = list(c.notes)
     return out
+
+
+def _kernel_dict(k: Kernel) -> dict[str, Any]:
+    out = {name: value for name, value in vars(k).items() if name != "rendered"}
+    return out | {"knobs": dict(k.knobs), "resources": [vars(r).copy() for r in k.resources]}
 
 
 def size(n: int) -> str:
@@ -214,6 +256,9 @@ def _compilation_lines(c: Compilation) -> Iterable[str]:
     if c.kernels:
         yield "kernels"
         yield from _table([(k.name, k.family, f"x{len(k.sites)}", k.file) for k in c.kernels])
+    if any(k.resources for k in c.kernels):
+        yield "what kernels need: predicted / compiled / limit"
+        yield from _table([_resource_row(k) for k in c.kernels if k.resources])
     if c.groups:
         yield "what fused and why"
         yield from _table(_group_rows(c.groups))
@@ -224,6 +269,14 @@ def _compilation_lines(c: Compilation) -> Iterable[str]:
         yield from _counted((f.operator, f.reason, f.where) for f in c.calls)
     if c.host_file:
         yield f"host program: {c.host_file}"
+
+
+def _resource_row(k: Kernel) -> tuple[str, ...]:
+    def number(n: int | None) -> str:
+        return "-" if n is None else str(n)
+
+    cells = [f"{r.name} {number(r.predicted)} / {number(r.compiled)} / {number(r.limit)}" for r in k.resources]
+    return (k.name, *cells, k.fault or ("OVER ITS LIMIT" if any(r.over for r in k.resources) else "fits"))
 
 
 def _group_rows(groups: list[Fused]) -> list[tuple[str, ...]]:

@@ -28,10 +28,11 @@ LAYERS: tuple[set[str], ...] = (
     {"report_html"},
     {"report"},
     {"driver"},
-    {"backend", "models"},
+    {"backend", "build", "models"},
     {"wrapper"},
     {"__init__"},  # the public face
-    {"cli_cache"},
+    {"cli_model"},
+    {"cli_build", "cli_cache"},
     {"cli"},
     {"__main__"},
 )

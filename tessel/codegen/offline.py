@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,35 @@ from .triton import compile_job, job_for
 
 __all__ = ["Compiled", "offline_compile"]
 
+_POLL_S = 0.05
+
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler said of one source. ``registers`` are a thread's, ``spills`` bytes; ``None``: not said."""
+    """What the compiler said of one source. ``registers`` are a thread's, ``spills`` bytes; ``None``: not said.
+
+    ``binary`` is the machine code (a cubin or hsaco file's content), if it was asked for.
+    """
 
     ok: bool
     shared_bytes: int | None = None
     registers: int | None = None
     spills: int | None = None
     error: str = ""
+    binary: bytes = field(default=b"", repr=False)
 
 
-def offline_compile(sources: Sequence[Source], arch: str, timeout_s: float = 120.0) -> list[Compiled]:
-    """Compile every source for ``arch`` (``sm_80``, ``sm_90``, ``sm_100``, ``gfx942`` ...).
+def offline_compile(
+    sources: Sequence[Source],
+    arch: str,
+    timeout_s: float = 120.0,
+    *,
+    keep_binaries: bool = False,
+    done: Callable[[], None] | None = None,
+) -> list[Compiled]:
+    """Compile every source for ``arch`` (``sm_80``, ``sm_90``, ``sm_100``, ``gfx942`` ...), one after another.
+
+    Any number of threads may call this at the same time. ``done`` is called after each source.
 
     Failures, aborts and time-outs (a process that says nothing for ``timeout_s``) are results, not errors.
 
@@ -65,16 +81,22 @@ def offline_compile(sources: Sequence[Source], arch: str, timeout_s: float = 120
         results: dict[int, Compiled] = {}
         while len(results) < len(sources):
             start = len(results)
-            why = _run(folder, start, timeout_s)
+            why = _run(folder, start, timeout_s, done or (lambda: None))
             results = _read(folder)
             if len(results) < len(sources) and (why or len(results) == start):
                 results[len(results)] = Compiled(False, error=why or "the compiler said nothing")
                 _write(folder, len(results) - 1, results[len(results) - 1])
+                if done is not None:
+                    done()
+        if keep_binaries:
+            results = {
+                i: replace(r, binary=(folder / f"k{i}.bin").read_bytes()) if r.ok else r for i, r in results.items()
+            }
     return [results[i] for i in range(len(sources))]
 
 
-def _run(folder: Path, start: int, timeout_s: float) -> str:
-    """One process from job ``start`` on; why it ended early, or nothing."""
+def _run(folder: Path, start: int, timeout_s: float, tell: Callable[[], None]) -> str:
+    """One process from job ``start`` on; why it ended early, or nothing. ``tell`` is called after each job."""
     env = child_environment(
         {
             "TRITON_INTERPRET": None,
@@ -85,18 +107,22 @@ def _run(folder: Path, start: int, timeout_s: float) -> str:
     command = [sys.executable, "-m", "tessel.codegen.offline", str(folder), str(start)]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-        done = start
-        while True:
-            try:
-                code = process.wait(timeout_s)
-                break
-            except subprocess.TimeoutExpired:
-                now = len(_read(folder))
-                if now == done:
-                    process.kill()
-                    process.wait()
+        done, since = start, time.monotonic()
+        try:
+            while True:
+                code = process.poll()
+                for _ in range(done, now := len(_read(folder))):
+                    tell()
+                if now > done:
+                    done, since = now, time.monotonic()
+                if code is not None:
+                    break
+                if time.monotonic() - since > timeout_s:
                     return f"the compiler took more than {timeout_s:.0f} s"
-                done = now
+                time.sleep(_POLL_S)
+        finally:
+            process.kill()  # also when the user interrupts
+            process.wait()
     if code == 0:
         return ""
     said = (folder / "log").read_text(errors="replace").strip().splitlines()
@@ -106,14 +132,15 @@ def _run(folder: Path, start: int, timeout_s: float) -> str:
 
 def _read(folder: Path) -> dict[int, Compiled]:
     path = folder / "results"
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines]
+    text = path.read_text() if path.exists() else ""
+    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last may be half written
     return {row["job"]: Compiled(**row["result"]) for row in rows}
 
 
 def _write(folder: Path, number: int, result: Compiled) -> None:
     with (folder / "results").open("a") as out:
-        out.write(json.dumps({"job": number, "result": result.__dict__}) + "\n")
+        row = {k: v for k, v in asdict(result).items() if k != "binary"}
+        out.write(json.dumps({"job": number, "result": row}) + "\n")
 
 
 def _work(folder: Path, start: int) -> None:
@@ -123,6 +150,7 @@ def _work(folder: Path, start: int) -> None:
         try:
             got = compile_job(str(folder / f"k{i}.py"), job, tuple(task["gpu"]))
             result = Compiled(True, got["shared"], got["registers"], got["spills"])
+            (folder / f"k{i}.bin").write_bytes(got["binary"])
         except Exception as e:  # whatever the compiler raises is this kernel's result
             result = Compiled(False, error=f"{type(e).__name__}: {e}"[:2000])
         _write(folder, i, result)

@@ -146,7 +146,8 @@ def compile_job(path: str, job: Mapping[str, Any], gpu: tuple[str, int | str, in
         gpu: ``Target.gpu_target``.
 
     Returns:
-        ``shared`` (bytes), ``registers`` a thread and ``spills`` (bytes); ``None`` where the compiler does not say.
+        ``shared`` (bytes), ``registers`` a thread and ``spills`` (bytes), ``None`` where the compiler does not say;
+        and ``binary``, the machine code.
     """
     import triton
     import triton.language as tl
@@ -166,6 +167,7 @@ def compile_job(path: str, job: Mapping[str, Any], gpu: tuple[str, int | str, in
         source = ASTSource(fn, signature, constexprs, aligned)
         got = triton.compile(source, target=GPUTarget(*gpu), options=dict(job["options"]))
     found: dict[str, Any] = {"shared": got.metadata.shared, "registers": None, "spills": None}
+    found["binary"] = got.asm[BINARY[gpu[0]]]
     text = got.asm.get("amdgcn", "") if gpu[0] == "hip" else log.getvalue()
     for what, pattern in _RESOURCES[gpu[0]].items():
         numbers = [int(n) for n in re.findall(pattern, str(text))]
@@ -173,10 +175,13 @@ def compile_job(path: str, job: Mapping[str, Any], gpu: tuple[str, int | str, in
     return found
 
 
+# The form in which a device takes machine code, which is also the suffix of its files.
+BINARY = {"cuda": "cubin", "hip": "hsaco"}
+
 _RESOURCES = {
     "cuda": {"registers": r"Used (\d+) registers", "spills": r"(\d+) bytes spill stores"},
     "hip": {"registers": r"\.vgpr_count:\s*(\d+)", "spills": r"\.vgpr_spill_count:\s*(\d+)"},
 }
 
 
-__all__ = ["Source", "ceil_div", "compile_job", "grid_of", "job_for", "render"]
+__all__ = ["BINARY", "Source", "ceil_div", "compile_job", "grid_of", "job_for", "render"]

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from ..errors import check
+from ..errors import TesselError, check
 from . import compat
 from .composites import keep_composites
 from .decomp import decompositions, for_export
@@ -157,10 +157,34 @@ def export_graph(
     """
     kind = type(model).__name__
     check(isinstance(model, torch.nn.Module), lambda: f"export needs an nn.Module, got {kind}")
-    given = dict(kwargs or {})
-    program = torch.export.export(model, tuple(args), given, dynamic_shapes=dynamic, strict=False)
-    program = program.run_decompositions(for_export())
-    return import_program(program)
+    return import_program(export_program(model, args, kwargs, dynamic))
+
+
+def export_program(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, dynamic: Any = None
+) -> torch.export.ExportedProgram:
+    """What ``import_program`` takes: a module or function exported as one graph, its operators decomposed.
+
+    Raises:
+        TesselError: torch cannot export it; the message is torch's.
+    """
+    module = model if isinstance(model, torch.nn.Module) else _Function(model)
+    try:
+        program = torch.export.export(module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic, strict=False)
+        return program.run_decompositions(for_export())
+    except Exception as e:  # export raises everything that the model may raise, and classes of its own
+        raise TesselError(f"torch cannot export the model as one graph: {type(e).__name__}: {e}") from e
+
+
+class _Function(torch.nn.Module):
+    """A function as a module."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fn(*args, **kwargs)
 
 
 def import_program(program: torch.export.ExportedProgram) -> Imported:
@@ -205,4 +229,4 @@ def _with_effects(
     )
 
 
-__all__ = ["CompileGraph", "GraphInfo", "aot", "export_graph", "import_program"]
+__all__ = ["CompileGraph", "GraphInfo", "aot", "export_graph", "export_program", "import_program"]
