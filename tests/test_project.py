@@ -376,3 +376,19 @@ def test_python_dash_m() -> None:
         [sys.executable, "-m", "tessel", "targets"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and "mi300x" in done.stdout, done.stderr
+
+
+# -- the example of the README ----------------------------------------------------------------------
+
+
+def test_the_quickstart_prints_what_the_readme_shows() -> None:
+    shown = (ROOT / "README.md").read_text().split("<!-- quickstart -->")[1].split("<!-- /quickstart -->")[0]
+    code = "import torch, quickstart\nwith torch.no_grad(): quickstart.through_the_interpreter()"
+    got = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "examples", capture_output=True, text=True, timeout=300, check=True
+    ).stdout
+    labels = [line[:16].strip() for line in got.splitlines() if line]
+    assert labels[0] == "model" and "max error" in labels
+    second = shown.split("through the interpreter")[1]
+    assert [line[:16].strip() for line in second.splitlines() if line and line != "```"] == labels
+    assert float(re.search(r"max error +(\S+)", got)[1]) < 1e-5  # type: ignore[index]
