@@ -49,7 +49,7 @@ from .report import Kernel, Report, Resource
 from .runtime.kernels import Pick
 from .targets import Target, get_target
 
-__all__ = ["Build", "Loaded", "build", "load"]
+__all__ = ["Build", "Loaded", "build", "load", "plan"]
 
 FORMAT = 1
 _MANIFEST, _GRAPH, _WEIGHTS = "manifest.json", "graph.tir", "weights.pt"
@@ -87,7 +87,7 @@ def build(
         args, kwargs: one call's inputs: their sizes and dtypes are those that the build serves.
         target: a name that ``tessel targets`` lists.
         out: the folder; it must not be there, be empty, or be an earlier build, which is replaced whole.
-        options: as for ``tessel.compile``.
+        options: as for ``tessel.compile``; on a GPU "auto" means templates for products and attention.
         pick: the tile of a kernel; the default tile where it gives none.
         jobs: GPU kernels that are compiled at the same time, each in a process of its own.
         progress: called with how many kernels are compiled, and of how many.
@@ -98,14 +98,8 @@ def build(
     """
     folder = Path(out)
     _check_free(folder)
-    chosen = options or Options()
-    check(target not in ("auto", "cuda"), lambda: f"build: target {target!r}: name the device, see `tessel targets`")
-    record = get_target(resolve_target(target))
-    program = export_program(module, args, kwargs)
-    imported = import_program(program)
-    session = Session(target, dataclasses.replace(chosen, cuda_graphs=False), Report(_name(module), target))
-    compile_graph(imported, GraphInfo("inference"), session, place=_place(record), pick=pick)
-    done = session.report.compilations[0]
+    program, imported, report = _made(module, args, kwargs, target, options, pick)
+    record, done = get_target(target), report.compilations[0]
     graph = done.passes[-1].graph
     assert graph is not None
     _check_saveable(graph)
@@ -116,17 +110,20 @@ def build(
     weights = _weights(program)
 
     files: dict[str, bytes] = {_GRAPH: print_graph(graph).encode(), "host.py": done.host.encode()}
+    done.host_file = str(folder / "host.py")
     for k in done.kernels:
-        files[f"kernels/{k.name}.{'py' if k.language == 'triton' else k.language}"] = k.source.encode()
+        file = f"kernels/{k.name}.{'py' if k.language == 'triton' else k.language}"
+        files[file] = k.source.encode()
+        k.file = str(folder / file)
         got = compiled.get(k.name)
         if got is not None and got.ok and record.gpu_target is not None:
             files[f"kernels/{k.name}.{BINARY[record.gpu_target[0]]}"] = got.binary
-    files["report.txt"] = str(session.report).encode()
-    files["report.html"] = session.report.html().encode()
+    files["report.txt"] = str(report).encode()
+    files["report.html"] = report.html().encode()
     manifest = {
         "format": FORMAT,
         "target": target,
-        "name": session.report.name,
+        "name": report.name,
         "torch": torch.__version__,
         "hints": imported.hints,
         "inputs": [_input(n) for n in graph.inputs],
@@ -136,7 +133,46 @@ def build(
         "constants": sorted(imported.constants),
     }
     _write(folder, files, manifest, {**weights, **{f"constant {n}": t for n, t in imported.constants.items()}})
-    return Build(folder, session.report)
+    return Build(folder, report)
+
+
+def plan(
+    module: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    target: str,
+    options: Options | None = None,
+    pick: Pick | None = None,
+) -> Report:
+    """What ``build`` would make, without compiling a kernel or writing a file; arguments as there.
+
+    Raises:
+        TesselError: as ``build``.
+    """
+    return _made(module, args, kwargs, target, options, pick)[2]
+
+
+def _made(
+    module: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    target: str,
+    options: Options | None,
+    pick: Pick | None,
+) -> tuple[Any, Imported, Report]:
+    """The exported program, its graph as imported, and the report of its compilation."""
+    check(target not in ("auto", "cuda"), lambda: f"build: target {target!r}: name the device, see `tessel targets`")
+    record = get_target(resolve_target(target))
+    chosen = dataclasses.replace(options or Options(), cuda_graphs=False)
+    if record.gpu_target is not None:  # what a library would do there is not known here
+        unset = [n for n in ("matmul", "attention") if getattr(chosen, n) == "auto"]
+        chosen = dataclasses.replace(chosen, **dict.fromkeys(unset, "template"))  # type: ignore[arg-type]
+    program = export_program(module, args, kwargs)
+    imported = import_program(program)
+    session = Session(target, chosen, Report(_name(module), target))
+    compile_graph(imported, GraphInfo("inference"), session, place=_place(record), pick=pick)
+    return program, imported, session.report
 
 
 def _name(module: object) -> str:

@@ -9,9 +9,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from .cli_build import compile_command
+from .cli_build import compile_command, explain
 from .cli_cache import cache
-from .cli_model import model_options
 from .errors import TesselError, check
 from .targets import TARGETS, Target, get_target, host_measured
 from .targets.host import features_that_matter, vector_bits, with_rates
@@ -43,6 +42,7 @@ def main() -> None:
 
 main.add_command(cache)
 main.add_command(compile_command)
+main.add_command(explain)
 
 
 @main.command()
@@ -70,23 +70,6 @@ def _measured(cpu: Target, again: bool) -> Target:
 
         rates = measure_host()
     return with_rates(cpu, rates)
-
-
-@main.command()
-@model_options
-@click.option("--target", default="auto", show_default=True, help="auto, cpu, cuda, or a name from `tessel targets`.")
-def explain(model: str, target: str, **size: Any) -> None:
-    """Compile MODEL and print what became of it: passes, kernels, what fused, what fell back and why."""
-    if target not in ("auto", "cuda"):
-        get_target(target)  # refuse a wrong name before the model is built
-    import tessel  # the public face, and torch with it: only where it is needed
-
-    from .models import load_model
-
-    module, args, kwargs = load_model(model, **size)
-    if target != "auto":
-        module = tessel.compile(module, target=target)
-    click.echo(str(tessel.explain(module, *args, **kwargs)))
 
 
 def _console() -> Console:

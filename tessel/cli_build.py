@@ -1,4 +1,4 @@
-"""``tessel compile``: a model into a folder, for a device that need not be here."""
+"""``tessel compile`` and ``tessel explain``: what becomes of a model on a device that need not be here."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .cli_model import model_options
-from .errors import TesselError, check
+from .errors import TesselError, check, did_you_mean
+from .report import Report
 from .targets import get_target
 
-__all__ = ["compile_command"]
+__all__ = ["compile_command", "explain"]
 
 
 @click.command(name="compile")
@@ -51,6 +52,55 @@ def compile_command(
         raise click.ClickException(
             f"{len(made.faults)} kernels will not run on {target}: {names}; see the report above"
         )
+
+
+@click.command()
+@model_options
+@click.option("--target", default="auto", show_default=True, help="auto, cpu, cuda, or a name from `tessel targets`.")
+@click.option(
+    "--kernel", help="One kernel of a GPU, by its name or the start of it: its tiles, and what rules them out."
+)
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tiles to list, with --kernel.")
+@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="A field of tessel.Options; repeatable.")
+def explain(model: str, target: str, kernel: str | None, top: int, options: tuple[str, ...], **size: Any) -> None:
+    """Compile MODEL and print what became of it: passes, kernels, what fused, what fell back and why.
+
+    For a GPU, here or not, nothing is run. With --kernel: the tiles that its template can have, the time that each is
+    predicted to take, term by term, and why the others are ruled out.
+    """
+    from .config import Options
+    from .models import load_model
+
+    given = Options.of(parse_options(options))
+    named = target not in ("auto", "cuda") and get_target(target).gpu_target is not None  # refuses wrong names early
+    check(kernel is None or named, lambda: f"--kernel: tiles are chosen for GPUs: --target h100, not {target!r}")
+    module, args, kwargs = load_model(model, **size, device="meta" if named else None)
+    if not named:
+        import tessel  # the public face
+
+        compiled = tessel.compile(module, target=target, options=given)
+        click.echo(str(tessel.explain(compiled, *args, **kwargs)))
+        return
+    from .build import plan
+
+    report = plan(module, args, kwargs, target=target, options=given)
+    click.echo(str(report) if kernel is None else explain_one(report, kernel, target, top))
+
+
+def explain_one(report: Report, name: str, target: str, top: int) -> str:
+    """The page on one kernel of a report, by its name or the start of it that no other has.
+
+    Raises:
+        TesselError: there is no such kernel, or there are several.
+    """
+    from .solve.explain import explain_kernel
+
+    names = [k.name for k in report.kernels]
+    found = [k for k in report.kernels if k.name == name] or [k for k in report.kernels if k.name.startswith(name)]
+    if len(found) != 1:
+        what = f"could be {', '.join(k.name for k in found)}" if found else did_you_mean(name, names)
+        raise TesselError(f"--kernel {name!r}: {what}")
+    return explain_kernel(found[0].rendered.kernel, get_target(target), top=top)
 
 
 def parse_options(given: tuple[str, ...]) -> dict[str, Any]:
