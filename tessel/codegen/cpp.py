@@ -1,4 +1,4 @@
-"""Tile programs as C++ for the CPU: pointwise and reduction kernels, and the file that holds a graph's.
+"""Tile programs as C++ for the CPU: pointwise kernels, and the file that holds a graph's.
 
     source = render(kernel)
     unit = translation_unit([source])     # one file, to be compiled once
@@ -20,7 +20,7 @@ from ..ir.types import Dim, product
 from ..ops import OPS
 from ..tiles.header import TEMPLATES, environment
 from ..tiles.kernel import Axis, Compute, Kernel, Load, Store
-from . import cpp_attention
+from . import cpp_attention, cpp_matmul
 from .cpp_expr import Emitter
 from .cpp_reduce import reduction
 from .cpp_space import Space, space_of
@@ -69,19 +69,20 @@ def header() -> str:
 def headers(sources: Iterable[CppSource]) -> dict[str, str]:
     """The headers that the file of these kernels includes, by file name."""
     families = {s.kernel.family for s in sources}
-    return {"tessel.hpp": header(), **(cpp_attention.headers() if "attention" in families else {})}
+    products = cpp_matmul.headers() if "matmul" in families else {}
+    return {"tessel.hpp": header(), **products, **(cpp_attention.headers() if "attention" in families else {})}
 
 
 def render(kernel: Kernel) -> CppSource:
     """The source of a kernel.
 
     Raises:
-        TesselError: another family than pointwise, reduction and attention, or a value that has no C++ form.
+        TesselError: a family without a C++ template, or a value that has no C++ form.
     """
-    makers = {"pointwise": _pointwise, "reduction": reduction, "attention": _attention}
+    makers = {"pointwise": _pointwise, "reduction": reduction, "matmul": _matmul, "attention": _attention}
     if kernel.family not in makers:
         raise TesselError(f"no C++ template for {kernel.family} kernels")
-    space = space_of(kernel) if kernel.family != "attention" else Space((), (), {})
+    space = space_of(kernel) if kernel.family in ("pointwise", "reduction") else Space((), (), {})
     params = [(p.name, memory_type(p.type.dtype), p.out) for p in kernel.params]
     context: dict[str, Any] = {
         "name": kernel.name,
@@ -116,6 +117,10 @@ def _work(kernel: Kernel) -> str:
     cost = sum(OPS[s.op].cost if isinstance(s, Compute) else 1 for s in counted)
     total: Dim = product(a.extent for a in kernel.axes)
     return f"{size_text(total)} * {max(1, cost // 4)}"
+
+
+def _matmul(kernel: Kernel, space: Space) -> dict[str, Any]:
+    return cpp_matmul.matmul(kernel)
 
 
 def _attention(kernel: Kernel, space: Space) -> dict[str, Any]:

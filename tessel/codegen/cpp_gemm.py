@@ -1,4 +1,4 @@
-"""The C++ header of register tiles: what every generated matrix product, and attention, multiplies with.
+"""The C++ header of register tiles: what every generated matrix product multiplies with.
 
     text = gemm_header(get_target("cpu").features, [(8, 3)])
 
