@@ -10,6 +10,7 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .cli_model import model_options
+from .config import Options
 from .errors import TesselError, check, did_you_mean
 from .report import Report
 from .targets import get_target
@@ -32,7 +33,6 @@ def compile_command(
     kernel needs beside what was predicted. Exits with 1 if the device will not run one of them.
     """
     from .build import build  # torch with it: only where it is needed
-    from .config import Options
     from .models import load_model
 
     record = get_target(target)
@@ -68,7 +68,6 @@ def explain(model: str, target: str, kernel: str | None, top: int, options: tupl
     For a GPU, here or not, nothing is run. With --kernel: the tiles that its template can have, the time that each is
     predicted to take, term by term, and why the others are ruled out.
     """
-    from .config import Options
     from .models import load_model
 
     given = Options.of(parse_options(options))
@@ -84,23 +83,23 @@ def explain(model: str, target: str, kernel: str | None, top: int, options: tupl
     from .build import plan
 
     report = plan(module, args, kwargs, target=target, options=given)
-    click.echo(str(report) if kernel is None else explain_one(report, kernel, target, top))
+    click.echo(str(report) if kernel is None else explain_one(report, kernel, target, top, given))
 
 
-def explain_one(report: Report, name: str, target: str, top: int) -> str:
+def explain_one(report: Report, name: str, target: str, top: int, options: Options | None = None) -> str:
     """The page on one kernel of a report, by its name or the start of it that no other has.
 
     Raises:
         TesselError: there is no such kernel, or there are several.
     """
-    from .solve.explain import explain_kernel
+    from .solve import tile
 
     names = [k.name for k in report.kernels]
     found = [k for k in report.kernels if k.name == name] or [k for k in report.kernels if k.name.startswith(name)]
     if len(found) != 1:
         what = f"could be {', '.join(k.name for k in found)}" if found else did_you_mean(name, names)
         raise TesselError(f"--kernel {name!r}: {what}")
-    return explain_kernel(found[0].rendered.kernel, get_target(target), top=top)
+    return tile(found[0].rendered.kernel, get_target(target), options).explain(top)
 
 
 def parse_options(given: tuple[str, ...]) -> dict[str, Any]:

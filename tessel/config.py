@@ -14,6 +14,7 @@ Environment variables:
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from .errors import TesselError, check, did_you_mean
 
-__all__ = ["Options", "cache_dir", "child_environment", "cxx", "debug_level", "target_file"]
+__all__ = ["Options", "cache_dir", "child_environment", "cxx", "debug_level", "target_file", "tile_entries"]
 
 _DEBUG_MAX = 4
 # Annotation text (annotations are strings here) -> the types a value may have.
@@ -149,6 +150,11 @@ class Options:
     """How many times one function may be compiled again for new shapes before it runs eagerly, at least 1.
     None keeps torch's own limit. Reaching it is said in a warning."""
 
+    tile: str | None = None
+    """Tiles to force on a GPU, the rest being solved: ``"128x128x64"`` for every matrix product, or entries for
+    families and kernels, ``"matmul: 128x128x64 warps=8 stages=3; attention: 128x64; matmul_3: BM=256"``. A tile
+    that cannot fit is an error that names the limit."""
+
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
@@ -170,6 +176,8 @@ class Options:
             self.recompile_limit is None or self.recompile_limit >= 1,
             lambda: _wrong("recompile_limit", "an int of at least 1, or None", self.recompile_limit),
         )
+        if self.tile is not None:
+            tile_entries(self.tile)
         check(self.dump_dir != "", lambda: _wrong("dump_dir", "a directory name, or None", self.dump_dir))
 
     @staticmethod
@@ -197,6 +205,33 @@ class Options:
     def source_dir(self) -> Path:
         """The directory that generated sources are written to, which may not exist yet."""
         return Path(self.dump_dir).expanduser() if self.dump_dir else cache_dir() / "kernels"
+
+
+_TILES = "entries such as '128x128x64', 'attention: 128x64' or 'matmul_3: BM=256 warps=8', with ';' between them"
+_SIDES = re.compile(r"\d+(x\d+)*")
+
+
+def tile_entries(text: str) -> list[tuple[str, tuple[int, ...], dict[str, int]]]:
+    """``Options.tile`` taken apart: for each entry whom it is for, the sides of the tile and the knobs by name.
+
+    >>> tile_entries("128x128x64; attention: 64x32 warps=4")
+    [('matmul', (128, 128, 64), {}), ('attention', (64, 32), {'warps': 4})]
+
+    Raises:
+        TesselError: it is not written like that.
+    """
+    out = []
+    for entry in text.split(";"):
+        where, colon, rest = entry.rpartition(":")
+        words = rest.split()
+        sides = words.pop(0) if words and _SIDES.fullmatch(words[0]) else ""
+        pairs = [w.partition("=") for w in words]
+        named = where.strip().isidentifier() if colon else sides.count("x") == 2
+        ok = named and (sides or pairs) and all(n.isidentifier() and v.isdecimal() for n, _, v in pairs)
+        check(bool(ok), lambda: _wrong("tile", _TILES, text))
+        numbers = tuple(int(n) for n in sides.split("x")) if sides else ()
+        out.append((where.strip() or "matmul", numbers, {n: int(v) for n, _, v in pairs}))
+    return out
 
 
 def _wrong(name: str, want: str, value: object) -> str:

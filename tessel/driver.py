@@ -10,7 +10,7 @@ import difflib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from .frontend.importer import Imported
 from .ir.node import Graph, Node
 from .passes import inplace
 from .passes._groups import refusal
-from .passes.pipeline import PASSES, Trace, run_pipeline
+from .passes.pipeline import CPU_ONLY, PASSES, Trace, run_pipeline
 from .passes.pipeline import Pass as PassFunction
 from .report import Call, Compilation, Fused, Kernel, Pass, Report, Resource
 from .runtime.kernels import Kernels, Pick, by_torch
@@ -36,6 +36,8 @@ from .runtime.matmul_cpu import Product
 from .runtime.native_kernels import NativeKernels
 from .runtime.program import build
 from .runtime.replay import Replayed, check_replayable
+from .solve import tile
+from .solve.forced import forced_knobs, unused_entries
 from .targets import TARGETS, Target, get_target, match_device
 from .tiles.cost import base_values, bytes_moved, node_bytes
 
@@ -211,10 +213,12 @@ def _compile(
 
     stage[0] = "rendering kernels"
     maker = NativeKernels if place.how == "native" else Kernels
-    kernels = maker(place.target, options.source_dir(), pick)
+    kernels = maker(place.target, options.source_dir(), pick or _pick(place, options, imported.hints))
     if place.how != "torch":
         kernels.render_all(graph)
         kernels.load()
+    for name in unused_entries(options.tile, (s.kernel for s in kernels.sources.values())):
+        record.notes.append(f"options.tile: no kernel of this graph is called {name!r}")
     stage[0] = "host program"
     product = Product(options.deterministic) if place.how == "native" else None
 
@@ -250,6 +254,15 @@ def _compile(
     return program.run
 
 
+def _pick(place: Place, options: Options, hints: Mapping[str, int]) -> Pick | None:
+    """Who says which tile a kernel gets: the solver for a GPU, the user and the defaults in the interpreter."""
+    if place.target.gpu_target is not None:
+        return lambda kernel: tile(kernel, place.target, options, hints=hints)
+    if place.how == "interpret":
+        return lambda kernel: forced_knobs(options.tile, kernel) or None
+    return None
+
+
 def _around(place: Place, device: str) -> Callable[[], AbstractContextManager[Any]] | None:
     """What every call of a program runs in."""
     if place.how == "interpret":
@@ -279,7 +292,8 @@ def _no_attention(node: Node, place: Place) -> str | None:
 
 def _run_passes(imported: Imported, options: Options, place: Place, record: Compilation, stage: list[str]) -> Graph:
     """The passes; where torch runs every operator, composites stay whole and nothing is fused."""
-    chosen = PASSES if place.how != "torch" else PASSES[:1]
+    wanted = [p for p in PASSES if place.how == "native" or p[0] not in CPU_ONLY]
+    chosen = wanted if place.how != "torch" else wanted[:1]
     hints = imported.hints
 
     def recorded(name: str, run: PassFunction) -> tuple[str, PassFunction]:

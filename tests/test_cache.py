@@ -28,7 +28,7 @@ from tessel.autotune.why import why
 from tessel.cli import main
 from tessel.errors import TesselError
 from tessel.targets import get_target
-from tessel.tiles.default import default_knobs
+from tessel.solve import tile
 from tessel.tiles.kernel import Kernel
 
 H100, H200 = get_target("h100"), get_target("h200")
@@ -110,7 +110,7 @@ def test_a_measurement_replaces_a_prediction_and_never_the_reverse(own: Cache, r
 
 def test_a_tile_is_checked_at_every_hit(own: Cache) -> None:
     kernel = gemm()
-    knobs = default_knobs(kernel, H100)
+    knobs = tile(kernel, H100).knobs
     assert remember(kernel, H100, knobs, predicted={"total": 1e-3}, cache=own)
     hit = lookup(kernel, H100, cache=own)
     assert hit is not None and hit.knobs == knobs and hit.entry.kind == "predicted"
@@ -141,7 +141,7 @@ def test_a_tile_is_checked_at_every_hit(own: Cache) -> None:
 )
 def test_default_legality_is_the_templates(change: dict[str, int], words: str | None) -> None:
     kernel = gemm()
-    said = legal_tile(kernel, H100, {**default_knobs(kernel, H100), **change})
+    said = legal_tile(kernel, H100, {**tile(kernel, H100).knobs, **change})
     assert said is None if words is None else words in str(said)
     x = fused_kernel(*(torch.empty(64, 64, device="meta") for _ in range(3)))
     limits = dataclasses.replace(H100.limits, threads_per_block=64)  # type: ignore[type-var]
@@ -152,7 +152,7 @@ def test_default_legality_is_the_templates(change: dict[str, int], words: str | 
 def test_another_driver_is_a_recheck_and_no_miss(own: Cache) -> None:
     kernel = gemm()
     times = {"warm": Times(1e-3, 9e-4, 2e-3, 20)}
-    knobs = default_knobs(kernel, H100)
+    knobs = tile(kernel, H100).knobs
     remember(kernel, H100, knobs, measured=times, here={"driver": "550.1", "tolerance": 1e-2}, cache=own)
     same = lookup(kernel, H100, here={"driver": "550.1"}, cache=own)
     assert same is not None and same.recheck == () and same.entry.provenance["torch"]
@@ -164,7 +164,7 @@ def test_another_driver_is_a_recheck_and_no_miss(own: Cache) -> None:
 def test_nearest_shapes_first(own: Cache) -> None:
     for m in (512, 2048, 4096, 16384):
         kernel = gemm(m)
-        remember(kernel, H100, default_knobs(kernel, H100), cache=own)
+        remember(kernel, H100, tile(kernel, H100).knobs, cache=own)
     remember(gemm(8192), H200, {"BM": 64}, cache=own)
     remember(gemm(8192, dtype=torch.float16), H100, {"BM": 64}, cache=own)
     near = own.nearest(key_of(gemm(8192), H100))
@@ -496,7 +496,7 @@ def test_verify_and_prune(root: Path) -> None:
 def test_why_names_the_first_difference(own: Cache) -> None:
     kernel = gemm()
     assert str(why(kernel, H100, own)) == "miss: the cache is empty"
-    knobs = default_knobs(kernel, H100)
+    knobs = tile(kernel, H100).knobs
     remember(kernel, H100, knobs, cache=own)
     assert str(why(kernel, H100, own)) == "hit (predicted)"
     answer = why(kernel, H200, own)
@@ -583,7 +583,7 @@ def test_cli_why(home: Path, tmp_path: Path) -> None:
     found = kernels_of(*load_model(f"{file}:net"))
     assert {f.kernel.family for f in found} == {"matmul", "reduction"} and "my_model.py:8" in found[0].places[0]
     for f in found:
-        remember(f.kernel, H100, default_knobs(f.kernel, H100))
+        remember(f.kernel, H100, tile(f.kernel, H100).knobs)
     torch._dynamo.reset()
     assert "2 of 2 kernels hit for h100" in run("why", f"{file}:net", "--target", "h100").output
     torch._dynamo.reset()

@@ -18,8 +18,9 @@ from typing import Any
 import sympy
 
 from ..ir.types import Dim, product, simplify_dim
+from ..solve import tile
 from ..targets import Target
-from ..tiles.default import batch_axes, choose, formula_values, head_widths, of_kind
+from ..tiles.default import Choice, batch_axes, choose, formula_values, head_widths, of_kind
 from ..tiles.header import load_header
 from ..tiles.index import bounds
 from ..tiles.kernel import Check, Compute, IndexOf, Kernel
@@ -38,19 +39,19 @@ _CONTEXT: dict[str, Callable[[Kernel, Mapping[str, int], str], dict[str, Any]]] 
 _IMPORTS = "import triton\nimport triton.language as tl\n"
 
 
-def render(kernel: Kernel, target: Target, knobs: Mapping[str, int] | None = None) -> Source:
+def render(kernel: Kernel, target: Target, knobs: Mapping[str, int] | Choice | None = None) -> Source:
     """The source of a kernel.
 
     Args:
         kernel: the tile program.
         target: what it is for; ``triton-interpret`` gets the plain twins of what the interpreter lacks.
-        knobs: the template's knobs; the target's default if not given.
+        knobs: the template's knobs, all of them believed; what is not given is solved for the target.
 
     Raises:
         TesselError: unknown family, an illegal knob, or a value that has no Triton form.
     """
     header = load_header(kernel.family)
-    chosen = choose(kernel, target, knobs)
+    chosen = knobs if isinstance(knobs, Choice) else _completed(kernel, target, knobs)
     header.check_knobs(chosen.knobs)
     interpret = target.vendor == "interpret"
     context = _CONTEXT[kernel.family](kernel, chosen.knobs, target.vendor)
@@ -78,6 +79,15 @@ def render(kernel: Kernel, target: Target, knobs: Mapping[str, int] | None = Non
         interpret=interpret,
         kernel=kernel,
     )
+
+
+def _completed(kernel: Kernel, target: Target, knobs: Mapping[str, int] | None) -> Choice:
+    """A tile out of the knobs that are given."""
+    if target.gpu_target is None:
+        return choose(kernel, knobs)
+    if knobs is not None and set(load_header(kernel.family).knobs) <= set(knobs):
+        return Choice(dict(knobs), "given")
+    return tile(kernel, target, given=knobs)
 
 
 def _comment(line: str) -> str:

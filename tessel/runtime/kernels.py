@@ -18,7 +18,9 @@ from ..codegen.triton import grid_of, render
 from ..errors import TesselError
 from ..ir.node import Graph, Node, make_input
 from ..ir.types import SymType, symbol, unbacked
+from ..solve.forced import TileRefused
 from ..targets import Target
+from ..tiles.default import Choice
 from ..tiles.kernel import Kernel
 from ..tiles.lower import lower
 from .launch import load
@@ -26,7 +28,7 @@ from .program import build
 
 __all__ = ["Kernels", "Pick", "by_torch"]
 
-Pick: TypeAlias = Callable[[Kernel], Mapping[str, int] | None]
+Pick: TypeAlias = Callable[[Kernel], Mapping[str, int] | Choice | None]
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Kernels:
         target: what they are rendered for.
         directory: where their text goes.
         pick: the knobs of a kernel's template, as far as they are decided; None, and a result of None: the
-            default tile.
+            tile that is solved for the target.
         at: kernel node -> how it is launched.
         sources: launcher name -> rendered text.
         sites: launcher name -> nodes that launch it.
@@ -71,6 +73,8 @@ class Kernels:
                     name = by_body.setdefault(source.body_key, source.name)
                     by_program[same] = name
                     self.sources.setdefault(name, source)
+            except TileRefused:
+                raise  # the user's word: no quiet way around it
             except TesselError as e:
                 self.failed[node] = str(e)
                 continue

@@ -22,6 +22,8 @@ Values = Mapping[str, Any]
 
 _NUMEL = 2**20  # elements of one tensor: Triton's TRITON_MAX_TENSOR_NUMEL
 _POINTS = 2**16  # elements of a tile that Triton still compiles in seconds
+_DEEPEST = 512  # bytes of a row in one step of a product
+_HELD = 1024  # bytes of products a thread: as much as registers hold
 _LEAST = 16  # a side of a product's tile
 
 
@@ -52,10 +54,11 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Learned:
-    """A tile that the compiler refused, spilled or aborted on: ``knobs`` that must not come together, and why."""
+    """A tile that the compiler refused or aborted on (``hard``), or that spilled: ``knobs`` not to come together."""
 
     knobs: Mapping[str, int]
     why: str
+    hard: bool = True
 
 
 def constraints_for(problem: Problem, target: Target, learned: Sequence[Learned] = ()) -> tuple[Constraint, ...]:
@@ -78,6 +81,15 @@ def constraints_for(problem: Problem, target: Target, learned: Sequence[Learned]
             lambda v, n, m: f"{_tile(problem, v)} needs {n:,.0f} bytes of shared memory; a block has at most {m:,.0f}",
         ),
     ]
+    rules.append(
+        Constraint(
+            "occupancy",
+            True,
+            lambda v: (v["per_unit"] < 1) & (v["shared"] <= limits.shared_bytes_per_block) & 1,
+            lambda v: 0,
+            lambda v, n, m: f"not one program of {_tile(problem, v)} fits a unit's registers and warps",
+        )
+    )
     if problem.family in ("matmul", "attention"):
         rules += _contraction(problem, target)
     else:
@@ -97,17 +109,21 @@ def constraints_for(problem: Problem, target: Target, learned: Sequence[Learned]
     return (*rules, *(_from_learned(item) for item in learned))
 
 
+def _count(n: float, what: str) -> str:
+    return f"{n:.0f} {what}" if n == 1 else f"{n:.0f} {what}s"
+
+
 def _tile(problem: Problem, v: Mapping[str, Any]) -> str:
     """A tile in a few words.
 
     >>> _tile(Problem("matmul"), {"BM": 256, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3})
     '256×256×64 with 3 stages and 8 warps'
     """
-    warps = f"{v['num_warps']} warp{'s' if v['num_warps'] > 1 else ''}"
+    warps = _count(v["num_warps"], "warp")
     names = ("BM", "BN", "BK") if problem.family == "matmul" else ("BM", "BN")
     if problem.family in ("matmul", "attention"):
         shape = "×".join(str(v[n]) for n in names)
-        return f"{shape} with {v['num_stages']} stage{'s' if v['num_stages'] > 1 else ''} and {warps}"
+        return f"{shape} with {_count(v['num_stages'], 'stage')} and {warps}"
     shape = f"{v['XB']}×{v['RB']}" if problem.family == "reduction" else str(v["XB"])
     return f"{shape} with {warps}"
 
@@ -151,47 +167,69 @@ def _contraction(problem: Problem, target: Target) -> list[Constraint]:
                 lambda v: most,
                 lambda v, n, m: (
                     f"{v['BM']}×{v['BN'] if problem.family == 'matmul' else problem.e} with "
-                    f"{v['num_warps']} warps needs {n:.0f} accumulators a thread; at most {m:.0f} registers exist"
+                    f"{_count(v['num_warps'], 'warp')} needs {n:.0f} accumulators a thread; "
+                    f"at most {m:.0f} registers exist"
                 ),
             )
         )
     for axis in ("m", "n", "k") if problem.family == "matmul" else ("m", "n"):
         rules.append(_overhang(f"B{axis.upper()}", axis, getattr(problem, axis), _LEAST))
     if problem.family == "matmul":
-        tiles = max(1, -(-problem.m // _LEAST))
-        rules.append(
-            Constraint(
-                "group",
-                False,
-                lambda v: v["GROUP"],
-                lambda v: tiles,
-                lambda v, n, m: f"a group of {n:.0f} rows of tiles where there are at most {m:.0f}",
-            )
-        )
+        rules += [_group(problem, target), _depth(problem)]
+    each = 1 if not problem.plain else problem.d if problem.family == "attention" else 16
     rules.append(
         Constraint(
             "warps",
             False,
             lambda v: v["num_warps"],
-            lambda v: np.maximum(1, v["BM"] * v["BN"] // 256),
-            lambda v, n, m: f"{n:.0f} warps for {v['BM']}×{v['BN']}: {m:.0f} have work",
+            lambda v: np.maximum(1, v["BM"] * v["BN"] * each // 256),
+            lambda v, n, m: f"{n:.0f} warps for {v['BM']}×{v['BN']}: there is work for {m:.0f}",
         )
     )
     if problem.plain:
-        rules.append(
-            Constraint(
-                "plain sums",
-                False,
-                lambda v: v["BM"] * v["BN"] * (v["BK"] if problem.family == "matmul" else problem.d),
-                lambda v: 16**3 if problem.family == "matmul" else 16 * 16 * problem.d,
-                lambda v, n, m: (
-                    f"{n:,.0f} products in one tile without matrix instructions; at most {m:,.0f} stay in registers"
-                ),
-            )
-        )
+        rules.append(_plain(problem))
     elif not problem.matrix:
         rules += _by_lanes(problem)
     return rules
+
+
+def _group(problem: Problem, target: Target) -> Constraint:
+    """Grouping only where it changes something: more than one wave, and no more rows than there are."""
+
+    def most(v: Values) -> Any:
+        rows, columns = -(-problem.m // v["BM"]), -(-problem.n // v["BN"])
+        one_wave = problem.batch * rows * columns <= target.units * v["per_unit"]
+        return np.where(one_wave, 1, rows)
+
+    return Constraint(
+        "group",
+        False,
+        lambda v: v["GROUP"],
+        most,
+        lambda v, n, m: f"a group of {n:.0f} rows of tiles where {m:.0f} is the most that changes the order",
+    )
+
+
+def _depth(problem: Problem) -> Constraint:
+    """No steps far beyond those that were measured (256 bytes of a row): registers there are extrapolated."""
+    return Constraint(
+        "depth",
+        False,
+        lambda v: v["BK"] * problem.itemsize,
+        lambda v: _DEEPEST,
+        lambda v, n, m: f"{v['BK']} along k is {n:,.0f} bytes of a row a step; {m:.0f} are the most tried",
+    )
+
+
+def _plain(problem: Problem) -> Constraint:
+    """Products summed without matrix instructions: all of a tile's products are held at once."""
+    return Constraint(
+        "plain sums",
+        False,
+        lambda v: v["BM"] * v["BN"] * v.get("BK", problem.d) * problem.itemsize / v["threads"],
+        lambda v: _HELD,
+        lambda v, n, m: f"{n:,.0f} bytes of products a thread, without matrix instructions; at most {m:,.0f} stay",
+    )
 
 
 def _by_lanes(problem: Problem) -> list[Constraint]:
@@ -245,13 +283,14 @@ def _points(problem: Problem) -> list[Constraint]:
             lambda v, n, m: f"a tile of {n:,.0f} elements compiles for minutes; {m:,.0f} are the most tried",
         )
     )
+    points = next_power(problem.x * problem.r)
     rules.append(
         Constraint(
             "idle threads",
             False,
-            lambda v: v["num_warps"],
-            lambda v: np.maximum(1, v["XB"] * v.get("RB", 1) // 32),
-            lambda v, n, m: f"{n:.0f} warps for {v['XB'] * v.get('RB', 1)} elements: {m:.0f} have work",
+            lambda v: np.minimum(v["threads"], points),
+            lambda v: v["XB"] * v.get("RB", 1),
+            lambda v, n, m: f"{v['threads']} threads for {m:.0f} elements",
         )
     )
     return rules
@@ -266,4 +305,4 @@ def _from_learned(item: Learned) -> Constraint:
             hit = hit & (np.asarray(v[name]) == value)
         return hit * 1
 
-    return Constraint("compiler", False, same, lambda v: 0, lambda v, n, m: item.why)
+    return Constraint("compiler", item.hard, same, lambda v: 0, lambda v, n, m: item.why)

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..targets import Target
 from ..tiles.header import load_header
-from ..tiles.kernel import Kernel
 from .constraints import Constraint
-from .problem import problem_of
 from .resources import coefficients, nearest_path
-from .solver import Candidate, Table, table_for
+from .solver import Candidate, Table
 
-__all__ = ["explain_kernel", "nothing_fits", "reason"]
+__all__ = ["RuledOut", "core_of", "nothing_fits", "page", "reason", "ruled_out", "tile_text"]
+
+_WAITS = {
+    "matrix": "the matrix units",
+    "l2": "L2",
+    "memory": "memory",
+    "shared": "shared memory",
+    "vector": "arithmetic",
+    "serial": "products, then arithmetic",
+    "latency": "latency",
+}
+
+
+@dataclass(frozen=True)
+class RuledOut:
+    """How many tiles a constraint is the first to rule out, and the one that comes nearest to passing.
+
+    Attributes:
+        constraint: its name.
+        tiles: how many.
+        knobs: of the nearest.
+        words: why that one is out, with both numbers.
+    """
+
+    constraint: str
+    tiles: int
+    knobs: Mapping[str, int]
+    words: str
 
 
 def tile_text(knobs: Mapping[str, int]) -> str:
@@ -23,62 +47,57 @@ def tile_text(knobs: Mapping[str, int]) -> str:
     return " ".join(f"{n}={v}" for n, v in knobs.items())
 
 
-def reason(pick: Candidate) -> str:
-    """Why this tile, in a few words, for a kernel's header and the report."""
-    assert pick.time is not None
-    t = pick.time
-    waits = {
-        "matrix": "the matrix units",
-        "l2": "L2",
-        "memory": "memory",
-        "shared": "shared memory",
-        "vector": "arithmetic",
-        "serial": "products, then arithmetic",
-        "latency": "latency",
-    }[t.bound]
-    took = f"{t.total * 1e6:,.1f} µs"
-    return f"solved: {took} predicted, bound by {waits}, {t.resident:.0f} resident a unit, {t.waves:.1f} waves"
+def reason(table: Table) -> str:
+    """Why the first tile of a table, in a few words, for a kernel's header and the report."""
+    t = table.candidate(0).time
+    text = (
+        f"{t.total * 1e6:,.1f} µs predicted, bound by {_WAITS[t.bound]}, "
+        f"{t.resident:.0f} resident a unit, {t.waves:.1f} waves"
+    )
+    if table.relaxed:
+        text += f"; no tile satisfies all constraints: {_clash(table)}"
+    return text
 
 
-def explain_kernel(kernel: Kernel, target: Target, hints: Mapping[str, int] | None = None, top: int = 5) -> str:
-    """A page on one kernel: the pick term by term, the runners-up, and what rules the others out.
-
-    Args:
-        kernel: the tile program.
-        target: a GPU.
-        hints: values for sizes that are known at run time only.
-        top: how many candidates to list.
-    """
-    problem = problem_of(kernel, target, hints)
-    table = table_for(problem, target)
-    lines = [f"{kernel.name}: {problem.family}, {problem}, on {target.name}"]
-    lines.append(f"{len(table):,} tiles, {len(table.order):,} satisfy all constraints")
+def page(name: str, table: Table, top: int = 5) -> str:
+    """A page on one kernel: the pick term by term, the runners-up, and what rules the others out."""
+    problem, target = table.problem, table.target
+    fit = 0 if table.relaxed else len(table.order)
+    lines = [f"{name}: {problem.family}, {problem}, on {target.name}"]
+    lines.append(f"{len(table):,} tiles, {fit:,} satisfy all constraints")
+    if table.given:
+        lines.append(f"given: {tile_text(table.given)}")
     if problem.symbolic:
-        lines.append("sizes known at run time only count as 2048 here")
-    if not len(table.order):
-        return "\n".join([*lines, nothing_fits(table)])
-    pick = table.candidate(0)
-    lines += ["", f"1. {tile_text(pick.knobs)}", f"   {_takes(pick)}", *("   " + s for s in str(pick.time).split("\n"))]
-    if problem.flops and pick.time is not None:
-        rate = problem.flops / pick.time.total
-        peak = target.flops.get(problem.dtype)
-        part = f", {rate / peak:.0%} of the data sheet's" if peak and problem.matrix else ""
-        lines.append(f"   {rate / 1e12:,.0f} TFLOP/s{part}")
-    lines += [""] if len(table.order) > 1 else []
-    for i in range(1, min(top, len(table.order))):
-        other = table.candidate(i)
-        assert other.time is not None and pick.time is not None
-        slower = other.time.total / pick.time.total - 1
-        lines.append(
-            f"{i + 1}. {tile_text(other.knobs)}: {other.time.total * 1e6:,.2f} µs ({slower:+.1%}), "
-            f"bound by {other.time.bound}; {_takes(other)}"
-        )
-    lines += ["", *_ruled_out(table)]
+        lines.append("sizes known at run time only are taken from the first call, or count as 2048")
+    if table.relaxed:
+        lines.append(nothing_fits(table))
+    if len(table.order):
+        lines += ["", *_candidates(table, top), "", *_ruled_out_lines(table)]
     path, measured = nearest_path(load_header(problem.family), target.arch)
     if path is not None:
         near = "" if measured else f" (nearest measured: {target.arch} has not been)"
         lines.append(f"resources: {path.what}{near}; {coefficients()[path.name]['source']}")
     return "\n".join(lines)
+
+
+def _candidates(table: Table, top: int) -> list[str]:
+    """The pick in full, a line for each of those that come next."""
+    problem, pick = table.problem, table.candidate(0)
+    lines = [f"1. {tile_text(pick.knobs)}", f"   {_takes(pick)}", *("   " + s for s in str(pick.time).split("\n"))]
+    if problem.flops:
+        rate = problem.flops / pick.time.total
+        peak = table.target.flops.get(problem.dtype)
+        part = f", {rate / peak:.0%} of the data sheet's" if peak and problem.matrix else ""
+        lines.append(f"   {rate / 1e12:,.0f} TFLOP/s{part}")
+    lines += [""] if len(table.order) > 1 else []
+    for i in range(1, min(top, len(table.order))):
+        other = table.candidate(i)
+        slower = other.time.total / pick.time.total - 1
+        lines.append(
+            f"{i + 1}. {tile_text(other.knobs)}: {other.time.total * 1e6:,.2f} µs ({slower:+.1%}), "
+            f"bound by {_WAITS[other.time.bound]}; {_takes(other)}"
+        )
+    return lines
 
 
 def _takes(c: Candidate) -> str:
@@ -87,20 +106,22 @@ def _takes(c: Candidate) -> str:
     return f"{r.shared_bytes:,} bytes shared, about {r.registers:.0f} of {r.register_limit} registers{columns}"
 
 
-def _ruled_out(table: Table) -> list[str]:
-    """One line a constraint: how many tiles it rules out first, and an example."""
-    first: Counter[str] = Counter()
-    words: dict[str, str] = {}
+def ruled_out(table: Table) -> list[RuledOut]:
+    """What rules tiles out, in the order of the constraints; a tile counts for the first that it breaks."""
+    found = []
     seen = np.zeros(len(table), dtype=bool)
     for constraint, broken in table.broken.items():
         new = np.flatnonzero(broken & ~seen)
         if len(new):
-            first[constraint.name] += len(new)
-            words.setdefault(constraint.name, constraint.explain(table.values, _nearest(table, constraint, new)))
+            at = _nearest(table, constraint, new)
+            words = constraint.explain(table.values, at)
+            found.append(RuledOut(constraint.name, len(new), table.knobs_of(at), words))
         seen |= broken
-    left = int(np.sum(~seen & ~table.ok))
-    lines = [f"ruled out by {name}: {n:,} tiles, the nearest: {words[name]}" for name, n in first.items()]
-    return lines + ([f"ruled out by occupancy: {left:,} tiles do not fit a unit"] if left else [])
+    return found
+
+
+def _ruled_out_lines(table: Table) -> list[str]:
+    return [f"ruled out by {r.constraint}: {r.tiles:,} tiles, the nearest: {r.words}" for r in ruled_out(table)]
 
 
 def _nearest(table: Table, constraint: Constraint, rows: np.ndarray) -> int:
@@ -126,9 +147,11 @@ def core_of(table: Table) -> list[tuple[Constraint, int]]:
     return out
 
 
+def _clash(table: Table) -> str:
+    return "; ".join(f"{c.name}: {c.explain(table.values, row)}" for c, row in core_of(table))
+
+
 def nothing_fits(table: Table) -> str:
     """Why no tile satisfies all constraints: the ones that clash, in words, with their numbers."""
-    if not len(table):
-        return f"{table.problem.name}: no tile of the template has these knobs"
-    words = [f"{c.name}: {c.explain(table.values, row)}" for c, row in core_of(table)]
-    return f"{table.problem.name}: no tile fits {table.target.name}: " + "; ".join(words)
+    asked = f" with {tile_text(table.given)}" if table.given else ""
+    return f"no tile{asked} fits {table.target.name}: {_clash(table)}"

@@ -6,7 +6,7 @@ Two kernels with the same ``Problem`` get the same tile, so an answer is compute
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -37,7 +37,6 @@ class Problem:
 
     Attributes:
         family: of templates.
-        name: of the kernel, for messages; it does not compare.
         batch, m, n, k: of a product; for attention m queries and n keys.
         d, e: widths of keys and values, as powers of two.
         x, r: points of a pointwise kernel or reduction, and how many are folded into each.
@@ -61,7 +60,6 @@ class Problem:
     """
 
     family: str
-    name: str = field(default="kernel", compare=False)
     batch: int = 1
     m: int = 1
     n: int = 1
@@ -131,7 +129,6 @@ def problem_of(kernel: Kernel, target: Target, hints: Mapping[str, int] | None =
     ins = [p for p in kernel.params if not p.out]
     base = {
         "family": kernel.family,
-        "name": kernel.name,
         "itemsize": common["itemsize"],
         "out_itemsize": common["out_itemsize"],
         "widest": common["widest"],

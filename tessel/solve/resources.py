@@ -93,7 +93,7 @@ def estimate(family: str, target: Target, values: Mapping[str, Any]) -> dict[str
     """
     assert target.limits is not None
     header = load_header(family)
-    path, _ = nearest_path(header, target.arch)
+    path, measured = nearest_path(header, target.arch)
     shared = evaluate(header.smem_formula(target.arch), values)
     resident = shared if family in ("matmul", "attention") else 0 * values["num_warps"]  # without turning layouts
     columns: Any = 0
@@ -116,8 +116,8 @@ def estimate(family: str, target: Target, values: Mapping[str, Any]) -> dict[str
         *weights, constant = fitted["spill"]
         score = weights[0] * ratio + sum(w * evaluate(f, values) for w, f in zip(weights[1:], path.spill_terms))
         spills = (score + constant > 0) | (evaluate(path.always_spills, values) > 0)
-        unmeasured = values.get("loads", 1) > 1 if family == "reduction" else not values.get("aligned", 1)
-        if unmeasured:  # take the limit at its word
+        like = values.get("loads", 1) == 1 if family == "reduction" else values.get("aligned", 1)
+        if not (measured and like):  # nothing like it was measured: take the limit at its word
             spills = spills | (registers > limit)
         if target.arch == "sm_100":
             columns = evaluate(path.tensor_columns, values)

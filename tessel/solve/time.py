@@ -51,9 +51,11 @@ _ROW_OPS = 48  # lane operations a row of scores: assumed, two folds across four
 
 @dataclass(frozen=True)
 class Time:
-    """A predicted time and what it is made of. Times are seconds; those of a step are for all resident programs.
+    """A predicted time and what it is made of, in seconds; ``str`` gives the table.
 
-    ``str`` gives the table.
+    ``matrix`` to ``latency`` are the terms of one step of all programs that are resident on a unit, the longest of
+    which counts; ``work`` to ``launch`` are sums over all waves and add up to ``total``. The first ``ahead`` steps
+    have no latency to wait for.
     """
 
     programs: float
@@ -68,48 +70,61 @@ class Time:
     serial: float
     latency: float
     ahead: float
+    work: float
     issue: float
     fill: float
     epilogue: float
-    program: float
+    start: float
     dispatch: float
+    combine: float
     launch: float
     total: float
 
     @property
     def bound(self) -> str:
         """The largest term of a step."""
-        names = ("matrix", "l2", "memory", "shared", "vector", "serial", "latency")
-        return max(names, key=lambda n: float(getattr(self, n)))
+        return max(_STEP, key=lambda n: float(getattr(self, n)))
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What adds up to ``total``, in seconds."""
+        return {n: getattr(self, n) for n in _PARTS}
 
     def __str__(self) -> str:
-        step = float(getattr(self, self.bound)) + self.issue
-        words = {
-            "matrix": "multiply",
-            "l2": "tiles from L2",
-            "memory": "tiles from memory",
-            "shared": "shared memory's traffic",
-            "vector": "arithmetic outside products",
-            "serial": "products, then arithmetic on them",
-            "latency": f"latency to cover, after the first {self.ahead:.0f}",
-        }
         lines = [
             f"predicted {_show(self.total)}: {self.programs:,.0f} programs, {self.resident:.0f} resident a unit, "
             f"{self.waves:.2f} waves of {self.steps:,.0f} steps"
         ]
-        for name, what in words.items():
-            mark = "  <- the most" if name == self.bound else ""
+        for name, what in _PARTS.items():
             if getattr(self, name) > 0:
-                lines.append(f"    {name:<9} {_show(getattr(self, name)):>9}  a step: {what}{mark}")
-        lines += [
-            f"  + {'issue':<9} {_show(self.issue):>9}  a step: barriers, loop, copies; {_show(step)} in all",
-            f"  + {'fill':<9} {_show(self.fill):>9}  a wave: latency and the first tile",
-            f"  + {'epilogue':<9} {_show(self.epilogue):>9}  a wave: reads, exchange, writes",
-            f"  + {'program':<9} {_show(self.program):>9}  a wave: start and end of a program",
-            f"  + {'launch':<9} {_show(self.launch):>9}  once",
-            f"    {'dispatch':<9} {_show(self.dispatch):>9}  at least, to hand out all programs",
-        ]
+                lines.append(f"  {name:<8} {_show(getattr(self, name)):>9}  {what}")
+            for term, words in _STEP.items() if name == "work" else ():
+                mark = "  <- the most" if term == self.bound else ""
+                more = f", after the first {self.ahead:.0f} steps" if term == "latency" and self.ahead else ""
+                if getattr(self, term) > 0:
+                    lines.append(f"      {term:<8} {_show(getattr(self, term)):>9}  {words}{more}{mark}")
         return "\n".join(lines)
+
+
+_STEP = {
+    "matrix": "multiply",
+    "l2": "tiles from L2",
+    "memory": "tiles from memory",
+    "shared": "shared memory's traffic",
+    "vector": "arithmetic outside products",
+    "serial": "products, then arithmetic on them",
+    "latency": "latency to cover",
+}
+_PARTS = {
+    "work": "all steps; one of all resident programs is as long as the longest of:",
+    "issue": "barriers, loop control and the instructions that copy",
+    "fill": "latency and the first tile, once a wave",
+    "epilogue": "what is read for the output and written, and the exchange through shared memory",
+    "start": "programs begin and end",
+    "dispatch": "programs are handed out no faster",
+    "combine": "partial sums of a split are added by a second kernel",
+    "launch": "a launch",
+}
 
 
 def _show(seconds: float) -> str:
@@ -118,16 +133,9 @@ def _show(seconds: float) -> str:
     return f"{seconds * 1e6:.2f} µs" if seconds >= 1e-6 else f"{seconds * 1e9:.1f} ns"
 
 
-def predict(problem: Problem, target: Target, values: Mapping[str, Any], used: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ``Time`` for tiles whose knobs are in ``values`` and whose resources are in ``used``."""
-    model = _Model(problem, target, values, used)
-    rule = {
-        "matmul": model.matmul,
-        "attention": model.attention,
-        "reduction": model.reduction,
-        "pointwise": model.pointwise,
-    }
-    out = rule[problem.family]()
+def predict(problem: Problem, target: Target, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``Time`` for tiles whose knobs and resources are in ``values``, an array each."""
+    out = getattr(_Model(problem, target, values), problem.family)()
     rows = len(np.atleast_1d(values["num_warps"]))
     return {f.name: np.broadcast_to(np.asarray(out[f.name], dtype=float), (rows,)) for f in fields(Time)}
 
@@ -154,8 +162,8 @@ class _Step:
 class _Model:
     """The terms that the families share, on arrays."""
 
-    def __init__(self, problem: Problem, target: Target, v: Mapping[str, Any], used: Mapping[str, Any]) -> None:
-        self.p, self.target, self.v, self.used = problem, target, v, used
+    def __init__(self, problem: Problem, target: Target, v: Mapping[str, Any]) -> None:
+        self.p, self.target, self.v = problem, target, v
         self.c: Calibration = calibration_of(target)
         assert target.limits is not None and target.clock_hz is not None
         self.units, self.clock = target.units, target.clock_hz
@@ -188,10 +196,8 @@ class _Model:
         out = p.out_bytes / max(1, p.batch * p.m * p.n)
         written = bm * bn * np.where(split > 1, 4.0, out + p.point_bytes)
         epilogue = written, bm * bn * (2 + p.ops) / self._lanes()
-        got = self._waves(programs, steps, step, epilogue, stages=self._stages())
-        extra = (split + 1) * 4.0 * p.batch * p.m * p.n / self.memory_rate + self.c.launch_s
-        got["total"] = got["total"] + np.where(split > 1, extra, 0.0)
-        return got
+        sums = (split + 1) * 4.0 * p.batch * p.m * p.n / self.memory_rate + self.c.launch_s
+        return self._waves(programs, steps, step, epilogue, self._stages(), np.where(split > 1, sums, 0.0))
 
     def attention(self) -> dict[str, Any]:
         p, v = self.p, self.v
@@ -304,7 +310,7 @@ class _Model:
         p, v = self.p, self.v
         a, b = float(p.m) * p.k * a_bytes, float(p.k) * p.n * b_bytes
         each = tiles_m * tiles_n
-        together = np.minimum(each, np.maximum(1, self.units * np.maximum(self.used["per_unit"], 1)))
+        together = np.minimum(each, np.maximum(1, self.units * np.maximum(self.v["per_unit"], 1)))
         group = np.minimum(_real(v["GROUP"]), tiles_m)
         columns = np.minimum(tiles_n, _up(together, group))
         rows = np.minimum(tiles_m, group * _up(together, group * tiles_n))
@@ -316,31 +322,25 @@ class _Model:
         per_product = np.where(a + b <= self.l2_size / 2, a + b, per_product)
         return per_product * p.batch
 
-    def _waves(self, programs: Any, steps: Any, step: _Step, epilogue: tuple[Any, Any], stages: Any) -> dict[str, Any]:
+    def _waves(
+        self, programs: Any, steps: Any, step: _Step, epilogue: tuple[Any, Any], stages: Any, combine: Any = 0.0
+    ) -> dict[str, Any]:
         """All terms, from what one step and one epilogue take."""
-        per_unit = np.maximum(_real(self.used["per_unit"]), 1)
-        resident = np.minimum(per_unit, _up(programs, self.units))
+        resident = np.minimum(np.maximum(_real(self.v["per_unit"]), 1), _up(programs, self.units))
         at_once = self.units * resident
         full = np.floor(programs / at_once)
         rest = programs - full * at_once
+        active = np.clip(rest, 1, self.units)
         main = self._wave(resident, np.minimum(self.units, programs), steps, step, epilogue, stages)
-        last = self._wave(
-            np.maximum(1, _up(rest, self.units)), np.clip(rest, 1, self.units), steps, step, epilogue, stages
-        )
-        walk = full * main["wave"] + np.where(rest > 0, last["wave"], 0.0)
-        dispatch = programs * self.c.dispatch_s
-        total = np.maximum(walk, dispatch) + self.c.launch_s
-        shown = {n: np.where(full > 0, main[n], last[n]) for n in main if n != "wave"}
-        return {
-            **shown,
-            "programs": programs,
-            "resident": resident,
-            "waves": programs / at_once,
-            "steps": steps,
-            "dispatch": dispatch,
-            "launch": self.c.launch_s,
-            "total": total,
-        }
+        last = self._wave(np.maximum(1, _up(rest, self.units)), active, steps, step, epilogue, stages)
+        out = {n: np.where(full > 0, main[n], last[n]) for n in (*_STEP, "ahead")}
+        out |= {n: full * main[n] + np.where(rest > 0, last[n], 0.0) for n in main if n not in out}
+        out |= {"programs": programs, "resident": resident, "waves": programs / at_once, "steps": steps}
+        walk = sum(out[n] for n in ("work", "issue", "fill", "epilogue", "start"))
+        out["dispatch"] = np.maximum(0.0, programs * self.c.dispatch_s - walk)
+        out |= {"combine": combine, "launch": self.c.launch_s}
+        out["total"] = walk + out["dispatch"] + combine + self.c.launch_s
+        return out
 
     def _wave(
         self, o: Any, active: Any, steps: Any, step: _Step, epilogue: tuple[Any, Any], stages: Any
@@ -360,7 +360,6 @@ class _Model:
         # Four warps wait for their own products, then for their arithmetic on them; other four go on meanwhile.
         few = _SCHEDULERS / warps
         chain = (step.matrix + step.vector) * few if not step.overlap else np.maximum(matrix, vector)
-        alone = np.maximum(work, chain)
         # A tile must arrive in the time that the stages in flight give; without stages every step waits for its own.
         arrival = np.maximum(l2, memory) * o
         ahead = np.maximum(stages - 1, 1)
@@ -368,13 +367,9 @@ class _Model:
         cover = np.where(stages > 1, (self.c.latency_s + arrival) / ahead, apart)
         copies = step.copies * self.c.copy_s * np.maximum(1.0, few)
         issue = (self.c.issue_s + copies) / o
-        busy = np.maximum(o * work, alone)
+        busy = np.maximum(o * work, np.maximum(work, chain))
         first = np.minimum(stages - 1, steps)
-        walk = steps * issue + first * busy + (steps - first) * np.maximum(busy, cover)
-        fill = (self.c.latency_s + first * copies) / o + l2
         written, arithmetic = epilogue
-        epilogue_s = o * written / memory_rate + arithmetic + self.c.exchange_s / o
-        program = self.c.program_s / o
         return {
             "matrix": o * matrix,
             "l2": o * l2,
@@ -384,11 +379,11 @@ class _Model:
             "serial": 0.0 * work if step.overlap else chain,
             "latency": cover,
             "ahead": first,
-            "issue": issue,
-            "fill": fill,
-            "epilogue": epilogue_s,
-            "program": program,
-            "wave": walk + fill + epilogue_s + program,
+            "work": first * busy + (steps - first) * np.maximum(busy, cover),
+            "issue": steps * issue,
+            "fill": np.where(stages > 1, (self.c.latency_s + first * copies) / o + l2, 0.0),  # else every step waits
+            "epilogue": o * written / memory_rate + arithmetic + self.c.exchange_s / o,
+            "start": self.c.program_s / o,
         }
 
 

@@ -1,6 +1,6 @@
-"""A simple legal tile for every kernel: powers of two that fit the target. Nothing is measured or modelled.
+"""The tile of a kernel in Triton's interpreter, and what of a kernel every choice of a tile looks at.
 
-For Triton's interpreter tiles are large, since a program costs milliseconds there and numpy does the work.
+Tiles are large there: a program costs milliseconds and numpy does the work. For GPUs they are solved, in ``solve/``.
 """
 
 from __future__ import annotations
@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..errors import TesselError, check
+from ..errors import TesselError
 from ..ir.types import Dim, product
-from ..targets import Target
-from .header import Header, load_header
+from .header import load_header
 from .index import Index, delinearize, substitute, var
 from .kernel import Axis, Kernel, Load, Store
 
-INTERPRET_TILE = 2**17  # elements: numpy's cost a call is small beside the work, temporaries stay in cache
-ONE_BLOCK = 8192  # reduced elements that one block may hold
+LARGE = 2**17  # elements: numpy's cost a call is small beside the work, temporaries stay in cache
 UNKNOWN = 2**20  # a symbolic size counts as large
 
 
@@ -28,38 +26,15 @@ class Choice:
     why: str
 
 
-def default_knobs(kernel: Kernel, target: Target) -> dict[str, int]:
-    """The default tile of a kernel: every knob of its template.
-
-    Raises:
-        TesselError: no legal tile fits the target's shared memory.
-    """
-    return dict(choose(kernel, target).knobs)
-
-
-def choose(kernel: Kernel, target: Target, knobs: Mapping[str, int] | None = None) -> Choice:
-    """The default tile, or ``knobs`` completed by it, with the reason."""
+def choose(kernel: Kernel, knobs: Mapping[str, int] | None = None) -> Choice:
+    """The interpreter's tile of a kernel, or ``knobs`` completed by it, with the reason."""
     if knobs is not None and set(load_header(kernel.family).knobs) <= set(knobs):
         return Choice(dict(knobs), "given")
     rule = {"pointwise": _pointwise, "reduction": _reduction, "matmul": _matmul, "attention": _attention}
-    got, why = rule[kernel.family](kernel, target.vendor)
+    got = rule[kernel.family](kernel)
     if knobs:
         return Choice({**got, **knobs}, f"given: {', '.join(knobs)}; others by default")
-    return Choice(fit(kernel, target, load_header(kernel.family), got), why)
-
-
-def fit(kernel: Kernel, target: Target, header: Header, knobs: dict[str, int]) -> dict[str, int]:
-    """The knobs, made smaller until the header's formula fits the target's shared memory."""
-    if target.limits is None or target.vendor == "interpret":
-        return knobs
-    limit = target.limits.shared_bytes_per_block
-    order = ("num_stages", "RB", "XB", "BK", "BN", "BM")
-    while header.smem(target.arch, formula_values(kernel, knobs, target.vendor)) > limit:
-        smaller = [(n, v) for n in order if n in knobs for v in header.knobs[n] if v < knobs[n]]
-        check(bool(smaller), lambda: f"{kernel.name}: no tile fits {limit} bytes of shared memory on {target.name}")
-        name = smaller[0][0]
-        knobs = {**knobs, name: max(v for n, v in smaller if n == name)}
-    return knobs
+    return Choice(got, "large for the interpreter")
 
 
 def formula_values(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str, int]:
@@ -111,61 +86,31 @@ def size_or(d: Dim, unknown: int = UNKNOWN) -> int:
     return d if isinstance(d, int) else unknown
 
 
-def _pointwise(kernel: Kernel, vendor: str) -> tuple[dict[str, int], str]:
-    interpret = vendor == "interpret"
+def _pointwise(kernel: Kernel) -> dict[str, int]:
     size = size_or(product(a.extent for a in of_kind(kernel, "x")))
-    block = min(next_power(size), INTERPRET_TILE if interpret else 1024)
-    warps = 1 if interpret else 4 if block >= 512 else 1
-    why = "large for the interpreter" if interpret else "1024 elements a program, or all there are"
-    return {"XB": block, "num_warps": warps, "num_stages": 1}, why
+    return {"XB": min(next_power(size), LARGE), "num_warps": 1, "num_stages": 1}
 
 
-def _reduction(kernel: Kernel, vendor: str) -> tuple[dict[str, int], str]:
-    interpret = vendor == "interpret"
+def _reduction(kernel: Kernel) -> dict[str, int]:
     x_size = size_or(product(a.extent for a in of_kind(kernel, "x")))
     r_extent = product(a.extent for a in of_kind(kernel, "r"))
     r_size = size_or(r_extent)
-    most = INTERPRET_TILE if interpret else 8192
-    one_block = isinstance(r_extent, int) and r_extent <= (INTERPRET_TILE if interpret else ONE_BLOCK)
-    if one_block and (interpret or not reads_across(kernel)):
+    if isinstance(r_extent, int) and r_extent <= LARGE:  # a program holds whole rows
         rb = next_power(r_size)
-        xb = min(next_power(x_size), max(1, (most if interpret else 2048) // rb))
-        why = "a program holds whole rows"
-    elif reads_across(kernel):
-        # Neighbours in memory are neighbours along x: a wide x makes full cache lines.
-        xb = min(next_power(x_size), most // 32 if interpret else 64)
-        rb = min(next_power(r_size), most // xb if interpret else 32)
-        why = "x is the contiguous axis: wide along x, a loop over r"
+        xb = min(next_power(x_size), max(1, LARGE // rb))
+    elif reads_across(kernel):  # neighbours in memory are neighbours along x
+        xb = min(next_power(x_size), LARGE // 32)
+        rb = min(next_power(r_size), LARGE // xb)
     else:
-        rb = min(next_power(r_size), most // 8 if interpret else 2048)
-        xb = min(next_power(x_size), 8 if interpret else 1)
-        why = "rows too long for a block, or of unknown length: a loop over r"
-    warps = 1 if interpret else max(1, min(16 if rb > 4096 else 8, xb * rb // 256))
-    return {"XB": xb, "RB": rb, "num_warps": warps, "num_stages": 1}, why
+        xb, rb = min(next_power(x_size), 8), min(next_power(r_size), LARGE // 8)
+    return {"XB": xb, "RB": rb, "num_warps": 1, "num_stages": 1}
 
 
-def _matmul(kernel: Kernel, vendor: str) -> tuple[dict[str, int], str]:
-    interpret = vendor == "interpret"
-    m, n, k = (size_or(kernel.axis(a).extent, 4096) for a in "mnk")
-    exact = plain_dot(kernel, vendor)
-    if interpret:
-        most = (32, 32, 64) if exact else (256, 256, 512)
-        bm, bn, bk = (min(max(16, next_power(s)), top) for s, top in zip((m, n, k), most))
-        return _gemm(bm, bn, bk, 1, 1, 1), "large for the interpreter"
-    if exact:
-        return _gemm(16, 16, 16, 4, 4, 1), "no matrix instruction for this type: a small tile of plain sums"
-    widest = max(p.type.dtype.itemsize for p in kernel.params if not p.out)
-    if widest >= 4:  # f32 and f64 at full precision: bound by registers
-        bm, bn, bk = 64, 64, 16 if widest == 8 else 32
-    else:
-        bm, bn, bk = (128, 128, 64) if m > 64 else (64, 128, 64)
-    bm, bn, bk = (min(max(16, next_power(s)), b) for s, b in ((m, bm), (n, bn), (k, bk)))
-    warps = 8 if bm * bn >= 128 * 128 else 4
-    return _gemm(bm, bn, bk, 8, warps, 3), "a square tile, or what there is"
-
-
-def _gemm(bm: int, bn: int, bk: int, group: int, warps: int, stages: int) -> dict[str, int]:
-    return {"BM": bm, "BN": bn, "BK": bk, "GROUP": group, "num_warps": warps, "num_stages": stages}
+def _matmul(kernel: Kernel) -> dict[str, int]:
+    sizes = (size_or(kernel.axis(a).extent, 4096) for a in "mnk")
+    most = (32, 32, 64) if plain_dot(kernel, "interpret") else (256, 256, 512)
+    bm, bn, bk = (min(max(16, next_power(s)), top) for s, top in zip(sizes, most))
+    return {"BM": bm, "BN": bn, "BK": bk, "GROUP": 1, "num_warps": 1, "num_stages": 1}
 
 
 def plain_dot(kernel: Kernel, vendor: str) -> bool:
@@ -182,24 +127,9 @@ def plain_dot(kernel: Kernel, vendor: str) -> bool:
     return not dtype.is_floating_point or (vendor == "nvidia" and dtype.itemsize == 8 and narrow)
 
 
-def _attention(kernel: Kernel, vendor: str) -> tuple[dict[str, int], str]:
-    m, n = (size_or(kernel.axis(a).extent, 4096) for a in "mn")
-    interpret = vendor == "interpret"
-    width = max(head_widths(kernel).values())
-    widest = max(p.type.dtype.itemsize for p in kernel.params if not p.out)
-    if interpret:
-        bm, bn, why = 256, 256, "large for the interpreter"
-    elif plain_dot(kernel, vendor):
-        bm, bn, why = 16, 16, "plain sums: a small tile"
-    elif widest >= 4:
-        bm, bn, why = 32, 32 if width <= 64 else 16, "full precision: bound by registers"
-    else:
-        bm, bn, why = (128, 64, "wide in queries") if width <= 128 else (64, 32, "small: the heads are wide")
-        if vendor == "amd" and width > 64:
-            bn = 32  # 64 spills
-    bm, bn = min(max(16, next_power(m)), bm), min(max(16, next_power(n)), bn)
-    warps = 1 if interpret else 8 if bm >= 128 else 4
-    return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": 1 if interpret else 2}, why
+def _attention(kernel: Kernel) -> dict[str, int]:
+    bm, bn = (min(max(16, next_power(size_or(kernel.axis(a).extent, 4096))), 256) for a in "mn")
+    return {"BM": bm, "BN": bn, "num_warps": 1, "num_stages": 1}
 
 
 def reads_across(kernel: Kernel) -> bool:
