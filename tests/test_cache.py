@@ -27,8 +27,8 @@ from tessel.autotune.upkeep import prune, verify
 from tessel.autotune.why import why
 from tessel.cli import main
 from tessel.errors import TesselError
-from tessel.targets import get_target
 from tessel.solve import tile
+from tessel.targets import get_target
 from tessel.tiles.kernel import Kernel
 
 H100, H200 = get_target("h100"), get_target("h200")
