@@ -103,7 +103,7 @@ def peak_memory(name: str, dtype: str) -> Row:
         got = in_a_process("memory", name, dtype, 0, way)
         if "failed" in got:
             return {"failed": f"{way}: {got['failed']}"}
-        out |= {f"{way}_held": got["held"], f"{way}_peak": got["held"] + got["call"]}
+        out |= {f"{way}_held": got["held"], f"{way}_peak": got["held"] + got["call"], f"{way}_rss": got["resident"]}
     out["part"] = round(out["tessel_peak"] / max(out["compile_peak"], 1), 3)
     return out
 
@@ -211,6 +211,7 @@ def starts_table(rows: list[Row], kinds: Sequence[str]) -> str:
 
 def memory_table(rows: list[Row]) -> str:
     head = ["case", "eager", "torch.compile", "Tessel", "of them held between calls", "part"]
+    head += [f"resident: {w}" for w in ("eager", "torch.compile", "Tessel")]
 
     def mib(r: Row, key: str) -> str:
         return f"{r[key] / 2**20:.1f}" if key in r else "failed"
@@ -223,6 +224,7 @@ def memory_table(rows: list[Row]) -> str:
                 *(mib(r, f"{w}_peak") for w in ("eager", "compile", "tessel")),
                 mib(r, "tessel_held"),
                 _number(r, "part"),
+                *(mib(r, f"{w}_rss") for w in ("eager", "compile", "tessel")),
             ]
             for r in rows
         ],

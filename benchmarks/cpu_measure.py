@@ -221,30 +221,11 @@ def startup(way: str, name: str, dtype: torch.dtype) -> float:
 
 
 def memory(way: str, name: str, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes that torch's allocator hands out: the most at once in a call, and what is held between calls.
-
-    What was allocated while compiling and is still held afterwards (an arena, repacked weights) counts as held.
-    Kernels that call ``malloc`` themselves are not seen, in either compiler.
-    """
-    from torch.profiler import ProfilerActivity, profile
-
-    def balance(calls: int) -> tuple[int, int]:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as seen:
-            for _ in range(calls):
-                result = run()
-                del result
-        now = most = 0
-        events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            now += event.nbytes()
-            most = max(most, now)
-        return now, most
+    """Bytes of one call and bytes held between calls, see ``memory.measure``."""
+    from memory import measure
 
     with torch.no_grad():
-        run = runner(way, load(name, dtype)())
-        held, _ = balance(3)  # compiles
-        _, peak = balance(1)
-    return {"held": max(held, 0), "call": peak}
+        return measure(runner(way, load(name, dtype)()))
 
 
 def quiet() -> None:
