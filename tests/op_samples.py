@@ -186,6 +186,7 @@ def indexing() -> Iterator[Case]:
 def contractions() -> Iterator[Case]:
     yield "matmul", (real(3, 5), real(5, 7)), {}
     yield "matmul", (real(2, 3, 3, 5), real(2, 3, 5, 7)), {}
+    yield "mm", (real(2, 3, 5), real(2, 5, 7)), {}
     yield "addmm", (real(7), real(3, 5), real(5, 7)), {}
     q, k, v = real(2, 6, 5, 4), real(2, 6, 7, 4), real(2, 6, 7, 3)
     yield "attention", (q, k, v), {}
@@ -241,6 +242,8 @@ def norms() -> Iterator[Case]:
 
 
 def libraries() -> Iterator[Case]:
+    yield "linear_scan", (real(3, 7, 5), real(3, 7, 5)), {"dim": 1}
+    yield "linear_scan", (real(6), real(6)), {"dim": -1}
     conv = "convolution"
     # x, weight, bias, stride, padding, dilation, transposed, output padding, groups
     yield conv, (real(3, 4, 11), real(5, 4, 3), None, (1,), (0,), (1,), False, (0,), 1), {}

@@ -37,6 +37,7 @@ from ..tiles.kernel import (
     Load,
     Reduce,
     Ref,
+    Scan,
     Stmt,
     Store,
     Test,
@@ -364,6 +365,8 @@ def _statement(s: Stmt, names: _Names) -> tuple[_Node, list[tuple[str, int]]]:
         says, types = f"test {names.conds(s.conds, found, values, 'if')}", [s.dtype]
     elif isinstance(s, Reduce):
         says, types = f"reduce.{s.op} {operand(s.arg, 'value')}", [s.dtype, s.arg_dtype]
+    elif isinstance(s, Scan):
+        says, types = f"scan {operand(s.a, 'factor')} {operand(s.b, 'addend')}", [s.dtype]
     elif isinstance(s, Check):
         high, mask = names.size(s.high, found), names.conds(s.mask, found, values, "if")
         says = f"check {operand(s.arg, 'value')}<{high} if {mask}"

@@ -23,6 +23,7 @@ from ..tiles.kernel import Axis, Compute, Kernel, Load, Store
 from . import cpp_attention, cpp_matmul
 from .cpp_expr import Emitter
 from .cpp_reduce import reduction
+from .cpp_scan import scan
 from .cpp_space import Space, space_of
 from .cpp_text import SQUARE, coordinates, items, simd, squares, steps
 from .cpp_vector import Along
@@ -79,10 +80,10 @@ def render(kernel: Kernel) -> CppSource:
     Raises:
         TesselError: a family without a C++ template, or a value that has no C++ form.
     """
-    makers = {"pointwise": _pointwise, "reduction": reduction, "matmul": _matmul, "attention": _attention}
+    makers = {"pointwise": _pointwise, "reduction": reduction, "scan": scan, "matmul": _matmul, "attention": _attention}
     if kernel.family not in makers:
         raise TesselError(f"no C++ template for {kernel.family} kernels")
-    space = space_of(kernel) if kernel.family in ("pointwise", "reduction") else Space((), (), {})
+    space = space_of(kernel) if kernel.family in ("pointwise", "reduction", "scan") else Space((), (), {})
     params = [(p.name, memory_type(p.type.dtype), p.out) for p in kernel.params]
     context: dict[str, Any] = {
         "name": kernel.name,

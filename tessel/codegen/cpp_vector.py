@@ -15,7 +15,7 @@ import torch
 from ..ir.types import Dim
 from ..ops import OPS
 from ..tiles.index import Cond, Index
-from ..tiles.kernel import Check, Compute, IndexOf, Kernel, Load, Reduce, Ref, Stmt, Store, Test, refs
+from ..tiles.kernel import Check, Compute, IndexOf, Kernel, Load, Reduce, Ref, Scan, Stmt, Store, Test, refs
 from .cpp_space import Space
 
 __all__ = ["FOLDS", "KINDS", "Along", "fold_step", "unroll", "wide_cast"]
@@ -102,6 +102,9 @@ class Along:
             return self.lane not in dims | self._conds(s.mask)
         if isinstance(s, Reduce):
             return s.op in FOLDS and s.arg_dtype in KINDS and s.arg_dtype != torch.bool and s.dtype in KINDS
+        if isinstance(s, Scan):  # there is a state for every lane, whatever its operands vary along
+            self.dims[s.out] = dims | {self.lane}
+            return s.dtype == torch.float32
         assert isinstance(s, Compute)
         self.dims[s.out] = dims
         if self.lane not in dims:

@@ -78,6 +78,7 @@ KINDS = frozenset(
         "index",  # like pointwise, but reads an operand at computed places (gather, cat, pad)
         "generate",  # no tensor operands: iota, full
         "reduce",  # folds axes away with a named combine
+        "scan",  # a recurrence along one axis, every other axis apart
         "contract",  # matmul
         "attention",  # scaled dot-product attention
         "composite",  # kept whole, opened by the decompose pass

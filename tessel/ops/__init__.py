@@ -23,11 +23,13 @@ from .matmul import MATMUL
 from .norm import NORM
 from .random import RANDOM
 from .reduce import REDUCE
+from .scan import SCAN
 from .view import VIEW
 
 OPS = table(
     ELEMENTWISE.values(),
     REDUCE.values(),
+    SCAN.values(),
     MATMUL.values(),
     ATTENTION.values(),
     VIEW.values(),

@@ -9,12 +9,14 @@ import torch
 from ..ir.node import CHEAP, Node, Value
 from ..ir.types import TensorType
 from ..tiles.axes import Axes, axes_of, join
+from ._scans import scan_axis
 
 MAX_NODES = 48  # of one kernel; longer chains gain nothing and cost registers
 MAX_TENSORS = 24  # tensors a kernel reads and writes
 MAX_INLINE_COST = 4 * CHEAP  # of values computed where they are read, per element
 FREE = frozenset({"view", "generate"})
-TEMPLATED = frozenset({"pointwise", "index", "reduce", "contract", "attention"})
+TEMPLATED = frozenset({"pointwise", "index", "reduce", "scan", "contract", "attention"})
+FAMILIES = {"reduce": "reduction", "scan": "scan", "contract": "matmul", "attention": "attention"}
 KERNEL_DTYPES = frozenset(
     {
         torch.float64,
@@ -100,12 +102,13 @@ def start(node: Node, place: int, reason: str | None) -> Group:
     for maker in reversed(_free_operands(node)):  # a view after all that read it
         view = axes_of(maker)
         got = join(view, axes, (maker.out,), inline=node.op.kind == "attention")
-        if isinstance(got, str):  # one view read at two places, as in x @ x.T: a read of its own at each
+        cut = isinstance(got, Axes) and node.op.kind == "scan" and scan_axis(node, got) is None
+        if cut or isinstance(got, str):  # one view read at two places, as in x @ x.T: a read of its own at each
             got = join(view, axes, (maker.out,), inline=True)
         assert isinstance(got, Axes)
         axes = got
         free[maker] = None
-    family = {"reduce": "reduction", "contract": "matmul", "attention": "attention"}.get(node.op.kind, "pointwise")
+    family = FAMILIES.get(node.op.kind, "pointwise")
     group = Group([node], free, {}, axes, place, place, family)
     group.reads = outside_reads(group)
     if family == "matmul":
@@ -139,7 +142,7 @@ def outside_reads(group: Group) -> dict[Value, None]:
 def inline_problem(producer: Group, consumer: Group) -> str | None:
     """Why a producer's values cannot be computed where the consumer reads them."""
     if producer.family != "pointwise":
-        return "its value is read at other places, and a reduction is not computed twice"
+        return f"its value is read at other places, and a {producer.family} is not computed twice"
     if any(n.op.kind == "index" for n in producer.nodes) and consumer.family == "matmul":
         return "a gather is not repeated inside a matrix product"
     cost = sum(n.op.cost for n in producer.nodes)

@@ -3,7 +3,7 @@
 Attributes of a kernel node:
 
     name      a readable identifier
-    family    pointwise, reduction, matmul or attention
+    family    pointwise, reduction, scan, matmul or attention
     axes      ((name, extent), ...): the loops, parallel ones (``x0``) before reduced ones (``r1``)
     layouts   for each node of the region the loops of each dim of its (first) result, written as
               in a dims string: ``"x0 (x1 x2) 1"``; for one that folds ``"x0 r1 -> x0"``, operand
@@ -41,7 +41,7 @@ def make_kernel(
         sources.append(old)
     region = Graph(inputs, tuple(nodes), tuple(new[v] for v in outs), (), "region")
     axes, layouts = _axes(group, sources, outs)
-    main = [n for n in group.nodes if n.op.kind in ("contract", "attention", "reduce")] or group.nodes
+    main = [n for n in group.nodes if n.op.kind in ("contract", "attention", "scan", "reduce")] or group.nodes
     used = list(dict.fromkeys(n.op.name for n in main))
     why = [*group.joined, *(f"not more: {refused[n]}" for n in group.nodes if n in refused)]
     return Node(

@@ -30,8 +30,10 @@ from ._copies import own_copies, torch_runs
 from ._groups import FREE, MAX_NODES, MAX_TENSORS, Group, inline_problem, outside_reads, start
 from ._products import with_bias
 from ._regions import KERNEL, make_kernel
+from ._scans import scan_problem
 
-ORDER = {"pointwise": 0, "reduction": 1, "matmul": 2, "attention": 3}
+ORDER = {"pointwise": 0, "reduction": 1, "scan": 2, "matmul": 3, "attention": 4}
+LOOPS = ("pointwise", "reduction", "scan")  # families that join along their loops
 
 
 def run(graph: Graph, options: Options | None = None) -> Graph:
@@ -189,7 +191,7 @@ class _Fuser:
                 for g in self._before(mine)
                 if g.axes is not None
                 and g not in tried
-                and g.family in ("pointwise", "reduction")
+                and g.family in LOOPS
                 and any(v in g.values for v in mine.reads)
             ]
             if not producers:
@@ -216,12 +218,16 @@ class _Fuser:
             return "attention has no epilogue"
         if a.family != b.family and "matmul" in (a.family, b.family) and "reduction" in (a.family, b.family):
             return "a matmul and a reduction fold different axes"
+        if a.family != b.family and "matmul" in (a.family, b.family) and "scan" in (a.family, b.family):
+            return "a matmul has no steps that follow each other"
         shared = [v for v in b.reads if v in a.reads and v in a.axes.reads and v in b.axes.reads]
         axes = join(a.axes, b.axes, through, shared=shared)
         if isinstance(axes, str):
             # cheap work on fewer axes is repeated rather than stored
             return axes if not through or self._inline(a, b, through) else None
         if "matmul" in (a.family, b.family) and (why := _not_an_epilogue(axes)):
+            return why
+        if "scan" in (a.family, b.family) and (why := scan_problem((*a.nodes, *b.nodes), axes)):
             return why
         return self._replace(a, b, axes, f"{_name(a)} with {_name(b)}")
 

@@ -17,7 +17,7 @@ from ..ir.node import Graph
 from ..ir.text import print_graph
 from ..ir.verify import verify
 from ..ops import OPS
-from . import canonicalize, decompose, inplace
+from . import canonicalize, decompose, inplace, recurrences
 
 Pass: TypeAlias = "Callable[[Graph, Options], Graph]"
 
@@ -61,11 +61,15 @@ def _fuse(graph: Graph, options: Options) -> Graph:
 PASSES: tuple[tuple[str, Pass], ...] = (
     ("canonicalize", lambda graph, options: canonicalize.run(graph)),
     ("decompose", lambda graph, options: decompose.run(graph)),
+    ("recurrences", lambda graph, options: recurrences.run(graph)),
     # opening composites leaves identities and doubles behind
     ("canonicalize", lambda graph, options: canonicalize.run(graph)),
     ("inplace", lambda graph, options: inplace.run(graph)),
     ("fuse", _fuse),
 )
+
+# Passes whose results only the C++ templates have kernels for.
+CPU_ONLY = frozenset({"recurrences"})
 
 
 def run_pipeline(

@@ -127,13 +127,15 @@ def axes_of(node: Node) -> Axes:
     """The axes of a single node, from its dims string.
 
     A factor that is not a plain map axis means different places in operand and result for
-    views and gathers (a slice, a concatenation), so it gets an axis on each side.
+    views and gathers (a slice, a concatenation), so it gets an axis on each side. A recurrence is
+    at the same place of operand and result; that its steps come in order is the kernel's business.
     """
     dims = dims_of(node)
     sizes = factor_sizes(node, dims) if _composite(dims.operands + dims.results) else {}
     extent: dict[int, Dim] = {}
     shared: dict[str, int] = {}
     folds = node.op.kind in ("reduce", "contract")
+    kept = {"map", "reduce"} if folds else {"map", "whole"} if node.op.kind == "scan" else {"map"}
 
     def layout(shape: Shape, type_: TensorType, side: str) -> Layout:
         out: list[tuple[int, ...]] = []
@@ -143,7 +145,7 @@ def axes_of(node: Node) -> Axes:
                 n = size if len(term) == 1 else sizes[f.name]
                 if isinstance(n, int) and n == 1:
                     continue
-                key = f.name if f.kind == "map" or (folds and f.kind == "reduce") else f"{f.name} {side}"
+                key = f.name if f.kind in kept else f"{f.name} {side}"
                 if key not in shared:
                     shared[key] = next(_ids)
                     extent[shared[key]] = n
@@ -161,7 +163,7 @@ def axes_of(node: Node) -> Axes:
         got = layout(s, v.type, f"operand {i}")
         if got not in reads.get(v, ()):
             reads[v] = (*reads.get(v, ()), got)
-        if not folds and any(f.kind != "map" for term in s for f in term):
+        if not folds and any(f.kind not in kept for term in s for f in term):
             moved.add(v)
         if node.op.kind == "reduce" and i == 0:
             operand_layouts[node] = got

@@ -8,6 +8,8 @@ access states coordinates, mask and ``other``, so that it can be proved as well 
 
 Families:
     ``pointwise``  every value at one x point.
+    ``scan``       like pointwise or reduction, with one axis of kind ``s`` that is gone through in order: ``Scan``
+                   at a point reads what it gave at the point before. Reductions read scans, not the other way round.
     ``reduction``  values at (x, r) points, folded over r by ``Reduce`` into values at x points;
                    ``segments()`` says what a looped form has to repeat.
     ``matmul``     ``parts["a"]`` computes the left operand at (x.., m, k), ``parts["b"]`` the right
@@ -36,7 +38,7 @@ LSE = -2  # the log-sum-exp row of attention
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A loop of the kernel; ``kind`` is ``x`` (parallel) or ``r`` (reduced)."""
+    """A loop of the kernel; ``kind`` is ``x`` (parallel), ``r`` (reduced) or ``s`` (one after the other)."""
 
     name: str
     extent: Dim
@@ -135,6 +137,16 @@ class Reduce:
 
 
 @dataclass(frozen=True, slots=True)
+class Scan:
+    """``out = a * (out of the step before) + b`` along the axis of kind ``s``; the first step gives ``b``."""
+
+    out: int
+    a: Ref
+    b: Ref
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
     """Stop the program unless ``0 <= arg < high``: the bound eager checks for an index."""
 
@@ -151,7 +163,7 @@ class Store:
     dtype: torch.dtype
 
 
-Stmt: TypeAlias = Load | IndexOf | Test | Compute | Reduce | Check | Store
+Stmt: TypeAlias = Load | IndexOf | Test | Compute | Reduce | Scan | Check | Store
 
 
 def refs(stmt: Stmt) -> Iterator[int]:
@@ -174,6 +186,8 @@ def refs(stmt: Stmt) -> Iterator[int]:
         yield from (a.number for a in stmt.args if isinstance(a, Ref))
     if isinstance(stmt, Reduce):
         yield stmt.arg.number
+    if isinstance(stmt, Scan):
+        yield from (stmt.a.number, stmt.b.number)
     if isinstance(stmt, Store) and isinstance(stmt.arg, Ref):
         yield stmt.arg.number
 

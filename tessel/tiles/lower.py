@@ -31,6 +31,7 @@ from .kernel import (
     Param,
     Reduce,
     Ref,
+    Scan,
     Stmt,
     Store,
     Test,
@@ -160,6 +161,8 @@ class Lowering:
             got = yield from INDEXED[node.op.name](self, node, coords, mask)
         elif kind == "reduce":
             got = yield from self._reduce(node, coords, mask)
+        elif kind == "scan":
+            got = yield from self._scan(node, coords, mask)
         else:
             raise TesselError(f"{self.node.attrs['name']}: no tile program for {node.op.name} at {node.loc}")
         self.memo[key] = got
@@ -193,6 +196,22 @@ class Lowering:
         if not isinstance(arg, Ref):
             arg = self.compute("copy", (arg,), x.dtype, x.dtype)
         return self.new(lambda out: Reduce(out, node.op.name, arg, node.type.dtype, x.dtype))
+
+    def _scan(self, node: Node, coords: Coords, mask: Mask) -> Wants:
+        mine = self.coords(self.layout[node])
+        check(
+            mine == coords and not mask,
+            lambda: (
+                f"{self.node.attrs['name']}: {node.op.name} at {node.loc} is read at another step than its own "
+                f"({', '.join(map(str, coords))} is not {', '.join(map(str, mine))})"
+            ),
+        )
+        args: list[Operand] = []
+        for x in node.operands:
+            arg = yield (x, mine, ())
+            args.append(arg if isinstance(arg, Ref) else self.compute("copy", (arg,), x.dtype, x.dtype))
+        a, b = args
+        return self.new(lambda out: Scan(out, a, b, node.type.dtype))
 
     # ------------------------------------------------------------------ results
 
@@ -231,10 +250,17 @@ def _tensor(t: object) -> TensorType:
 
 
 def _plain(low: Lowering) -> Kernel:
-    """Pointwise and reduction kernels."""
+    """Pointwise, reduction and scan kernels."""
     for i, v in enumerate(low.region.outputs):
         low.store(i, v, low.coords(low.layout[v.node]))
-    return low.kernel(low.axes, low.take())
+    steps = {
+        low.axes[a].name
+        for n in low.region.nodes
+        if n.op.kind == "scan"
+        for a in low.layout[n][n.attrs["dim"] % n.type.rank]
+    }
+    axes = tuple(Axis(a.name, a.extent, "s") if a.name in steps else a for a in low.axes)
+    return low.kernel(axes, low.take())
 
 
 def _matmul(low: Lowering) -> Kernel:

@@ -1,0 +1,166 @@
+"""What the scan template is given: independent recurrences are dealt out to threads, each goes through its steps.
+
+folded  the state of a recurrence is a row along the reduced loops; every step makes the new row with vectors along
+        it, folds it, and goes on with what was folded.
+apart   there is nothing to fold: vectors hold neighbouring recurrences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import check
+from ..ir.types import contiguous_strides, product
+from ..tiles.index import linearize, var
+from ..tiles.kernel import Axis, Kernel, Reduce, Ref, Scan, Stmt
+from .cpp_expr import Dims, Emitter
+from .cpp_space import Space
+from .cpp_text import points, simd, steps
+from .cpp_vector import FOLDS, Along, fold_step
+from .cpp_words import identity, size_text, value_type
+from .dialect import compute_dtype
+
+__all__ = ["scan"]
+
+LANES = 256  # recurrences side by side that a thread works on, in the form ``apart``
+_STEPS = {
+    "sum": "{acc} += {v};",
+    "amax": "{acc} = maximum({acc}, {v});",
+    "amin": "{acc} = minimum({acc}, {v});",
+}
+_CLAUSES = {"sum": "+", "amax": "amax", "amin": "amin"}
+
+
+def scan(kernel: Kernel, space: Space) -> dict[str, Any]:
+    """Context of ``scan.cpp.j2``."""
+    return _Writer(kernel, space).context()
+
+
+class _Writer:
+    def __init__(self, kernel: Kernel, space: Space) -> None:
+        self.kernel, self.space = kernel, space
+        self.e = Emitter(kernel, space)
+        self.step = next((a for a in kernel.axes if a.kind == "s"), Axis("s", 1, "s"))
+        self.folds = bool(space.rs)
+        self.loops: tuple[Axis, ...] = space.rs if self.folds else space.xs[-1:]
+        self.outer: tuple[Axis, ...] = space.xs if self.folds else space.xs[:-1]
+        self.states: list[str] = []
+        self.before: list[str] = []
+        self.body: list[str] = []
+
+    def context(self) -> dict[str, Any]:
+        if self.folds:
+            for segment in self.kernel.segments():
+                self._segment(segment.stmts, segment.loop)
+        else:
+            self._segment(self.kernel.body, True)
+        lane = self.loops[-1] if self.loops else None
+        apart = lane is not None and not self.folds
+        return {
+            "rows": size_text(product(a.extent for a in self.outer)),
+            "lanes": size_text(lane.extent) if lane is not None and apart else "",
+            "width": LANES,
+            "coordinates": points(self.outer, "row" if apart else "item"),
+            "states": self.states,
+            "before": self.before,
+            "step": self.step.name,
+            "steps": size_text(self.step.extent),
+            "body": self.body,
+        }
+
+    def _segment(self, stmts: tuple[Stmt, ...], loop: bool) -> None:
+        e = self.e
+        loops = self.loops if loop else ()
+        lane = loops[-1] if loops else None
+        wide = False
+        if lane is not None:
+            along = Along(self.kernel, self.space, lane.name, {n: d for n, (_, d, _) in e.values.items()})
+            wide = along.all_wide(stmts, lane.extent)
+        e.nest([a.name for a in self.outer], [self.step.name, *(a.name for a in loops)], wide)
+        folds: list[Reduce] = []
+        clauses: dict[str, list[str]] = {}
+        for stmt in stmts:
+            if isinstance(stmt, Scan):
+                self._scan(stmt, wide)
+            elif isinstance(stmt, Reduce):
+                folds.append(stmt)
+                clauses.setdefault(_CLAUSES[stmt.op], []).append(_name(stmt))
+                self._fold(stmt, wide)
+            else:
+                e.emit(stmt)
+        if e.flags:
+            clauses.setdefault("|", []).append("bad")
+        self.before += e.blocks[0]
+        self.body += e.blocks[1]
+        if lane is not None:
+            self.body += [f"{_type(f)} {_name(f)} = {_start(f)};" for f in folds]
+            self.body += self._nest(lane, folds, wide, simd(clauses))
+        for f in folds:
+            e.values[f.out] = _name(f), frozenset({*(a.name for a in self.outer), self.step.name}), f.dtype
+
+    def _nest(self, lane: Axis, folds: list[Reduce], wide: bool, pragma: str) -> list[str]:
+        """The loops of one step."""
+        blocks = self.e.blocks[2:]
+        if wide:
+            body = [f"vf {_name(f)}_v = all({_start(f)});" for f in folds]
+            body += steps(lane, blocks[-1])
+            body += [_STEPS[f.op].format(acc=_name(f), v=f"{FOLDS[f.op]}({_name(f)}_v)") for f in folds]
+        else:
+            head = f"for (i64 {lane.name} = begin; {lane.name} < end; ++{lane.name}) {{"
+            body = [pragma, head, *("  " + line for line in blocks[-1]), "}"]
+        if not self.folds:
+            return body  # the template says where a block of lanes begins and ends
+        body = ["{", f"  const i64 begin = 0, end = {size_text(lane.extent)};", *("  " + line for line in body), "}"]
+        for axis, block in zip(reversed(self.loops[:-1]), reversed(blocks[:-1]), strict=True):
+            name = axis.name
+            head = f"for (i64 {name} = 0; {name} < {size_text(axis.extent)}; ++{name}) {{"
+            body = [head, *("  " + line for line in (*block, *body)), "}"]
+        return body
+
+    def _inner(self) -> Dims:
+        return self.e.known[-1]
+
+    def _scan(self, stmt: Scan, wide: bool) -> None:
+        """The new state, which the next step finds where the old one was."""
+        e = self.e
+        check(
+            not self.folds or len(e.blocks) > 2,
+            lambda: f"{self.kernel.name}: a recurrence on fewer loops than the fold after it",
+        )
+        state, name, type_ = f"state{stmt.out}", f"scan{stmt.out}", value_type(stmt.dtype)
+        folded = [a for a in self.kernel.axes if a.kind == "r"]
+        flat = linearize([var(a.name, a.extent) for a in folded], contiguous_strides([a.extent for a in folded]))
+        if self.folds:
+            place, size = e.index(flat)[0], size_text(product(a.extent for a in folded))
+        else:
+            place, size = (f"{self.loops[-1].name} - begin", str(LANES)) if self.loops else ("0", "1")
+        self.states.append(f"alignas(64) {type_} {state}[{size}];")
+        a, b = (self._operand(x, wide) for x in (stmt.a, stmt.b))
+        inner = self._inner()
+        old = f"get_float({state} + {place}, n)" if wide else f"{state}[{place}]"
+        new = f"fma({a}, {old}, {b})" if type_ == "float" else f"{a} * {old} + {b}"
+        e.line(f"const {'vf' if wide else type_} {name} = {self.step.name} ? {new} : {b};", inner)
+        e.line(f"put_float({state} + {place}, {name}, n);" if wide else f"{state}[{place}] = {name};", inner)
+        e.values[stmt.out] = name, inner, stmt.dtype
+
+    def _operand(self, ref: Ref, wide: bool) -> str:
+        text, dims, _ = self.e.values[ref.number]
+        return text if not wide or self.e.wide(dims) else f"all({text})"
+
+    def _fold(self, stmt: Reduce, wide: bool) -> None:
+        name = _name(stmt)
+        text = self._operand(stmt.arg, wide)
+        line = fold_step(stmt.op, f"{name}_v", text) if wide else _STEPS[stmt.op].format(acc=name, v=text)
+        self.e.line(line, self._inner())
+
+
+def _name(stmt: Reduce) -> str:
+    return f"{stmt.op}{stmt.out}"
+
+
+def _type(stmt: Reduce) -> str:
+    return value_type(compute_dtype(stmt.dtype))
+
+
+def _start(stmt: Reduce) -> str:
+    return identity(stmt.op, compute_dtype(stmt.dtype))
