@@ -44,6 +44,11 @@ class Constraint:
         """Where the rule is broken, as an array of truths (or one)."""
         return np.asarray(self.number(values)) > np.asarray(self.limit(values))
 
+    def excess(self, values: Values, count: int) -> np.ndarray:
+        """By how much each of ``count`` rows breaks it; not positive where it does not."""
+        number, limit = (np.asarray(f(values), dtype=float) for f in (self.number, self.limit))
+        return np.broadcast_to(number - limit, (count,))
+
     def explain(self, values: Mapping[str, Any], at: int) -> str:
         """Why row ``at`` breaks it, with both numbers."""
         own = {n: (v[at] if isinstance(v, np.ndarray) and v.ndim else v) for n, v in values.items()}

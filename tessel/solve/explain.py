@@ -126,9 +126,7 @@ def _ruled_out_lines(table: Table) -> list[str]:
 
 def _nearest(table: Table, constraint: Constraint, rows: np.ndarray) -> int:
     """The row that breaks a constraint by least."""
-    number = np.broadcast_to(np.asarray(constraint.number(table.values), dtype=float), (len(table),))
-    limit = np.broadcast_to(np.asarray(constraint.limit(table.values), dtype=float), (len(table),))
-    return int(rows[np.argmin((number - limit)[rows])])
+    return int(rows[np.argmin(constraint.excess(table.values, len(table))[rows])])
 
 
 def core_of(table: Table) -> list[tuple[Constraint, int]]:

@@ -39,7 +39,8 @@ class Candidate:
 @cache
 def _grid(family: str, more: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> Mapping[str, np.ndarray]:
     """Every combination of a template's knobs, one array a knob, the first knob slowest."""
-    knobs = {**load_header(family).knobs, **dict(more)}
+    header = load_header(family)
+    knobs = {**{n: v for n, v in header.knobs.items() if n not in header.variants}, **dict(more)}
     axes = np.meshgrid(*(np.array(v, dtype=np.int64) for v in knobs.values()), indexing="ij")
     return MappingProxyType({n: a.ravel() for n, a in zip(knobs, axes)})
 
@@ -80,11 +81,13 @@ class Table:
         header = load_header(problem.family)
         grid = _grid(problem.family, tuple((n, tuple(v)) for n, v in more.items()))
         keep = np.ones(len(grid["num_warps"]), dtype=bool)
+        grid = {**grid, **{n: np.full(len(keep), given.get(n, v)) for n, v in header.plain.items() if n not in grid}}
         for name, value in given.items():
             if name not in grid:
                 raise TesselError(f"{problem.family} template: no knob {name!r}; {did_you_mean(name, grid)}")
-            if value not in grid[name]:
-                known = ", ".join(map(str, np.unique(grid[name])))
+            allowed = header.knobs.get(name, tuple(np.unique(grid[name])))
+            if value not in allowed:
+                known = ", ".join(map(str, allowed))
                 raise TesselError(f"{problem.family} template: {name}={value} is none of {known}")
             keep &= grid[name] == value
         self.knobs = {n: a[keep] for n, a in grid.items()} if given else dict(grid)
