@@ -297,7 +297,7 @@ def run_kernel(node: Node, args: list[torch.Tensor], sizes: Mapping[str, int]) -
         raw = torch.empty(0, dtype=torch.uint8).set_(out.untyped_storage())  # type: ignore[call-overload]
         raw.fill_(1 if t.dtype == P else 0xC7)
         outs.append(out)
-    grid = tuple(evaluate_size(g, sizes) for g in grid_of(source.kernel, source.knobs))
+    grid = tuple(evaluate_size(g, sizes) for g in grid_of(source.kernel, source.knobs, INTERPRET))
     with interpreting():
         launch(grid, *_in_order(source.kernel, args, outs), *(sizes[s] for s in source.sizes))
     return outs

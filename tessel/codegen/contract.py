@@ -12,6 +12,7 @@ from ..errors import check
 from ..ir.types import product
 from ..tiles.default import batch_axes, head_widths, plain_dot
 from ..tiles.kernel import ACC, LSE, Compute, Kernel, Load, Ref, Stmt, refs
+from .descriptors import descriptors
 from .dialect import compute_dtype, literal, narrow, rounded, size_text, triton_dtype
 from .expr import Emitter
 from .families import divides, flat_axes, names_for
@@ -60,11 +61,11 @@ def _plain_load(stmts: tuple[Stmt, ...], number: int) -> bool:
     )
 
 
-def operand(e: Emitter, part: str, zero: tuple[int, str | None]) -> tuple[str, torch.dtype]:
+def operand(e: Emitter, part: str, zero: tuple[int, str | None], padded: bool = False) -> tuple[str, torch.dtype]:
     """The tile that a part provides, ready for a dot, and its dtype.
 
     ``zero`` is the contracted dim and its mask: what overhangs there is made zero, since zero
-    times the other side's garbage must vanish on both sides.
+    times the other side's garbage must vanish on both sides. ``padded`` says that it is zero already.
     """
     provided = e.kernel.provides[part]
     check(isinstance(provided, Ref), lambda: f"{e.kernel.name}: part {part!r} provides {provided!r}, not a value")
@@ -75,7 +76,7 @@ def operand(e: Emitter, part: str, zero: tuple[int, str | None]) -> tuple[str, t
     dim, ok = zero
     if dims != BOTH:
         text = e.spread(text, dims, BOTH)
-    if ok is not None and not (clean and dim in dims):
+    if ok is not None and not padded and not (clean and dim in dims):
         text = f"tl.where({ok}, {text}, {literal(0, dtype, False)})"
     exact = isinstance(stmt, Load) or (isinstance(stmt, Compute) and stmt.op == "cast")
     if e.interpret:  # its dot wants f32: it would multiply the bits of bf16
@@ -108,31 +109,76 @@ def matmul(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str, A
     over = {n: not divides(knobs[b], extents[n]) for n, b in (("m", "BM"), ("n", "BN"), ("k", "BK"))}
     names = names_for(
         kernel, "BM", "BN", "BK", "GROUP", "m", "n", "ka", "kb", "m_ok", "n_ok", "ka_ok", "kb_ok", "acc",
-        "tile", "tiles_m", "tiles_n", "group", "rows", "tile_m", "tile_n", "k_start",
+        "tile", "tiles_m", "tiles_n", "group", "rows", "tile_m", "tile_n", "k_start", "program",
+        "a_tma", "b_tma", "x_at",
     )  # fmt: skip
+    pieces = knobs.get("PIECES", 1)
     left = _emitter(kernel, names, ("m", "m", over["m"]), ("k", "ka", over["k"]), ("BM", "BK"), interpret)
     right = _emitter(kernel, names, ("k", "kb", over["k"]), ("n", "n", over["n"]), ("BK", "BN"), interpret)
-    epilogue = _emitter(kernel, names, ("m", "m", over["m"]), ("n", "n", over["n"]), ("BM", "BN"), interpret)
-    a_before, a_loop = _part(left, "a", "k")
-    b_before, b_loop = _part(right, "b", "k")
-    a, dtype = operand(left, "a", (1, "ka_ok" if over["k"] else None))
-    b, other = operand(right, "b", (0, "kb_ok" if over["k"] else None))
+    columns = "BN" if pieces == 1 else f"BN // {pieces}"
+    epilogue = _emitter(kernel, names, ("m", "m", over["m"]), ("n", "n", over["n"]), ("BM", columns), interpret)
+    described = descriptors(kernel) if knobs.get("TMA") else {}
+    scalar = Emitter(kernel, names, flat_axes(batch_axes(kernel), "x"), {"x": Lane("x_at", NONE)}, ("1", "1"), False)
+    made = [line for d in described.values() for line in d.made(scalar)]
+    a_before, a_loop = described["a"].lines(left) if "a" in described else _part(left, "a", "k")
+    b_before, b_loop = described["b"].lines(right) if "b" in described else _part(right, "b", "k")
+    a, dtype = operand(left, "a", (1, "ka_ok" if over["k"] else None), padded="a" in described)
+    b, other = operand(right, "b", (0, "kb_ok" if over["k"] else None), padded="b" in described)
     check(dtype == other, lambda: f"{kernel.name}: a product of {dtype} and {other}; cast one operand first")
     acc_dtype = compute_dtype(dtype)
     epilogue.define(ACC, "acc", BOTH, acc_dtype)
     for stmt in kernel.body:
         epilogue.emit(stmt)
+    batched = product(a.extent for a in batch_axes(kernel)) != 1
     return {
         **{n: size_text(d) for n, d in extents.items()},
         **{f"{n}_masked": v for n, v in over.items()},
-        "batched": product(a.extent for a in batch_axes(kernel)) != 1,
+        "batched": batched,
+        "described": bool(made),
+        "described_params": tuple(sorted({d.param for d in described.values()})),
         "batch_index": _batch_index(kernel, "(tiles_m * tiles_n)", interpret),
-        "before": a_before + b_before,
+        "persistent": knobs.get("PERSIST", 0) > 0,
+        "programs": _programs(kernel, interpret),
+        "ahead": [] if batched else made,
+        "before": (made if batched else []) + a_before + b_before,
         "loop": a_loop + b_loop,
+        "loop_indices": len(described) < 2,
+        "pieces": _pieces(pieces, over["n"], size_text(extents["n"])),
         "acc_dtype": triton_dtype(acc_dtype),
         "product": dot(a, b, "acc", dtype, plain_dot(kernel, vendor), kernel.attrs.get("precision", "ieee")),
         "body": epilogue.take(),
     }
+
+
+def _programs(kernel: Kernel, interpret: bool) -> str:
+    """The tiles that a program of a persistent grid computes."""
+    tiles = "tiles_m * tiles_n"
+    for axis in batch_axes(kernel):
+        tiles += f" * {size_text(axis.extent)}"
+    more = "" if interpret else ", flatten=True"
+    return f"tl.range(tl.program_id(0), {tiles}, tl.num_programs(0){more})"
+
+
+def _pieces(count: int, masked: bool, n: str) -> list[list[str]]:
+    """What comes before each copy of the epilogue: the columns it is about, and their part of the sums."""
+    if count == 1:
+        return [[]]
+    names = ["acc"]
+    lines: list[str] = []
+    while len(names) < count:
+        half = f"BN // {2 * len(names)}"
+        for name in names:
+            halves = f"{name}.reshape(BM, 2, {half}).permute(0, 2, 1).split()"
+            lines.append(f"{name}_0, {name}_1 = {halves}")
+        names = [f"{name}_{i}" for name in names for i in (0, 1)]
+    pieces = []
+    for i, name in enumerate(names):
+        own = [
+            f"acc = {name}",
+            f"n = (tile_n.to(INDEX) * BN + {i} * (BN // {count}) + tl.arange(0, BN // {count}))[None, :]",
+        ]
+        pieces.append((lines if i == 0 else []) + own + ([f"n_ok = n < {n}"] if masked else []))
+    return pieces
 
 
 def attention(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str, Any]:

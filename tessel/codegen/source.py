@@ -36,6 +36,9 @@ class Source:
         checks: it holds bound checks: launch with ``debug=True`` and ``sanitize_overflow=False``.
         interpret: rendered for Triton's interpreter; not for a GPU.
         kernel: the tile program.
+        described: positions in ``args`` of the tensors that are loaded by descriptors, which must start at a
+            multiple of 16 bytes.
+        twin: the same kernel with ordinary loads, for a call where one of them does not.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Source:
     checks: bool
     interpret: bool
     kernel: Kernel
+    described: tuple[int, ...] = ()
+    twin: Source | None = None
 
     def __post_init__(self) -> None:
         for name in ("constexprs", "knobs"):

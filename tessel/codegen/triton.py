@@ -62,6 +62,8 @@ def render(kernel: Kernel, target: Target, knobs: Mapping[str, int] | Choice | N
     tiles = {n: v for n, v in sizes.items() if f" {n}: tl.constexpr" in code}
     launch = {n: v for n, v in chosen.knobs.items() if n in ("num_warps", "num_stages")}
     known, symbolic = _extents(kernel, chosen.knobs)
+    described = context.get("described_params", ())
+    twin = render(kernel, target, {**chosen.knobs, "TMA": 0}) if described else None
     lines = [*kernel.notes, f"tile: {', '.join(f'{n}={v}' for n, v in chosen.knobs.items())} ({chosen.why})"]
     return Source(
         name=kernel.name,
@@ -69,7 +71,7 @@ def render(kernel: Kernel, target: Target, knobs: Mapping[str, int] | Choice | N
         body="\n\n".join(parts),
         args=tuple(arguments(kernel)),
         sizes=kernel.symbols(),
-        grid=grid_of(kernel, chosen.knobs),
+        grid=grid_of(kernel, chosen.knobs, target),
         constexprs={**tiles, **launch},
         knobs=chosen.knobs,
         smem_bytes=header.smem(target.arch, formula_values(kernel, chosen.knobs, target.vendor)),
@@ -78,6 +80,8 @@ def render(kernel: Kernel, target: Target, knobs: Mapping[str, int] | Choice | N
         checks=any(isinstance(s, Check) for s in kernel.statements()),
         interpret=interpret,
         kernel=kernel,
+        described=described,
+        twin=twin,
     )
 
 
@@ -100,13 +104,16 @@ def ceil_div(a: Dim, b: int) -> Dim:
     return -(-a // b) if isinstance(a, int) else sympy.floor((a + b - 1) / sympy.Integer(b))
 
 
-def grid_of(kernel: Kernel, knobs: Mapping[str, int]) -> tuple[Dim, ...]:
+def grid_of(kernel: Kernel, knobs: Mapping[str, int], target: Target) -> tuple[Dim, ...]:
     """Number of programs, all along one grid axis (the others hold only 65535)."""
     if kernel.family in ("pointwise", "reduction"):
         return (ceil_div(product(a.extent for a in of_kind(kernel, "x")), knobs["XB"]),)
     programs = product(a.extent for a in batch_axes(kernel)) * ceil_div(kernel.axis("m").extent, knobs["BM"])
     if kernel.family == "matmul":
         programs = programs * ceil_div(kernel.axis("n").extent, knobs["BN"])
+        if knobs.get("PERSIST"):
+            most = knobs["PERSIST"] * target.units
+            return (min(programs, most) if isinstance(programs, int) else sympy.Min(programs, most),)
     return (programs,)
 
 

@@ -89,7 +89,7 @@ class Kernels:
 
     def grid(self, kernel: Kernel, name: str) -> tuple[Any, ...]:
         """The grid of a kernel that runs the source ``name``, perhaps another's: sizes of the grid may differ."""
-        return grid_of(kernel, self.sources[name].knobs)
+        return grid_of(kernel, self.sources[name].knobs, self.target)
 
     def places(self, name: str) -> list[str]:
         """Comment lines about the other places that launch a kernel, if there are any."""

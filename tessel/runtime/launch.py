@@ -29,7 +29,10 @@ def load(source: Source, directory: Path) -> Launcher | Interpreted:
     """
     path = place(source.name, source.text, directory)
     fn = execute(source.text, path)[source.name]
-    return Interpreted(source, path, fn) if source.interpret else Launcher(source, path, fn)
+    if source.interpret:
+        return Interpreted(source, path, fn)
+    twin = load(source.twin, directory) if source.twin is not None else None
+    return Launcher(source, path, fn, twin)
 
 
 class Launcher:
@@ -37,10 +40,11 @@ class Launcher:
 
     Triton finds out at every launch which variant of the kernel the arguments need. Here the compiled
     variant is kept by what that depends on: alignment of the pointers, size and divisibility of the integers.
+    A kernel with descriptors gives a call whose tensors do not start at a multiple of 16 bytes to its ``twin``.
     """
 
-    def __init__(self, source: Source, path: Path, fn: Any) -> None:
-        self.source, self.path, self.fn = source, path, fn
+    def __init__(self, source: Source, path: Path, fn: Any, twin: Callable[..., None] | None = None) -> None:
+        self.source, self.path, self.fn, self.twin = source, path, fn, twin
         self.tensors = len(source.args) - len(source.sizes)
         self.wide = _wide_rule(source)
         self.options = dict(source.constexprs)
@@ -54,6 +58,11 @@ class Launcher:
         if 0 in grid:
             return
         tensors, sizes = args[: self.tensors], args[self.tensors :]
+        if self.source.described:
+            if self.twin is not None and any(tensors[i].data_ptr() & 15 for i in self.source.described):
+                self.twin(grid, *args)
+                return
+            triton.set_allocator(_scratch)  # descriptors lie in memory; the setting is the calling thread's
         if torch.version.hip:  # there variants depend on more than this
             index = tl.int64 if self.wide(*sizes) else tl.int32
             self.fn[grid](*args, INDEX=index, **self.options)
@@ -75,6 +84,11 @@ class Launcher:
             return
         kernel, tail = variant
         kernel[(*grid, 1, 1)[:3]](*args, *tail)
+
+
+def _scratch(size: int, align: int, stream: int | None) -> torch.Tensor:
+    """Memory in which a kernel makes its descriptors. Torch's allocator aligns to 512 bytes, ``align`` is 128."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 class Interpreted:

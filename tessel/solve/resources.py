@@ -93,6 +93,7 @@ def estimate(family: str, target: Target, values: Mapping[str, Any]) -> dict[str
     """
     assert target.limits is not None
     header = load_header(family)
+    values = {**header.plain, **values}
     path, measured = nearest_path(header, target.arch)
     shared = evaluate(header.smem_formula(target.arch), values)
     resident = shared if family in ("matmul", "attention") else 0 * values["num_warps"]  # without turning layouts

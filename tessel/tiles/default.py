@@ -31,7 +31,8 @@ def choose(kernel: Kernel, knobs: Mapping[str, int] | None = None) -> Choice:
     if knobs is not None and set(load_header(kernel.family).knobs) <= set(knobs):
         return Choice(dict(knobs), "given")
     rule = {"pointwise": _pointwise, "reduction": _reduction, "matmul": _matmul, "attention": _attention}
-    got = rule[kernel.family](kernel)
+    header = load_header(kernel.family)
+    got = {**rule[kernel.family](kernel), **header.plain}
     if knobs:
         return Choice({**got, **knobs}, f"given: {', '.join(knobs)}; others by default")
     return Choice(got, "large for the interpreter")

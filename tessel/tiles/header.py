@@ -1,6 +1,7 @@
 """What a template declares about itself: its knobs and its resource formulas, read without rendering.
 
     {% set knobs = {"XB": (256, 512), "num_warps": (4,)} %}
+    {% set variants = {"TMA": (0, 1)} %}
     {% set smem_bytes = {"default": "0"} %}
     {% set derived = {"threads": "warp_size * num_warps", "acc": "BM * BN / threads"} %}
     {% set paths = {"tma90": {"archs": ["sm_90"], "variant": "tma", "registers": ["1", "acc"], ...}} %}
@@ -85,12 +86,14 @@ class Header:
 
     Attributes:
         family: of kernels it renders.
-        knobs: name -> the values it may take.
+        knobs: name -> the values it may take, those of ``variants`` too.
         smem_bytes: architecture (``sm_90``, ``gfx942``) or ``default`` -> formula of the shared
             memory that a program takes at most, in bytes.
         module: the evaluated template, whose macros render.
         derived: name -> formula over knobs and sizes, in order, for the formulas of ``paths`` to use.
         paths: name -> how the compiler allocates for it.
+        variants: knobs that choose how the kernel is written rather than its tile; the first value of each is the
+            plain way, which is legal everywhere.
     """
 
     family: str
@@ -99,6 +102,12 @@ class Header:
     module: Any
     derived: Mapping[str, str] = field(default_factory=dict)
     paths: Mapping[str, LoadPath] = field(default_factory=dict)
+    variants: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> dict[str, int]:
+        """The knobs of ``variants`` as they are where nothing speaks for another."""
+        return {name: values[0] for name, values in self.variants.items()}
 
     def check_knobs(self, knobs: Mapping[str, int]) -> None:
         """Raise ``TesselError`` unless every knob is declared, given and has an allowed value."""
@@ -155,16 +164,18 @@ def load_header(family: str, language: str = "triton") -> Header:
         words = did_you_mean(family, FAMILIES)
         raise TesselError(f"no {language} template for the family {family!r}; {words}") from None
     knobs = {name: tuple(values) for name, values in module.knobs.items()}  # type: ignore[attr-defined]
+    variants = {name: tuple(values) for name, values in getattr(module, "variants", {}).items()}
     smem = dict(module.smem_bytes)  # type: ignore[attr-defined]
     derived = dict(getattr(module, "derived", {}))
     paths = {name: _path(name, entry) for name, entry in getattr(module, "paths", {}).items()}
     return Header(
         family,
-        MappingProxyType(knobs),
+        MappingProxyType({**knobs, **variants}),
         MappingProxyType(smem),
         module,
         MappingProxyType(derived),
         MappingProxyType(paths),
+        MappingProxyType(variants),
     )
 
 

@@ -1,0 +1,115 @@
+"""Variants of the matmul template: descriptors, a persistent grid, the epilogue in pieces. The same numbers."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernels import check, interpret, poisoned, product_kernel, rand
+
+from tessel.codegen.descriptors import descriptors
+from tessel.codegen.offline import offline_compile
+from tessel.codegen.triton import render
+from tessel.runtime.launch import Launcher, load
+from tessel.targets import get_target
+from tessel.tiles.kernel import Kernel
+
+BF16, F32 = torch.bfloat16, torch.float32
+SMALL = {"BM": 32, "BN": 32, "BK": 32, "GROUP": 4}
+VARIANTS = list(itertools.product((0, 1), (0, 2), (1, 2, 4)))
+
+
+def operands(*names: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Odd sizes, every layout, batches."""
+    all_of = {
+        "row, row": (rand(100, 72, dtype=BF16), rand(72, 56, dtype=BF16)),
+        "row, column": (rand(33, 72, dtype=BF16), rand(40, 72, dtype=BF16).t()),
+        "column, row": (rand(104, 72, dtype=BF16).t(), rand(104, 56, dtype=BF16)),
+        "batch": (rand(3, 33, 40, dtype=BF16), rand(3, 24, 40, dtype=BF16).transpose(1, 2)),
+        "unaligned": (rand(17, 33, dtype=BF16), rand(33, 7, dtype=BF16)),
+        "wide": (rand(20, 32), rand(32, 40)),
+    }
+    return [all_of[n] for n in names or all_of]
+
+
+@pytest.mark.parametrize(("a", "b"), operands())
+def test_every_variant_multiplies(a: torch.Tensor, b: torch.Tensor) -> None:
+    want, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    bias = rand(b.shape[-1], dtype=a.dtype) if a.dim() == 2 else None
+    kernel = product_kernel(a, b, bias, relu=True) if bias is not None else product_kernel(a, b)
+    if bias is not None:
+        want, size = (want + bias.double()).relu(), size + bias.double().abs()
+    for tma, persist, pieces in VARIANTS:
+        out = poisoned(want.shape, a.dtype)
+        tensors = [a, b, *([bias] if bias is not None else []), out]
+        interpret(kernel, tensors, knobs=SMALL | {"TMA": tma, "PERSIST": persist, "PIECES": pieces})
+        check(out, want, size, a.shape[-1] + 3)
+
+
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        ("row, row", "ab"),
+        ("row, column", "ab"),
+        ("column, row", "ab"),
+        ("batch", "ab"),
+        ("unaligned", ""),
+        ("wide", ""),
+    ],
+)
+def test_which_operands_descriptors_load(case: str, parts: str) -> None:
+    ((a, b),) = operands(case)
+    found = descriptors(product_kernel(a, b))
+    assert "".join(found) == parts
+    for part, x in zip("ab", (a, b)):
+        if part in found:
+            assert found[part].stride == max(x.stride()[-2:]) and found[part].param == "ab".index(part)
+    one = descriptors(product_kernel(rand(16, 16, dtype=BF16), rand(16, 17, dtype=BF16)))
+    assert list(one) == ["a"]  # 34 bytes a row are no multiple of 16
+
+
+def product(m: int, n: int, k: int) -> Kernel:
+    return product_kernel(rand(m, k, dtype=BF16), rand(n, k, dtype=BF16).t(), rand(n, dtype=BF16), relu=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["h100", "b200"])
+def test_variants_compile_within_what_the_header_says(target: str) -> None:
+    record = get_target(target)
+    tile = {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    sources = [
+        render(product(520, 264, 1032), record, tile | {"TMA": t, "PERSIST": p, "PIECES": q})
+        for t, p, q in itertools.product((0, 1), (0, 1), (1, 2))
+    ]
+    for source, got in zip(sources, offline_compile(sources, record.arch)):
+        assert got.ok, got.error
+        assert got.shared_bytes is not None and got.shared_bytes <= source.smem_bytes, dict(source.knobs)
+        assert not got.spills
+    assert sources[-1].grid_for({}) == (min(5 * 3, record.units),)
+
+
+def test_unaligned_tensors_go_to_the_twin_without_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = render(product(64, 64, 64), get_target("h100"), {"TMA": 1})
+    assert source.described == (0, 1) and source.twin is not None and "make_tensor_descriptor" in source.text
+    assert "make_tensor_descriptor" not in source.twin.text and not source.twin.described
+    launcher = load(source, tmp_path)
+    assert isinstance(launcher, Launcher) and isinstance(launcher.twin, Launcher)
+    ran: list[str] = []
+
+    class Fn:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **options: ran.append(self.name)
+
+    launcher.fn, launcher.twin.fn = Fn("descriptors"), Fn("pointers")
+    whole, shifted = torch.zeros(64, 64, dtype=BF16), torch.zeros(64 * 64 + 1, dtype=BF16)[1:].view(64, 64)
+    bias = torch.zeros(65, dtype=BF16)[1:]  # no descriptor loads it
+    launcher((1,), whole, whole, bias, whole)
+    launcher((1,), whole, shifted, bias, whole)
+    launcher((1,), shifted, whole, bias, whole)
+    assert ran == ["descriptors", "pointers", "pointers"]
