@@ -2,14 +2,17 @@
 
 Liveness is counted per storage: a view keeps its base alive, and so does a torch call that may
 return its argument. Memory that generated kernels wrote and nobody reads any more is taken over by
-a later kernel's result of the same size. Inputs are never written to (effects aside), and what
-leaves the graph never shares memory that is used again.
+a later kernel's result of the same size, unless keeping it until then would raise the peak: what is
+alive at once is never more than if every value had memory of its own, freed at its last use.
+Inputs are never written to (effects aside), and what leaves the graph never shares memory that is
+used again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from ..codegen.host import Storage
 from ..ir.exprs import evaluate
@@ -74,16 +77,19 @@ def plan_buffers(
         if v in made:
             ends.setdefault(at, []).append(v)
     taken: dict[Value, Value] = {}
+    level = _Level(graph, roots, death, hints)
     free: list[Value] = []  # allocated values whose memory is dead, oldest first
     for at, node in enumerate(graph.nodes):
         if allocates(node) and reuse:
             for v in node.outs:
                 # what leaves the graph gets memory of exactly its size
-                if isinstance(v.type, TensorType) and v not in leaving:
-                    old = _best(v.type, free)
-                    if old is not None:
-                        free.remove(old)
+                if not isinstance(v.type, TensorType) or v in leaving:
+                    continue
+                while (old := _best(v.type, free)) is not None:
+                    free.remove(old)
+                    if level.keep(old, death[old], v, at, death.get(v)):
                         taken[v] = old
+                        break
         free.extend(ends.get(at, ()))
     frees: dict[int, tuple[Value, ...]] = {}
     uses = _name_uses(graph)
@@ -93,9 +99,8 @@ def plan_buffers(
     for v, at in uses.items():
         if v not in leaving and v not in kept and v.op.name not in INPLACE:
             frees[at] = (*frees.get(at, ()), v)
-    peak = _peak(graph, roots, death, taken, hints)
     saved = sum(_bytes(v.type, hints) for v in taken)
-    return Buffers(taken, frees, peak, saved, hints)
+    return Buffers(taken, frees, level.peak, saved, hints)
 
 
 def _stays(graph: Graph, node: Node) -> bool:
@@ -168,32 +173,44 @@ def _bytes(t: object, hints: Mapping[str, int]) -> int:
     return int(evaluate(size, {n: hints.get(n, 1) for n in names}))
 
 
-def _peak(
-    graph: Graph,
-    roots: Mapping[Value, frozenset[Value]],
-    death: Mapping[Value, int],
-    taken: Mapping[Value, Value],
-    hints: Mapping[str, int],
-) -> int:
-    """Walk through the nodes, adding what is allocated and taking off what dies."""
-    ends = dict(death)
-    for new, old in taken.items():  # memory stays allocated until its heir's end
-        ends.pop(old, None)
-        if new not in death:
-            ends.pop(new, None)
-    by_end: dict[int, list[Value]] = {}
-    for v, at in ends.items():
-        by_end.setdefault(at, []).append(v)
-    now = peak = 0
-    for at, node in enumerate(graph.nodes):
-        for v in node.outs:
-            if v in roots[v] and v not in taken:
-                now += _bytes(v.type, hints)
-        peak = max(peak, now)
-        for v in by_end.get(at, ()):
-            if v.op.kind != "input":
-                base = v
-                while base in taken:
-                    base = taken[base]
-                now -= _bytes(base.type, hints)
-    return peak
+class _Level:
+    """Bytes alive at every node; memory is kept for a later value only where that does not raise the peak.
+
+    Attributes:
+        at: bytes alive while node i runs: its operands, its results and all that is read later.
+        peak: the most of them, before and after.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        roots: Mapping[Value, frozenset[Value]],
+        death: Mapping[Value, int],
+        hints: Mapping[str, int],
+    ) -> None:
+        steps = [0] * (len(graph.nodes) + 1)
+        self.size: dict[Value, int] = {}
+        for i, node in enumerate(graph.nodes):
+            for v in node.outs:
+                if v in roots[v]:
+                    self.size[v] = _bytes(v.type, hints)
+                    steps[i] += self.size[v]
+                    if v in death:
+                        steps[death[v] + 1] -= self.size[v]
+        self.at = list(accumulate(steps[:-1]))
+        self.peak = max(self.at, default=0)
+
+    def keep(self, old: Value, died: int, new: Value, made: int, dies: int | None) -> bool:
+        """Whether ``new`` may take over the memory of ``old``; if so, it is counted."""
+        have, want = self.size[old], self.size[new]
+        idle = range(died + 1, made)
+        last = len(self.at) - 1 if dies is None else dies
+        over = range(made, last + 1) if have > want else range(0)
+        if any(self.at[i] + have > self.peak for i in idle) or any(self.at[i] + have - want > self.peak for i in over):
+            return False
+        for i in idle:
+            self.at[i] += have
+        for i in over:
+            self.at[i] += have - want
+        self.size[new] = have
+        return True
