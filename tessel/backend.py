@@ -18,6 +18,7 @@ from torch import fx
 from .config import Options
 from .driver import Session, compile_graph, resolve_target
 from .errors import TesselError, check
+from .frontend import scan_trace
 from .frontend.capture import GraphInfo, aot
 from .frontend.dynamo import current_compilation
 from .frontend.importer import Imported
@@ -94,6 +95,7 @@ def tessel(
         target = given.pop("target", "auto")
         check(options is None, lambda: f"options given twice: {options!r} and {more!r}")
     session = Session(resolve_target(target), Options.of(given))
+    scan_trace.register()  # for what is traced from now on
     return Backend(session)(gm, example_inputs)
 
 

@@ -18,7 +18,7 @@ from .backend import Backend, name_of
 from .config import Options
 from .driver import Session
 from .errors import TesselError
-from .frontend import dynamo
+from .frontend import dynamo, scan_trace
 from .report import Report
 
 __all__ = ["RecompileLimit", "compile_function", "explain_call", "session_of"]
@@ -32,6 +32,7 @@ def compile_function(
     fn: Callable[..., Any], session: Session, *, dynamic: bool | None, fullgraph: bool
 ) -> Callable[..., Any]:
     """``torch.compile`` with Tessel's backend, and Tessel's call around it."""
+    scan_trace.register()
     made = torch.compile(fn, backend=Backend(session), dynamic=dynamic, fullgraph=fullgraph)
     if isinstance(made, dynamo.OptimizedModule):
         return CompiledModule(made._orig_mod, made.dynamo_ctx, session)
