@@ -26,13 +26,14 @@ from .frontend.importer import Imported
 from .ir.node import Graph, Node
 from .passes import inplace
 from .passes._groups import refusal
+from .passes._products import to_library
 from .passes.pipeline import CPU_ONLY, PASSES, Trace, run_pipeline
 from .passes.pipeline import Pass as PassFunction
 from .report import Call, Compilation, Fused, Kernel, Pass, Report, Resource
 from .runtime.kernels import Kernels, Pick, by_torch
 from .runtime.launch import interpreting
 from .runtime.library import called
-from .runtime.matmul_cpu import Product
+from .runtime.matmul_cpu import Product, by_library
 from .runtime.native_kernels import NativeKernels
 from .runtime.program import build
 from .runtime.replay import Replayed, check_replayable
@@ -209,7 +210,7 @@ def _compile(
 
     graph = imported.graph
     if not optimized:
-        graph = _run_passes(imported, _resolved(options, place, graph), place, record, stage)
+        graph = _run_passes(imported, options, place, record, stage)
 
     stage[0] = "rendering kernels"
     maker = NativeKernels if place.how == "native" else Kernels
@@ -275,14 +276,22 @@ def _around(place: Place, device: str) -> Callable[[], AbstractContextManager[An
 def _resolved(options: Options, place: Place, graph: Graph) -> Options:
     """What "auto" means at a place: products and attention go to the vendor's library on a GPU, which is
     faster than a template without tuning; through the interpreter the templates are what is tested. On the
-    CPU there is no template for products, so that they always go to the library; attention has one."""
+    CPU every product is decided for itself (``_library_product``), and attention where it has a template."""
     choice: Literal["library", "template"] = "template" if place.how == "interpret" else "library"
     changes = {n: choice for n in ("matmul", "attention") if getattr(options, n) == "auto"}
     if place.how == "native":
-        changes["matmul"] = "library"
+        if "matmul" in changes:
+            changes["matmul"] = "template"
         if "attention" in changes and not any(_no_attention(n, place) for n in graph.nodes):
             changes["attention"] = "template"
     return dataclasses.replace(options, **changes)  # type: ignore[arg-type]
+
+
+def _library_product(node: Node, place: Place, options: Options) -> str | None:
+    """Why the vendor's library runs a product on the CPU; ``options`` are what the user asked for."""
+    if options.matmul == "library":
+        return "options.matmul is 'library': the vendor's library"
+    return by_library(node, place.target.features, wanted=options.matmul == "template")
 
 
 def _no_attention(node: Node, place: Place) -> str | None:
@@ -293,6 +302,9 @@ def _no_attention(node: Node, place: Place) -> str | None:
 def _run_passes(imported: Imported, options: Options, place: Place, record: Compilation, stage: list[str]) -> Graph:
     """The passes; where torch runs every operator, composites stay whole and nothing is fused."""
     wanted = [p for p in PASSES if place.how == "native" or p[0] not in CPU_ONLY]
+    if place.how == "native":
+        at = [n for n, _ in wanted].index("fuse")
+        wanted.insert(at, ("products", lambda g, _: to_library(g, lambda n: _library_product(n, place, options))))
     chosen = wanted if place.how != "torch" else wanted[:1]
     hints = imported.hints
 
@@ -312,7 +324,8 @@ def _run_passes(imported: Imported, options: Options, place: Place, record: Comp
         return name, wrapped
 
     trace = Trace(check=options.debug >= 3)
-    graph = run_pipeline(imported.graph, options, trace, [recorded(*p) for p in chosen])
+    resolved = _resolved(options, place, imported.graph)
+    graph = run_pipeline(imported.graph, resolved, trace, [recorded(*p) for p in chosen])
     record.bytes_after = bytes_moved(graph, hints)
     record.bytes_before = record.bytes_before or record.bytes_after
     return graph
@@ -372,6 +385,8 @@ def _why_torch(node: Node, place: Place, options: Options) -> str:
     """Why torch runs a node of the final graph."""
     if place.how == "torch":
         return place.why
+    if node.op.name in ("matmul", "mm", "addmm") and place.how == "native":
+        return _library_product(node, place, options) or refusal(node) or "the vendor's library"
     if node.op.kind == "contract":
         return (
             f"options.matmul is {options.matmul!r}: the vendor's library" if not refusal(node) else str(refusal(node))

@@ -14,7 +14,9 @@ from functools import lru_cache
 
 from ..tiles.header import environment
 
-__all__ = ["gemm_header", "lanes", "multiplies_bf16", "register_tile"]
+__all__ = ["FEW", "gemm_header", "lanes", "multiplies_bf16", "register_tile"]
+
+FEW = 8  # rows or columns up to which products are dot products: packing pays from 9 (f32) to 17 (bf16) rows on
 
 
 def _simd(features: Collection[str]) -> str:
@@ -74,6 +76,7 @@ def _rendered(features: frozenset[str], shapes: tuple[tuple[int, int], ...], l2_
         low=low,
         high=high,
         bf16=multiplies_bf16(features),
+        few=FEW,
         shapes=shapes,
         tile=f"{shapes[0][0]}x{shapes[0][1]}",
         k_words=max(256, l2_bytes // 2 // (4 * n * shapes[0][1])),

@@ -22,16 +22,15 @@ from ..tiles.default import batch_axes
 from ..tiles.index import Index, var
 from ..tiles.kernel import ACC, Axis, Kernel, Load, Ref, Stmt
 from .cpp_expr import Emitter
-from .cpp_gemm import gemm_header, multiplies_bf16
+from .cpp_gemm import FEW, gemm_header, multiplies_bf16
 from .cpp_space import Space
 from .cpp_text import points, simd, steps
 from .cpp_vector import KINDS, Along, wide_cast
 from .cpp_words import size_text
 from .dialect import compute_dtype
 
-__all__ = ["FEW", "headers", "matmul", "refusal"]
+__all__ = ["headers", "matmul", "refusal"]
 
-FEW = 16  # rows or columns up to which products are dot products; the header's constant of this name
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The axes of a tile program and the loops' names: ``n`` is how many lanes of a vector count.
 _LOOPS = {"m": "row", "n": "col", "k": "dim"}

@@ -1,6 +1,6 @@
 """Matrix product. Transposes and bias are separate nodes: a split ``k`` would add a bias twice.
 
-``addmm`` is the library's product with a bias, which the fuse pass makes; its ``k`` stays whole.
+``mm`` and ``addmm`` are the library's product, without and with a bias; passes make them, and ``k`` stays whole.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def _infer(a: Any, b: Any) -> tuple[TensorType, ...]:
     return (result((*a.shape[:-1], b.shape[-1]), a.dtype, a, b),)
 
 
-def _dims(node: Node) -> str:
+def _dims(node: Node, k: str = "k+") -> str:
     batch = [w.upper() for w in letters(node.type.rank - 2)]
-    return words([[*batch, "m", "k+"], [*batch, "k+", "n"]], [[*batch, "m", "n"]])
+    return words([[*batch, "m", k], [*batch, k, "n"]], [[*batch, "m", "n"]])
 
 
 def _flops(node: Node) -> Dim:
@@ -55,6 +55,16 @@ MATMUL = table(
         flops=_flops,
         cost=1000,
         doc="matmul(a [B, m, k], b [B, k, n]) with equal batch sizes",
+    ),
+    Op(
+        "mm",
+        "library",
+        dims=lambda node: _dims(node, "k*"),
+        ref=torch.matmul,
+        infer=_infer,
+        flops=_flops,
+        cost=1000,
+        doc="mm(a [B, m, k], b [B, k, n]): the library's product",
     ),
     Op(
         "addmm",

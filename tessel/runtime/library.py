@@ -48,7 +48,7 @@ def called(
         return _opaque(node)
     if name in INPLACE:
         return Called(f"op_{name}", _IN_PLACE.get(name) or torch_op(f"aten.{name}"), dict(node.attrs))
-    if product is not None and name in ("matmul", "addmm") and node.type.rank == 2:
+    if product is not None and name in ("matmul", "mm", "addmm") and node.type.rank == 2:
         return Called(name, product, owned=True)
     if name == "attention" and attention != "template":
         return Called("attention", fast_attention, dict(node.attrs), owned=True)

@@ -1,24 +1,29 @@
-"""Which of torch's libraries multiplies matrices on the CPU.
+"""Who multiplies matrices on the CPU: Tessel's kernel, or one of torch's libraries and which.
 
-torch's own choice for float32 is MKL, which stays on an older instruction set on some vendors' CPUs; oneDNN,
-which ships inside torch, may be twice as fast there. So a product is timed once for every size it comes in
-(rows counted in powers of two), on the operands of its first call, and the faster of the two is kept for the
-process. With ``deterministic`` nothing is timed: a rule decides.
+Tessel's kernel runs a product where it is at least as fast as the libraries (``by_library`` says where not); what is
+fused with it is then free.
+
+Of the libraries, torch's own choice for float32 is MKL, which stays on an older instruction set on some vendors'
+CPUs; oneDNN, which ships inside torch, may be twice as fast there. So a product is timed once for every size it
+comes in (rows counted in powers of two), on the operands of its first call, and the faster of the two is kept for
+the process. With ``deterministic`` nothing is timed: a rule decides.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from typing import Any
 
 import torch
 
+from ..codegen.cpp_matmul import refusal
+from ..ir.node import Node
 from ..targets import get_target
 
-__all__ = ["Product", "chosen"]
+__all__ = ["Product", "by_library", "chosen"]
 
 _ROWS = 128  # of the left operand that are enough to time
 _REPEATS = 3
@@ -32,6 +37,30 @@ _choices: dict[Key, bool] = {}
 def chosen() -> dict[Key, bool]:
     """What was decided so far: (dtype, rows in powers of two, k, n, layouts, bias, threads) -> oneDNN or not."""
     return dict(_choices)
+
+
+def by_library(node: Node, features: Collection[str], wanted: bool = False) -> str | None:
+    """Why a library runs a product on a CPU with these features, ``None`` where Tessel's kernel does.
+
+    Measured on an AMD EPYC (Zen 5) of two cores against MKL and oneDNN, weights of 768 to 8192 rows, 1 to 1024 rows
+    of the left operand: the kernel is ahead of both, from 1.03 times (1024 rows) to 1.9 times (1 row).
+
+    Args:
+        node: a product; its last two operands are multiplied.
+        wanted: the kernel is asked for wherever there is one.
+    """
+    dtype = node.operands[-1].dtype
+    why = refusal(dtype)
+    if why is not None or wanted:
+        return why
+    have = set(features)
+    if "avx512f" not in have and not {"avx2", "fma"} <= have:
+        return "the kernel needs AVX-512, or AVX2 with FMA: torch has the product for this CPU"
+    if dtype == torch.bfloat16 and "amx_bf16" in have:
+        return "the library uses this CPU's matrix unit for bfloat16 (AMX), the kernel does not"
+    if dtype == torch.bfloat16 and "avx512_bf16" not in have:
+        return "the kernel would widen bfloat16: this CPU does not multiply it (no AVX512_BF16)"
+    return None
 
 
 @cache
