@@ -2,6 +2,7 @@
 # make test    set up .venv, then every test: docstrings and tests/
 # make check   lint, types and the fast tests (under two minutes)
 # make lint    ruff and mypy alone
+# make test-faults  faults done to the cache of tuned tiles (killed writers, corrupt files, a full disk), with figures
 # make bench   side-by-side with peers on this machine
 # make gpu     the checks and timings that need a GPU
 # make clean   remove build and test leftovers (the .venv stays; `make distclean` removes it too)
@@ -32,13 +33,16 @@ STAMP := $(VENV)/.installed
 # A machine that comes with its own torch and Triton needs no .venv.
 GPU_PYTHON ?= $(firstword $(wildcard $(PY)) python3)
 
-.PHONY: demo test check lint bench gpu setup clean distclean
+.PHONY: demo test test-faults check lint bench gpu setup clean distclean
 
 demo: setup
 	$(PY) examples/quickstart.py
 
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal --doctest-modules tessel tests
+
+test-faults: setup
+	OMP_NUM_THREADS=1 $(PY) -W ignore tests/faults.py
 
 check: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal --doctest-modules -m "not slow" tessel tests

@@ -109,12 +109,12 @@ class Cache:
         except Broken:
             self._count("not_written")
             return False
-        known = self._memory.get(entry.key.digest)
-        if known is None or entry.measured or not known.measured:
-            if len(self._memory) >= _MEMORY:
-                with self._lock:
-                    self._memory.pop(next(iter(self._memory), ""), None)
-            self._memory[entry.key.digest] = entry
+        with self._lock:
+            known = self._memory.get(entry.key.digest)
+            if known is None or entry.measured or not known.measured:
+                if len(self._memory) >= _MEMORY:
+                    self._memory.pop(next(iter(self._memory)))
+                self._memory[entry.key.digest] = entry
         folder = self._folder(create=True)
         if folder is None:
             return False
