@@ -140,21 +140,15 @@ def test_sums_of_many_rows_and_negative_numbers() -> None:
 # ---------------------------------------------------------------- real tables
 
 
-def gemm(m: int, n: int, k: int, batch: int = 1) -> Problem:
-    read, written = 2 * batch * (m * k + k * n), 2 * batch * m * n
-    sizes = {"m": m, "n": n, "k": k, "batch": batch, "total_bytes": read, "out_bytes": written}
-    return Problem("matmul", itemsize=2, out_itemsize=2, dtype="bf16", a_bytes=2, b_bytes=2, **sizes)
-
-
 SPLITS = {"SPLIT": (1, 2, 3, 4, 8)}
 
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, Table]:
     return {
-        "up": Table(gemm(4096, 4096, 128), H100),
-        "down": Table(gemm(4096, 128, 4096), H100),
-        "split": Table(gemm(128, 128, 12288), H100, more=SPLITS),
+        "up": Table(Problem.product(4096, 4096, 128), H100),
+        "down": Table(Problem.product(4096, 128, 4096), H100),
+        "split": Table(Problem.product(128, 128, 12288), H100, more=SPLITS),
     }
 
 

@@ -115,6 +115,12 @@ def tile_of(
     return _solve(name, problem, target, dict(given or {}), learned)
 
 
+def forget() -> None:
+    """Drop the answers that are kept, to time the solver."""
+    _best.cache_clear()
+    _table.cache_clear()
+
+
 def _solve(name: str, problem: Problem, target: Target, given: Mapping[str, int], learned: Sequence[Learned]) -> Choice:
     try:
         best, why = _best(problem, target, tuple(given.items()), tuple(learned))

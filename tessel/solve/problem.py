@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import TesselError, did_you_mean
 from ..ir.exprs import evaluate
 from ..ir.types import Dim, product
 from ..targets import Target
@@ -29,6 +30,9 @@ _FLOPS = {
     torch.int8: "i8",
     torch.uint8: "i8",
 }
+
+
+_BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "f8": 1, "i8": 1}
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,36 @@ class Problem:
     across: bool = False
     symbolic: bool = False
     r_known: bool = True
+
+    @classmethod
+    def product(cls, m: int, n: int, k: int, dtype: str = "bf16", batch: int = 1) -> Problem:
+        """A plain product of rows along k, as ``linear`` makes it: no epilogue, the output like the operands.
+
+        >>> str(Problem.product(4096, 11008, 4096))
+        '4096×11008×4096 bf16'
+
+        Raises:
+            TesselError: no such type.
+        """
+        if dtype not in _BYTES:
+            raise TesselError(f"product: unknown type {dtype!r}; {did_you_mean(dtype, _BYTES)}")
+        size = _BYTES[dtype]
+        return cls(
+            "matmul",
+            batch=batch,
+            m=m,
+            n=n,
+            k=k,
+            itemsize=size,
+            out_itemsize=size,
+            widest=max(size, 4),
+            dtype=dtype,
+            a_bytes=size,
+            b_bytes=size,
+            aligned=k * size % 16 == 0,
+            total_bytes=batch * (m * k + k * n) * size,
+            out_bytes=batch * m * n * size,
+        )
 
     @property
     def flops(self) -> float:
