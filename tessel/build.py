@@ -24,7 +24,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .codegen.offline import Compiled, offline_compile
+from .autotune.settle import Settled, settle
 from .codegen.source import Source
 from .codegen.triton import BINARY
 from .config import Options
@@ -47,7 +46,9 @@ from .ir.types import TensorType
 from .ops import OPS
 from .report import Kernel, Report, Resource
 from .runtime.kernels import Pick
+from .solve import tile
 from .targets import Target, get_target
+from .tiles import default
 
 __all__ = ["Build", "Loaded", "build", "load", "plan"]
 
@@ -98,15 +99,25 @@ def build(
     """
     folder = Path(out)
     _check_free(folder)
-    program, imported, report = _made(module, args, kwargs, target, options, pick)
-    record, done = get_target(target), report.compilations[0]
+    record, chosen = _resolved(target, options)
+    program = export_program(module, args, kwargs)
+    imported = import_program(program)
+    report = _compile(imported, record, chosen, _name(module), pick)
+    settled: dict[str, Settled] = {}
+    sources = [k.rendered for k in report.kernels if isinstance(k.rendered, Source)]
+    if record.gpu_target is not None and sources:
+        got = settle(sources, record, chosen, hints=imported.hints, jobs=jobs, progress=progress)
+        settled = {s.name: item for s, item in zip(sources, got, strict=True)}
+        if any(item.source is not s for s, item in zip(sources, got, strict=True)):  # other tiles: other text and grid
+            tiles = {name: default.Choice(item.source.knobs, _words(item)) for name, item in settled.items()}
+            report = _compile(imported, record, chosen, report.name, lambda kernel: tiles.get(kernel.name))
+    done = report.compilations[0]
     graph = done.passes[-1].graph
     assert graph is not None
     _check_saveable(graph)
-    compiled = _compiled([k.rendered for k in done.kernels if isinstance(k.rendered, Source)], record, jobs, progress)
     for k in done.kernels:
-        if k.name in compiled:
-            _judge(k, compiled[k.name], record)
+        if k.name in settled:
+            _judge(k, settled[k.name], record, chosen, imported.hints)
     weights = _weights(program)
 
     files: dict[str, bytes] = {_GRAPH: print_graph(graph).encode(), "host.py": done.host.encode()}
@@ -115,9 +126,9 @@ def build(
         file = f"kernels/{k.name}.{'py' if k.language == 'triton' else k.language}"
         files[file] = k.source.encode()
         k.file = str(folder / file)
-        got = compiled.get(k.name)
-        if got is not None and got.ok and record.gpu_target is not None:
-            files[f"kernels/{k.name}.{BINARY[record.gpu_target[0]]}"] = got.binary
+        item = settled.get(k.name)
+        if item is not None and item.compiled.ok and record.gpu_target is not None:
+            files[f"kernels/{k.name}.{BINARY[record.gpu_target[0]]}"] = item.compiled.binary
     files["report.txt"] = str(report).encode()
     files["report.html"] = report.html().encode()
     manifest = {
@@ -150,29 +161,31 @@ def plan(
     Raises:
         TesselError: as ``build``.
     """
-    return _made(module, args, kwargs, target, options, pick)[2]
+    record, chosen = _resolved(target, options)
+    return _compile(import_program(export_program(module, args, kwargs)), record, chosen, _name(module), pick)
 
 
-def _made(
-    module: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    target: str,
-    options: Options | None,
-    pick: Pick | None,
-) -> tuple[Any, Imported, Report]:
-    """The exported program, its graph as imported, and the report of its compilation."""
+def _resolved(target: str, options: Options | None) -> tuple[Target, Options]:
+    """The device and what "auto" means on it."""
     check(target not in ("auto", "cuda"), lambda: f"build: target {target!r}: name the device, see `tessel targets`")
     record = get_target(resolve_target(target))
     chosen = dataclasses.replace(options or Options(), cuda_graphs=False)
     if record.gpu_target is not None:  # what a library would do there is not known here
         unset = [n for n in ("matmul", "attention") if getattr(chosen, n) == "auto"]
         chosen = dataclasses.replace(chosen, **dict.fromkeys(unset, "template"))  # type: ignore[arg-type]
-    program = export_program(module, args, kwargs)
-    imported = import_program(program)
-    session = Session(target, chosen, Report(_name(module), target))
+    return record, chosen
+
+
+def _compile(imported: Imported, record: Target, options: Options, name: str, pick: Pick | None) -> Report:
+    """Everything but the kernels' machine code."""
+    session = Session(record.name, options, Report(name, record.name))
     compile_graph(imported, GraphInfo("inference"), session, place=_place(record), pick=pick)
-    return program, imported, session.report
+    return session.report
+
+
+def _words(item: Settled) -> str:
+    """Why a kernel has its tile, for its header."""
+    return f"compiled; not before: {'; '.join(r.why for r in item.refused)}" if item.refused else "compiled"
 
 
 def _name(module: object) -> str:
@@ -203,46 +216,19 @@ def _all_nodes(graph: Graph) -> list[Node]:
     return found
 
 
-def _judge(kernel: Kernel, compiled: Compiled, record: Target) -> None:
+def _judge(kernel: Kernel, item: Settled, record: Target, options: Options, hints: Mapping[str, int]) -> None:
     """Put what the compiler said beside what was predicted."""
-    if not compiled.ok:
-        kernel.fault = compiled.error
+    kernel.fault = item.fault
+    if not item.compiled.ok:
         return
+    guess = tile(item.source.kernel, record, options, hints=hints, given=item.source.knobs).resources
     (shared,) = kernel.resources
-    shared.compiled = compiled.shared_bytes
-    registers = record.limits.registers_per_thread if record.limits else None
+    shared.compiled = item.compiled.shared_bytes
     kernel.resources += [
-        Resource("registers", None, compiled.registers, registers),
-        Resource("spills", 0, compiled.spills),
-    ]
-    if shared.over:
-        kernel.fault = f"it needs {shared.compiled} bytes of shared memory, a program has at most {shared.limit}"
-
-
-def _compiled(
-    sources: list[Source], record: Target, jobs: int, progress: Callable[[int, int], None] | None
-) -> dict[str, Compiled]:
-    """Every kernel compiled for the device, by name; none for a target without machine code."""
-    if not sources or record.gpu_target is None:
-        return {}
-    finished = 0
-
-    def tell() -> None:
-        nonlocal finished
-        finished += 1
-        if progress is not None:
-            progress(finished, len(sources))
-
-    # Long compilations first, and dealt out in turn: no process is left with all of them.
-    ordered = sorted(sources, key=lambda s: -len(s.body))
-    shares = [ordered[i :: max(jobs, 1)] for i in range(max(jobs, 1))]
-
-    def work(share: list[Source]) -> list[Compiled]:
-        return offline_compile(share, record.arch, keep_binaries=True, done=tell)
-
-    with ThreadPoolExecutor(len(shares)) as pool:
-        results = list(pool.map(work, [s for s in shares if s]))
-    return {s.name: c for share, got in zip([s for s in shares if s], results, strict=True) for s, c in zip(share, got)}
+        Resource("registers", round(min(guess.registers, guess.register_limit)), item.compiled.registers,
+                 guess.register_limit),
+        Resource("spills", None if guess.spills else 0, item.compiled.spills),
+    ]  # fmt: skip
 
 
 def _weights(program: Any) -> dict[str, torch.Tensor]:

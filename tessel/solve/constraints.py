@@ -65,6 +65,9 @@ class Learned:
     why: str
     hard: bool = True
 
+    def __hash__(self) -> int:
+        return hash((tuple(sorted(self.knobs.items())), self.why, self.hard))
+
 
 def constraints_for(problem: Problem, target: Target, learned: Sequence[Learned] = ()) -> tuple[Constraint, ...]:
     """The rules for a kernel on a target, the machine's first."""
