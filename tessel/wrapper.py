@@ -19,6 +19,7 @@ from .config import Options
 from .driver import Session
 from .errors import TesselError
 from .frontend import dynamo, scan_trace
+from .frontend.collector import fewer_collections
 from .report import Report
 
 __all__ = ["RecompileLimit", "compile_function", "explain_call", "session_of"]
@@ -88,7 +89,11 @@ def _guarded(made: Callable[..., Any], fn: Callable[..., Any], session: Session,
         undo = patch()
         try:
             with dynamo.limit_listener(limit):
-                result = made(*args, **kwargs)
+                if session.report.compilations:
+                    result = made(*args, **kwargs)
+                else:  # it compiles
+                    with fewer_collections():
+                        result = made(*args, **kwargs)
             if said:
                 warnings.warn(said.pop(), RecompileLimit, stacklevel=2)
             return result
