@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from .autotune.tuned import tuned
 from .codegen.cpp_attention import refusal as attention_refusal
 from .codegen.host import Called, Launch
 from .config import Options
@@ -37,7 +38,6 @@ from .runtime.matmul_cpu import Product, by_library
 from .runtime.native_kernels import NativeKernels
 from .runtime.program import build
 from .runtime.replay import Replayed, check_replayable
-from .solve import tile
 from .solve.forced import forced_knobs, unused_entries
 from .targets import TARGETS, Target, get_target, match_device
 from .tiles.cost import base_values, bytes_moved, node_bytes
@@ -256,9 +256,10 @@ def _compile(
 
 
 def _pick(place: Place, options: Options, hints: Mapping[str, int]) -> Pick | None:
-    """Who says which tile a kernel gets: the solver for a GPU, the user and the defaults in the interpreter."""
+    """Who says which tile a kernel gets: for a GPU what is kept, else the solver; the user and the defaults in the
+    interpreter."""
     if place.target.gpu_target is not None:
-        return lambda kernel: tile(kernel, place.target, options, hints=hints)
+        return lambda kernel: tuned(kernel, place.target, options, hints=hints)
     if place.how == "interpret":
         return lambda kernel: forced_knobs(options.tile, kernel) or None
     return None

@@ -13,7 +13,9 @@ caller's own check at every hit, whoever wrote it.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
 import secrets
 import stat
 import threading
@@ -23,12 +25,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 from ..config import cache_dir
 from ..errors import TesselError
 from ..safe_dir import PrivateDir, UnsafeDirectory, open_private
+from ..solve import tile
 from ..targets import Target
 from ..tiles.default import formula_values
 from ..tiles.header import load_header
@@ -45,12 +48,14 @@ SUFFIXES = (".measured", ".predicted")
 _TEMPORARY = ".new-"
 _LEFTOVER = 3600.0  # seconds after which a temporary file has no writer any more
 _MEMORY = 4096  # entries kept in the process
+_DRIVER = Path("/proc/driver/nvidia/version")
+_SOLVER = Path(__file__).parent.parent / "solve"
 
 
 @dataclass(frozen=True)
 class Hit:
-    """An entry that was found, and what is different here from where its times were taken (``driver: 550 -> 560``):
-    its tile is legal, its times should be checked again."""
+    """An entry that was found, and what is different here from where its times come from (``driver: 550 -> 560``):
+    its tile is legal, its measurement should be checked again, its prediction made again."""
 
     entry: Entry
     recheck: tuple[str, ...] = ()
@@ -381,9 +386,10 @@ def default_cache() -> Cache:
 
 
 def legal_tile(kernel: Kernel, target: Target, knobs: Mapping[str, Knob]) -> str | None:
-    """Why a tile may not be used for a kernel by what its template declares, or None.
+    """Why a tile may not be used for a kernel, or None: by what its template declares and, for a GPU, by the rules
+    of the machine that the solver knows.
 
-    Knobs must be declared and have a declared value; shared memory and threads must fit the target.
+    Knobs must be declared and have a declared value; shared memory, threads and registers must fit the target.
     """
     numbers = {n: v for n, v in knobs.items() if isinstance(v, int)}
     header = load_header(kernel.family)
@@ -395,19 +401,43 @@ def legal_tile(kernel: Kernel, target: Target, knobs: Mapping[str, Knob]) -> str
         if warps * limits.warp_size > limits.threads_per_block:
             return f"{warps} warps are more than {limits.threads_per_block} threads"
         shared = header.smem(target.arch, formula_values(kernel, numbers, target.vendor))
+        if shared > limits.shared_bytes_per_block:
+            return f"{shared} bytes of shared memory, {target.name} has {limits.shared_bytes_per_block} a block"
+        if target.gpu_target is not None:
+            tile(kernel, target, given=numbers)
     except TesselError as e:
         return str(e)
-    if shared > limits.shared_bytes_per_block:
-        return f"{shared} bytes of shared memory, {target.name} has {limits.shared_bytes_per_block} a block"
     return None
 
 
-def provenance() -> dict[str, Fact]:
-    """What of this machine's software makes a re-check: ``torch`` and ``triton`` with patch versions.
+@cache
+def driver_version() -> str:
+    """NVIDIA's driver as the kernel module says it, ``"none"`` where there is none."""
+    try:
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", _DRIVER.read_text())
+    except OSError:
+        return "none"
+    return found[0] if found else "none"
 
-    Who measures adds ``driver``, ``clock_hz`` and ``tolerance``.
+
+@lru_cache(maxsize=64)
+def solver_version(target: Target) -> str:
+    """A digest of what predicts: the solver's text and coefficients and the target's record."""
+    digest = hashlib.sha256(repr(target).encode())
+    for path in sorted(_SOLVER.iterdir()):
+        if path.suffix in (".py", ".json"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def provenance(target: Target) -> dict[str, Fact]:
+    """What of this machine's software makes a re-check: ``torch``, ``triton`` and ``driver`` with patch versions,
+    and what makes a new prediction: ``solver``.
+
+    Who measures adds ``clock_hz`` and ``tolerance``.
     """
-    return {name: version_of(name) for name in ("torch", "triton")}
+    software: dict[str, Fact] = {name: version_of(name) for name in ("torch", "triton")}
+    return {**software, "driver": driver_version(), "solver": solver_version(target)}
 
 
 def lookup(
@@ -429,10 +459,10 @@ def lookup(
     entry = cache.get(key_of(kernel, target), legal or partial(legal_tile, kernel, target))
     if entry is None:
         return None
-    here = provenance() if here is None else here
+    here = provenance(target) if here is None else here
     then = entry.provenance
-    changed = [f"{n}: {then[n]} -> {v}" for n, v in sorted(here.items()) if n in then and then[n] != v]
-    return Hit(entry, tuple(changed) if entry.measured else ())
+    count = sorted(here.keys() & then.keys() & ({"torch", "triton", "driver"} if entry.measured else {"solver"}))
+    return Hit(entry, tuple(f"{n}: {then[n]} -> {here[n]}" for n in count if then[n] != here[n]))
 
 
 def remember(
@@ -455,5 +485,5 @@ def remember(
         cache: the user's own if not given.
     """
     cache = default_cache() if cache is None else cache
-    facts = {**provenance(), **(here or {})}
+    facts = {**provenance(target), **(here or {})}
     return cache.put(Entry(key_of(kernel, target), knobs, predicted or {}, measured or {}, facts))

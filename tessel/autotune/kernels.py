@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -17,19 +18,27 @@ from ..config import Options
 from ..errors import TesselError
 from ..frontend.capture import GraphInfo, aot
 from ..frontend.importer import Imported
-from ..passes.pipeline import run_pipeline
+from ..ir.node import Graph
+from ..passes.pipeline import CPU_ONLY, PASSES, run_pipeline
 from ..tiles.kernel import Kernel
 from ..tiles.lower import lower
 
-__all__ = ["Found", "kernels_of"]
+__all__ = ["Found", "kernels_of", "with_templates"]
 
 
 @dataclass(frozen=True)
 class Found:
-    """A kernel of a model; ``places`` are the user's lines that it computes, one a launch."""
+    """A kernel of a model.
+
+    Attributes:
+        kernel: the tile program.
+        places: the user's lines that it computes, one a launch.
+        region: the same as a graph of operators, whose inputs and outputs are the kernel's.
+    """
 
     kernel: Kernel
     places: tuple[str, ...]
+    region: Graph
 
 
 def kernels_of(
@@ -44,19 +53,20 @@ def kernels_of(
     nothing is computed.
 
     Args:
-        options: matrix products and attention from templates if not given, which is what can be tuned.
+        options: as for ``tessel.compile``; "auto" means templates for products and attention, which can be tuned.
 
     Raises:
         TesselError: the model cannot be traced or called.
     """
-    options = Options(matmul="template", attention="template") if options is None else options
-    found: dict[Any, tuple[Kernel, list[str]]] = {}
+    options = with_templates(options)
+    found: dict[Any, tuple[Kernel, list[str], Graph]] = {}
+    passes = [p for p in PASSES if p[0] not in CPU_ONLY]
 
     def keep(imported: Imported, info: GraphInfo) -> Callable[[list[Any]], list[Any]]:
-        for node in run_pipeline(imported.graph, options).nodes:
+        for node in run_pipeline(imported.graph, options, passes=passes).nodes:
             if node.op.kind == "kernel":
                 kernel = lower(node)
-                found.setdefault(_content(kernel), (kernel, []))[1].append(node.loc.short)
+                found.setdefault(_content(kernel), (kernel, [], node.regions[0]))[1].append(node.loc.short)
         return lambda inputs: inputs  # never called
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -72,7 +82,14 @@ def kernels_of(
         name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "the model")
         words = next((line for line in str(e).splitlines() if line.strip()), "")
         raise TesselError(f"{name} cannot be traced: {type(e).__name__}: {words[:300]}{_where(e)}") from e
-    return [Found(kernel, tuple(places)) for kernel, places in found.values()]
+    return [Found(kernel, tuple(places), region) for kernel, places, region in found.values()]
+
+
+def with_templates(options: Options | None) -> Options:
+    """The options with "auto" as it is for a GPU that is not here: products and attention by templates."""
+    options = Options() if options is None else options
+    unset = [n for n in ("matmul", "attention") if getattr(options, n) == "auto"]
+    return dataclasses.replace(options, **dict.fromkeys(unset, "template"))  # type: ignore[arg-type]
 
 
 def _where(e: Exception) -> str:
