@@ -33,9 +33,13 @@ def place(name: str, text: str, directory: Path, suffix: str = ".py") -> Path:
             return path
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
-        with os.fdopen(handle, "w") as f:
-            f.write(text)
-        os.replace(temporary, path)
+        try:
+            with os.fdopen(handle, "w") as f:
+                f.write(text)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
     except OSError as e:
         if str(directory) not in _warned:
             _warned.add(str(directory))

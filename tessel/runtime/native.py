@@ -37,6 +37,7 @@ from ..targets import get_target
 __all__ = ["Compiler", "NativeKernel", "build", "find_compiler"]
 
 _SECONDS = 600  # until a compiler is given up
+_ROOM = 16 * 2**20  # free bytes below which a failed compilation is tried again on another disk
 _FLAGS = (
     "-std=c++17 -O3 -fPIC -shared -w -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=hidden"
 ).split()
@@ -107,7 +108,7 @@ def build(text: str, headers: Mapping[str, str]) -> tuple[ctypes.CDLL, Path]:
     folder = _own_folder()
     path = _cached(folder, key)
     if path is None:
-        path = _compile(compiler, flags, text, headers, folder, key)
+        path = _compile_into(folder, compiler, flags, text, headers, key)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as e:
@@ -145,6 +146,25 @@ def _cached(folder: Path, key: str) -> Path | None:
         except OSError:  # another process removed it, or it cannot be read: built again
             continue
     return None
+
+
+def _compile_into(
+    folder: Path, compiler: Compiler, flags: Sequence[str], text: str, headers: Mapping[str, str], key: str
+) -> Path:
+    """Compile in a folder, or in the process's own where that one has no room."""
+    try:
+        return _compile(compiler, flags, text, headers, folder, key)
+    except OSError as e:
+        reason = str(e)
+    except TesselError:  # the compiler may have found the disk full
+        if shutil.disk_usage(folder).free >= _ROOM:
+            raise
+        reason = f"{folder} has less than {_ROOM >> 20} MiB free"
+    _not_kept(folder, reason)
+    try:
+        return _compile(compiler, flags, text, headers, _private_folder(), key)
+    except OSError as e:
+        raise TesselError(f"no room for the compiled kernels, neither in the cache nor elsewhere: {e}") from e
 
 
 def _compile(
@@ -185,9 +205,21 @@ def _own_folder() -> Path:
             pass
         return folder
     except OSError as e:
-        if str(folder) not in _warned:
-            _warned.add(str(folder))
-            warnings.warn(f"tessel: compiled kernels are not kept: {e}", stacklevel=2)
+        _not_kept(folder, str(e))
+    try:
+        return _private_folder()
+    except OSError as e:
+        raise TesselError(f"no directory for the compiled kernels, neither the cache nor a temporary one: {e}") from e
+
+
+def _not_kept(folder: Path, reason: str) -> None:
+    """Say once why a cache directory is not used."""
+    if str(folder) not in _warned:
+        _warned.add(str(folder))
+        warnings.warn(f"tessel: compiled kernels are not kept: {reason}", stacklevel=3)
+
+
+def _private_folder() -> Path:
     if not _private:
         _private.append(tempfile.TemporaryDirectory(prefix="tessel-"))
     return Path(_private[0].name)
