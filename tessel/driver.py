@@ -34,7 +34,7 @@ from .report import Call, Compilation, Fused, Kernel, Pass, Report, Resource
 from .runtime.kernels import Kernels, Pick, by_torch
 from .runtime.launch import interpreting
 from .runtime.library import called
-from .runtime.matmul_cpu import Product, by_library
+from .runtime.matmul_cpu import Product, by_library, grouped
 from .runtime.native_kernels import NativeKernels
 from .runtime.program import build
 from .runtime.replay import Replayed, check_replayable
@@ -228,6 +228,8 @@ def _compile(
             return kernels.at[node]
         if node.op.kind == "kernel":
             return by_torch(node, call, options.source_dir(), device)
+        if node.op.name == "grouped_mm" and (own := _grouped(node, place, options)[0]) is not None:
+            return Called("grouped_mm", own, dict(node.attrs), owned=True)
         return called(node, options.attention, device, product)
 
     _describe(graph, kernels, place, options, imported, record)
@@ -298,6 +300,13 @@ def _library_product(node: Node, place: Place, options: Options) -> str | None:
 def _no_attention(node: Node, place: Place) -> str | None:
     """Why the CPU's kernel does not take a node of attention."""
     return attention_refusal(node.type.dtype, place.target.features) if node.op.kind == "attention" else None
+
+
+def _grouped(node: Node, place: Place, options: Options) -> tuple[Any, str]:
+    """What runs a grouped product (None: its definition), and why."""
+    if place.how != "native" or options.matmul == "library":
+        return None, f"options.matmul is {options.matmul!r}: one library call a group"
+    return grouped(node, place.target.features, wanted=options.matmul == "template")
 
 
 def _run_passes(imported: Imported, options: Options, place: Place, record: Compilation, stage: list[str]) -> Graph:
@@ -388,6 +397,8 @@ def _why_torch(node: Node, place: Place, options: Options) -> str:
         return place.why
     if node.op.name in ("matmul", "mm", "addmm") and place.how == "native":
         return _library_product(node, place, options) or refusal(node) or "the vendor's library"
+    if node.op.name == "grouped_mm":
+        return _grouped(node, place, options)[1]
     if node.op.kind == "contract":
         return (
             f"options.matmul is {options.matmul!r}: the vendor's library" if not refusal(node) else str(refusal(node))

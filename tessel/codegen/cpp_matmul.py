@@ -29,9 +29,10 @@ from .cpp_vector import KINDS, Along, wide_cast
 from .cpp_words import size_text
 from .dialect import compute_dtype
 
-__all__ = ["headers", "matmul", "refusal"]
+__all__ = ["grouped_unit", "headers", "matmul", "refusal"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_EXTERN = 'extern "C" __attribute__((visibility("default")))'
 # The axes of a tile program and the loops' names: ``n`` is how many lanes of a vector count.
 _LOOPS = {"m": "row", "n": "col", "k": "dim"}
 
@@ -53,6 +54,26 @@ def headers(features: Collection[str] | None = None) -> dict[str, str]:
     cpu = get_target("cpu")
     l2 = next((x.capacity_bytes for x in cpu.levels if x.name == "l2"), None) or 2**20
     return {"gemm.hpp": gemm_header(cpu.features if features is None else features, l2_bytes=l2)}
+
+
+def grouped_unit(features: Collection[str] | None = None) -> str:
+    """A file with the products of groups of rows: ``grouped_f32_nk``, ``_kn``, and bf16 where the CPU multiplies it.
+
+    Each is ``int f(const i64* args, i64 threads)`` of the addresses and sizes of ``gemm::grouped``, in its order;
+    ``nk`` takes right operands that lie along k.
+    """
+    have = get_target("cpu").features if features is None else features
+    types = [("f32", "float"), *([("bf16", "u16")] if multiplies_bf16(have) else [])]
+    lines = ['#include "tessel.hpp"', '#include "gemm.hpp"', "using namespace tessel;"]
+    for name, type_ in types:
+        for order, along in (("nk", "true"), ("kn", "false")):
+            lines += [
+                f"{_EXTERN} int grouped_{name}_{order}(const i64* x, i64 threads) {{",
+                f"  return gemm::grouped<{type_}, {along}>((const {type_}*)x[0], x[1], (const {type_}*)x[2], x[3],",
+                f"      x[4], (const i32*)x[5], ({type_}*)x[6], x[7], x[8], x[9], x[10], threads);",
+                "}",
+            ]
+    return "\n".join(lines) + "\n"
 
 
 def matmul(kernel: Kernel, features: Collection[str] | None = None) -> dict[str, Any]:

@@ -11,7 +11,9 @@ the process. With ``deterministic`` nothing is timed: a rule decides.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import struct
 import time
 from collections.abc import Callable, Collection
 from functools import cache
@@ -19,11 +21,15 @@ from typing import Any
 
 import torch
 
-from ..codegen.cpp_matmul import refusal
+from ..codegen.cpp import header
+from ..codegen.cpp_matmul import grouped_unit, headers, refusal
+from ..errors import TesselError
 from ..ir.node import Node
+from ..ops.backward import grouped_mm_ref
 from ..targets import get_target
+from .native import build
 
-__all__ = ["Product", "by_library", "chosen"]
+__all__ = ["Grouped", "Product", "by_library", "chosen", "grouped"]
 
 _ROWS = 128  # of the left operand that are enough to time
 _REPEATS = 3
@@ -46,10 +52,10 @@ def by_library(node: Node, features: Collection[str], wanted: bool = False) -> s
     of the left operand: the kernel is ahead of both, from 1.03 times (1024 rows) to 1.9 times (1 row).
 
     Args:
-        node: a product; its last two operands are multiplied.
+        node: a product of any kind: all its operands are of one dtype, but for offsets.
         wanted: the kernel is asked for wherever there is one.
     """
-    dtype = node.operands[-1].dtype
+    dtype = node.operands[0].dtype
     why = refusal(dtype)
     if why is not None or wanted:
         return why
@@ -132,3 +138,64 @@ def _faster(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> bool
             run(a, b, bias)
             best[i] = min(best[i], time.perf_counter() - start)
     return best[1] < _CLEAR * best[0]
+
+
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class Grouped:
+    """``grouped_mm`` by Tessel's kernel: the rows of each group times that group's matrix.
+
+    Other forms of the operator (groups of columns or of inner dims, a bias, other dtypes) run by its definition.
+
+    Raises:
+        TesselError: the kernel cannot be compiled here.
+    """
+
+    def __init__(self) -> None:
+        self.library, _ = build(grouped_unit(), {"tessel.hpp": header(), **headers()})
+
+    def __call__(
+        self, a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None
+    ) -> torch.Tensor:
+        order = "nk" if b.stride(-2) == 1 else "kn" if b.stride(-1) == 1 else ""
+        plain = (a.dim(), b.dim()) == (2, 3) and bias is None and out_dtype in (None, a.dtype) and offs is not None
+        fits = plain and order and a.stride(1) == 1 and a.dtype == b.dtype and a.dtype in _NAMES
+        if not fits or b.shape[0] != offs.shape[0] or b.shape[1] != a.shape[1]:
+            return grouped_mm_ref(a, b, offs, bias, out_dtype)
+        ends = offs.to(torch.int32).contiguous()
+        (m, k), n = a.shape, b.shape[2]
+        out = a.new_empty(m, n)
+        step = b.stride(2) if order == "nk" else b.stride(1)
+        args = (a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), step, ends.data_ptr(), out.data_ptr())
+        fn = self.library[f"grouped_{_NAMES[a.dtype]}_{order}"]
+        fn.argtypes, fn.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int
+        if fn(struct.pack("11q", *args, len(ends), m, n, k), torch.get_num_threads()):
+            raise MemoryError("no memory for the panels of a grouped product")
+        return out
+
+
+@cache
+def _grouped_kernel() -> Grouped:
+    return Grouped()
+
+
+def grouped(node: Node, features: Collection[str], wanted: bool = False) -> tuple[Grouped | None, str]:
+    """What runs a grouped product here, and the reason in words where that is its definition.
+
+    Args:
+        node: ``grouped_mm``.
+        wanted: as ``by_library`` has it.
+    """
+    a, b = node.operands[:2]
+    why = by_library(node, features, wanted)
+    if why is None and (a.dtype not in _NAMES or (a.dtype == torch.bfloat16 and "avx512_bf16" not in features)):
+        why = f"grouped products of {str(a.dtype).removeprefix('torch.')} have no kernel"
+    if why is None and (a.type.rank, b.type.rank) != (2, 3):
+        why = "only groups of rows have a kernel"
+    if why is None:
+        try:
+            return _grouped_kernel(), "Tessel's kernel, called for all groups at once"
+        except TesselError as e:
+            why = str(e)
+    return None, why
