@@ -1,0 +1,334 @@
+"""Products in C++ against float64: sizes, layouts, dtypes, computed operands, epilogues, groups, whole functions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from kernels import Program, poisoned, rand
+
+import tessel
+from tessel.codegen.cpp import CppSource, header, headers, render, translation_unit
+from tessel.codegen.cpp_gemm import gemm_header
+from tessel.codegen.cpp_matmul import grouped_unit, matmul, refusal
+from tessel.errors import TesselError
+from tessel.ir.node import Node
+from tessel.ir.text import parse_graph
+from tessel.ir.types import Dim, symbol
+from tessel.ops import OPS
+from tessel.ops.backward import grouped_mm_ref
+from tessel.runtime.matmul_cpu import Grouped, by_library
+from tessel.runtime.native import NativeKernel, build
+from tessel.targets import get_target
+from tessel.tiles.kernel import ACC, Kernel, Ref
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = (1, 2, 5, 9, 16, 17, 129)
+NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("TESSEL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def program(
+    name: str,
+    m: Dim,
+    n: Dim,
+    k: Dim,
+    dtype: torch.dtype = torch.float32,
+    left: str = "mk",
+    right: str = "nk",
+    batch: Dim | None = None,
+    epilogue: bool = False,
+    computed: bool = False,
+    pad: int = 0,
+) -> Kernel:
+    """A product of a [b, m, k] and b [b, k, n].
+
+    Args:
+        left, right: the order of an operand's dims in memory.
+        epilogue: ``silu(acc + bias) * gate + residual``, and the sum before the gate stored as well.
+        computed: the operands are twice what lies in memory.
+        pad: elements between the rows of the operands.
+    """
+    p = Program("matmul", **({} if batch is None else {"x0": batch}), m=m, n=n, k=k)
+    lead = () if batch is None else (batch,)
+    x = () if batch is None else ("x0",)
+
+    def operand(rows: Dim, columns: Dim, turned: bool) -> int:
+        inner, outer = (rows, columns) if turned else (columns, rows)
+        strides = (1, inner + pad) if turned else (inner + pad, 1)
+        whole = ((inner + pad) * outer,) if batch is not None else ()
+        return p.param((*lead, rows, columns), dtype, (*whole, *strides))
+
+    a, b = operand(m, k, left == "km"), operand(k, n, right == "nk")
+    more = [p.param((n,), dtype), *(p.param((*lead, m, n), dtype) for _ in range(2))] if epilogue else []
+    outs = [p.param((*lead, m, n), dtype, out=True) for _ in range(1 + epilogue)]
+    for part, tensor, place in (("a", a, ("m", "k")), ("b", b, ("k", "n"))):
+        p.part(part)
+        got = p.load(tensor, *x, *place)
+        p.provides[part] = p.op("mul", got, 2.0) if computed else got
+    p.part("body")
+    p.dtypes[ACC] = dtype
+    value = Ref(ACC)
+    if epilogue:
+        value = p.op("add", value, p.load(more[0], "n"))
+        value = p.op("mul", value, p.op("sigmoid", value))
+        p.store(outs[1], (*x, "m", "n"), value)
+        value = p.op("mul", value, p.load(more[1], *x, "m", "n"))
+        value = p.op("add", value, p.load(more[2], *x, "m", "n"))
+    p.store(outs[0], (*x, "m", "n"), value)
+    return p.kernel(name)
+
+
+def compiled(kernels: Sequence[Kernel]) -> list[NativeKernel]:
+    sources = [render(k) for k in kernels]
+    library, path = build(translation_unit(sources), headers(sources))
+    return [NativeKernel(s, library, path) for s in sources]
+
+
+def laid_out(x: torch.Tensor, turned: bool, pad: int = 0) -> torch.Tensor:
+    """The same values with the last two dims in the other order in memory, or with gaps between rows."""
+    y = x.mT if turned else x
+    held = torch.full((*y.shape[:-1], y.shape[-1] + pad), math.nan, dtype=x.dtype)
+    held[..., : y.shape[-1]] = y
+    view = held[..., : y.shape[-1]]
+    return view.mT if turned else view
+
+
+def check(got: torch.Tensor, a: torch.Tensor, b: torch.Tensor, want: torch.Tensor, size: torch.Tensor) -> None:
+    """Within the error of a sum of k terms in float, and one rounding to the dtype of the result."""
+    k = a.shape[-1]
+    unit = torch.finfo(got.dtype).eps
+    bound = 4 * k**0.5 * 2**-24 * size + unit * want.abs() + 2 * k * torch.finfo(got.dtype).tiny
+    wrong = (got.double() - want).abs()
+    same = (got.double() == want) | (got.isnan() & want.isnan())
+    assert bool((same | (wrong <= bound)).all()), f"off by {(wrong / bound).nan_to_num(0).max().item():.3g} bounds"
+
+
+def run(fn: NativeKernel, m: int, n: int, k: int, case: dict[str, Any], *sizes: int) -> list[torch.Tensor]:
+    """Run a kernel of ``program`` on random numbers, check what it gives, and return that."""
+    dtype, pad = case.get("dtype", torch.float32), case.get("pad", 0)
+    lead = () if case.get("batch") is None else (3,)
+    a, b = rand(*lead, m, k, dtype=dtype), rand(*lead, k, n, dtype=dtype)
+    ins = [laid_out(a, case.get("left") == "km", pad), laid_out(b, case.get("right", "nk") == "nk", pad)]
+    outs = [poisoned((*lead, m, n), dtype)]
+    twice = 4.0 if case.get("computed") else 1.0
+    want, size = twice * (a.double() @ b.double()), twice * (a.double().abs() @ b.double().abs())
+    if case.get("epilogue"):
+        bias, gate, rest = rand(n, dtype=dtype), rand(*lead, m, n, dtype=dtype), rand(*lead, m, n, dtype=dtype)
+        ins += [bias, gate, rest]
+        outs.append(poisoned((*lead, m, n), dtype))
+        act = torch.nn.functional.silu(want + bias.double())
+        want, size = act * gate.double() + rest.double(), (size + 4) * (1 + gate.double().abs()) + rest.double().abs()
+        fn((), *ins, *outs, *sizes)
+        check(outs[1], a, b, act, size)
+    else:
+        fn((), *ins, *outs, *sizes)
+    check(outs[0], a, b, want, size)
+    return outs
+
+
+# ---------------------------------------------------------------- sizes, layouts, dtypes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.values())
+def test_rows_and_layouts(dtype: torch.dtype) -> None:
+    cases: list[tuple[tuple[int, int, int], dict[str, Any]]] = []
+    for m in ROWS:
+        for right in ("nk", "kn"):
+            n, k = (100, 65) if m % 2 else (48, 64)
+            cases.append(((m, n, k), {"dtype": dtype, "right": right, "epilogue": m in (2, 17)}))
+    cases += [((17, 50, 33), {"dtype": dtype, "left": left, "pad": 3}) for left in ("mk", "km")]
+    cases += [((17, 31, 20), {"dtype": dtype, "right": right, "computed": True}) for right in ("nk", "kn")]
+    cases += [((m, 19, 40), {"dtype": dtype, "batch": 3, "epilogue": True}) for m in (1, 18)]
+    cases += [((1, 1, 1), {"dtype": dtype}), ((9, 1, 5), {"dtype": dtype, "right": "kn"})]
+    fns = compiled([program(f"p{i}", *mnk, **case) for i, (mnk, case) in enumerate(cases)])
+    for fn, (mnk, case) in zip(fns, cases, strict=True):
+        run(fn, *mnk, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=["f32", "bf16"])
+def test_long_sums_in_parts(dtype: torch.dtype) -> None:
+    cases = [{"dtype": dtype, "right": r, "computed": c} for r in ("nk", "kn") for c in (False, True)]
+    for fn, case in zip(compiled([program(f"l{i}", 19, 50, 9001, **c) for i, c in enumerate(cases)]), cases):
+        run(fn, 19, 50, 9001, case)
+
+
+def test_sizes_known_at_run_time() -> None:
+    s = symbol("s0")
+    cases = [{"right": r, "epilogue": e} for r in ("nk", "kn") for e in (False, True)]
+    fns = compiled([program(f"s{i}", s, 70, 33, **c) for i, c in enumerate(cases)])
+    for fn, case in zip(fns, cases, strict=True):
+        for m in ROWS:
+            run(fn, m, 70, 33, case, m)
+    (fn,) = compiled([program("every", s, s, s, batch=3)])
+    for n in (1, 7, 40):
+        run(fn, n, n, n, {"batch": 3}, n)
+
+
+def test_not_a_number_and_infinity() -> None:
+    fns = compiled([program(f"n{m}{r}", m, 50, 40, right=r) for m in (2, 20) for r in ("nk", "kn")])
+    for fn, (m, right) in zip(fns, itertools.product((2, 20), ("nk", "kn")), strict=True):
+        a, b = rand(m, 40), rand(40, 50)
+        a[0, 3], a[1, 39] = math.nan, math.inf
+        b[7, 49] = -math.inf
+        out = poisoned((m, 50), torch.float32)
+        fn((), a, laid_out(b, right == "nk"), out)
+        want = a.double() @ b.double()
+        assert torch.equal(out.isnan(), want.isnan()) and torch.equal(out.isinf(), want.isinf())
+        assert torch.equal(out[out.isinf()].double(), want[want.isinf()])
+
+
+def test_threads_and_runs_give_the_same_bits() -> None:
+    cases = [(m, {"dtype": d, "right": r}) for m in (2, 129) for d in DTYPES[:2] for r in ("nk", "kn")]
+    fns = compiled([program(f"t{i}", m, 1000, 700, **c) for i, (m, c) in enumerate(cases)])
+    for fn, (m, case) in zip(fns, cases, strict=True):
+        got = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            torch.manual_seed(1)
+            got += run(fn, m, 1000, 700, case)
+        assert all(torch.equal(g, got[0]) for g in got)
+
+
+# ---------------------------------------------------------------- CPUs of other kinds
+
+FEATURES = {"avx2": ("avx2", "fma"), "portable": (), "avx512 without bf16": ("avx512f",)}
+
+
+@pytest.mark.parametrize("kind", FEATURES)
+def test_code_for_narrower_cpus(kind: str) -> None:
+    features = FEATURES[kind]
+    if not set(features) <= set(get_target("cpu").features):
+        pytest.skip("this CPU cannot run it")
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tessel.codegen.cpp_matmul.matmul.__defaults__", (features,))
+        cases = [{"dtype": d, "right": r} for d in DTYPES for r in ("nk", "kn")]
+        for i, c in enumerate(cases):
+            made.append(render(program(f"c{i}", 21, 50, 33, **c)))
+    library, path = build(translation_unit(made), {"tessel.hpp": header(), "gemm.hpp": gemm_header(features)})
+    for source, case in zip(made, cases, strict=True):
+        run(NativeKernel(source, library, path), 21, 50, 33, case)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_refusals() -> None:
+    assert "float64" in str(refusal(torch.float64)) and refusal(torch.float16) is None
+    with pytest.raises(TesselError, match="float64"):
+        matmul(program("k", 3, 3, 3, torch.float64))
+    p = program("k", 3, 3, 3)
+    with pytest.raises(TesselError, match="provides a value"):
+        matmul(Kernel("k", "matmul", p.params, p.axes, p.body, p.parts, {"a": 0, "b": 0}))
+
+
+def node(dtype: str) -> Node:
+    text = f"""graph "g"
+  %a: {dtype}[3,5] = input "a"
+  %b: {dtype}[5,7] = input "b"
+  %p = matmul(%a, %b)
+  return %p
+"""
+    return next(n for n in parse_graph(text, OPS).nodes if n.op.name == "matmul")
+
+
+def test_who_multiplies() -> None:
+    wide = ("avx512f", "avx512_bf16")
+    assert by_library(node("f32"), wide) is None and by_library(node("bf16"), wide) is None
+    assert by_library(node("f32"), ("avx2", "fma")) is None
+    assert "AVX" in str(by_library(node("f32"), ("avx2",)))
+    assert "AMX" in str(by_library(node("bf16"), (*wide, "amx_bf16")))
+    assert "widen" in str(by_library(node("bf16"), ("avx512f",)))
+    assert by_library(node("bf16"), (), wanted=True) is None
+    assert "float64" in str(by_library(node("f64"), wide, wanted=True))
+
+
+# ---------------------------------------------------------------- groups of rows
+
+
+def test_grouped_products() -> None:
+    product = Grouped()
+    assert "grouped_f32_nk" in grouped_unit()
+    cases = ((37, 33, 50, [0, 1, 9, 37]), (40, 16, 48, [10, 10, 30, 36]), (30, 5000, 50, [11, 29]), (5, 8, 9, [0, 0]))
+    for (m, k, n, ends), dtype, turned in itertools.product(cases, DTYPES, (False, True)):
+        a, b = rand(m, k, dtype=dtype), laid_out(rand(len(ends), k, n, dtype=dtype), turned)
+        offs = torch.tensor(ends, dtype=torch.int32)
+        want = grouped_mm_ref(a.double(), b.double(), offs)
+        size = grouped_mm_ref(a.double().abs(), b.double().abs(), offs)
+        check(product(a, b, offs), a, b, want, size)
+    wrong = torch.tensor([50, -3, 70], dtype=torch.int32)  # no memory is touched outside the operands
+    assert product(rand(7, 8), rand(3, 8, 5), wrong).shape == (7, 5)
+
+
+def test_other_forms_of_grouped_products_by_definition() -> None:
+    product = Grouped()
+    a, b, offs = rand(6, 4), rand(4, 5), torch.tensor([1, 4], dtype=torch.int32)
+    torch.testing.assert_close(product(a.t().contiguous(), rand(6, 5), offs).shape, torch.Size((2, 4, 5)))
+    torch.testing.assert_close(product(rand(2, 6, 4), rand(2, 4, 5)).shape, torch.Size((2, 6, 5)))
+    torch.testing.assert_close(product(rand(2, 6, 4), b, torch.tensor([2, 5])).shape, torch.Size((6, 5)))
+    assert product(a, rand(2, 4, 5), offs, out_dtype=torch.float64).dtype == torch.float64
+
+
+# ---------------------------------------------------------------- whole functions
+
+
+def test_functions_and_their_gradients() -> None:
+    torch._dynamo.reset()
+    w, v, bias = rand(70, 40).requires_grad_(), rand(40, 70).requires_grad_(), rand(70).requires_grad_()
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        h = torch.nn.functional.linear(x, w, bias)
+        return x + torch.nn.functional.gelu(h) @ w + torch.relu(x @ v) @ v.t()
+
+    x = rand(3, 11, 40)
+    want = torch.autograd.grad(f(x).square().sum(), (w, v, bias))
+    fast = tessel.compile(f, target="cpu")
+    got = torch.autograd.grad(fast(x).square().sum(), (w, v, bias))
+    torch.testing.assert_close(fast(x), f(x), rtol=1e-4, atol=1e-4)
+    for g, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(g, expected, rtol=1e-3, atol=1e-2)
+    kernels = [k for k in tessel.explain(fast).kernels if k.family == "matmul"]
+    if by_library(node("f32"), get_target("cpu").features) is None:
+        assert kernels
+
+
+def test_explain_says_why_a_library_multiplies() -> None:
+    torch._dynamo.reset()
+
+    def f(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a @ b
+
+    for options, dtype, words in (
+        ({"matmul": "library"}, torch.float32, "'library'"),
+        ({}, torch.float64, "float64"),
+    ):
+        torch._dynamo.reset()
+        fast = tessel.compile(f, target="cpu", options=options)
+        x = rand(5, 5, dtype=dtype)
+        torch.testing.assert_close(fast(x, x), x @ x)
+        (call,) = (c for comp in tessel.explain(fast).compilations for c in comp.calls)
+        assert words in call.reason
+
+
+def test_the_text_is_small() -> None:
+    source = render(program("k", 300, 300, 300, epilogue=True))
+    assert isinstance(source, CppSource) and source.text.count("\n") < 60 and "\n\n" not in source.body
