@@ -362,7 +362,7 @@ def test_cli_refuses_with_two_and_words(args: tuple[str, ...], words: str) -> No
 
 def test_cli_explain_passes_the_model_on(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("tessel.compile", lambda m, target: seen.append(target) or m, raising=False)
+    monkeypatch.setattr("tessel.compile", lambda m, target, **more: seen.append(target) or m, raising=False)
     monkeypatch.setattr(
         "tessel.explain", lambda m, *a, **k: seen.append((a, k)) or "the report", raising=False
     )
