@@ -30,7 +30,7 @@ from .bindings import bindings
 from .sizes import size_text
 from .views import view_text
 
-__all__ = ["Called", "HostSource", "Launch", "Storage", "render_host"]
+__all__ = ["Called", "HostSource", "Launch", "Run", "Storage", "render_host"]
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,39 @@ class Storage:
     Attributes:
         reuse: a new value -> the dead value whose memory it takes over.
         frees: position of a node -> values whose names are dropped after it.
+        places: values that live in one block of memory -> their offsets in bytes; only launches in ``runs`` use them.
+        block: the bytes of that block.
+        runs: position of the first node -> position after the last of launches that one call makes.
     """
 
     reuse: Mapping[Value, Value] = field(default_factory=dict)
     frees: Mapping[int, tuple[Value, ...]] = field(default_factory=dict)
+    places: Mapping[Value, int] = field(default_factory=dict)
+    block: int = 0
+    runs: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Launches that one call makes, one after the other.
+
+    Attributes:
+        steps: for each the kernel's name and its arguments: which of the call's tensors, and how many bytes after it.
+        tensors: how many tensors the call takes.
+    """
+
+    steps: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
+    tensors: int
 
 
 @dataclass(frozen=True)
 class HostSource:
-    """Text of the host program, and everything it calls by name."""
+    """Text of the host program, everything it calls by name, and the runs of launches among that."""
 
     name: str
     text: str
     names: Mapping[str, Any]
+    runs: Mapping[str, Run] = field(default_factory=dict)
 
 
 class _Writer:
@@ -104,6 +124,7 @@ class _Writer:
         self.count = 0
         self.bound: set[str] = set()
         self.checked = _strides_that_matter(graph)
+        self.runs: dict[str, Run] = {}
 
     # ------------------------------------------------------------ pieces of text
 
@@ -212,9 +233,19 @@ class _Writer:
             self.line(f"    raise RuntimeError({message!r})")
 
     def launch(self, node: Node, what: Launch) -> None:
+        outs = self.results(node)
+        operands = list(values_in(node.args))
+        args = [self.value[operands[i]] if how == "in" else outs[i] for how, i in what.params]
+        grid = self.sizes(what.grid)
+        self.line(f"{what.name}({', '.join([grid, *args, *what.sizes])})")
+
+    def results(self, node: Node) -> dict[int, str]:
+        """Lines that make the memory a launch writes to, except where it has a place; names by position."""
         outs = {}
         for i, (v, t) in enumerate(zip(node.outs, node.types, strict=True)):
             assert isinstance(t, TensorType)
+            if v in self.storage.places:
+                continue
             old = self.storage.reuse.get(v)
             layout = f"{self.sizes(t.shape)}, {self.sizes(t.strides)}, {self.literal(t.dtype)}"
             if old is None:
@@ -225,10 +256,34 @@ class _Writer:
                 text = f"reuse({self.value[old]}, {layout})"
             outs[i] = self.fresh(v)
             self.line(f"{outs[i]} = {text}")
-        operands = list(values_in(node.args))
-        args = [self.value[operands[i]] if how == "in" else outs[i] for how, i in what.params]
-        grid = self.sizes(what.grid)
-        self.line(f"{what.name}({', '.join([grid, *args, *what.sizes])})")
+        return outs
+
+    def run(self, nodes: Sequence[Node], told: str) -> str:
+        """Launches that one call makes; the comments say which, and where in the block their values lie."""
+        tensors: dict[str, int] = {}
+        steps = []
+        for node in nodes:
+            what = self.call(node)
+            assert isinstance(what, Launch)
+            comment = _comment(node)
+            if comment != told and comment:
+                self.line(f"# {comment}")
+                told = comment
+            self.results(node)
+            operands = list(values_in(node.args))
+            args, shown = [], []
+            for how, i in what.params:
+                v = operands[i] if how == "in" else node.outs[i]
+                offset = self.storage.places.get(v)
+                name = self.value[v] if offset is None else "block"
+                args.append((tensors.setdefault(name, len(tensors)), offset or 0))
+                shown.append(name if offset is None else f"block+{offset}")
+            self.line(f"#   {what.name}({', '.join(shown)})")
+            steps.append((what.name, tuple(args)))
+        name = f"run{len(self.runs)}"
+        self.runs[name] = Run(tuple(steps), len(tensors))
+        self.line(f"{name}({', '.join(tensors)})")
+        return told
 
     def callable(self, node: Node, what: Called) -> None:
         name = self.bind(what.name, what.fn)
@@ -344,19 +399,23 @@ def render_host(
     """
     w = _Writer(graph, call, storage or Storage())
     w.header()
-    told = ""
-    for at, node in enumerate(graph.nodes):
-        told = w.write(at, node, told)
-        dead = [w.value[v] for v in w.storage.frees.get(at, ()) if v in w.value]
+    if w.storage.block:
+        w.line(f"block = empty(({w.storage.block},), (1,), torch.uint8)")
+    told, at = "", 0
+    while at < len(graph.nodes):
+        end = w.storage.runs.get(at, at + 1)
+        told = w.run(graph.nodes[at:end], told) if at in w.storage.runs else w.write(at, graph.nodes[at], told)
+        dead = [w.value[v] for i in range(at, end) for v in w.storage.frees.get(i, ()) if v in w.value]
         if dead:
             w.line(f"del {', '.join(dead)}")
+        at = end
     w.footer()
     doc = "\n".join(line.replace("\\", "/").replace('"""', "'''") for line in about)
     names = [f"    #   {w.value[n.out]}: {_safe(n.attrs['name'])} {n.types[0]}" for n in graph.inputs]
     text = "\n".join(
         [f'"""{doc}\n"""\n' if doc else "", f"def {_identifier(graph.name)}(args):", *names, *w.lines, ""]
     ).lstrip("\n")
-    return HostSource(_identifier(graph.name), text, w.names)
+    return HostSource(_identifier(graph.name), text, w.names, w.runs)
 
 
 def _strides_that_matter(graph: Graph) -> set[Value]:

@@ -57,6 +57,9 @@ def plan_buffers(
     owned: Callable[[Node], bool],
     hints: Mapping[str, int] | None = None,
     reuse: bool = True,
+    places: Mapping[Value, int] | None = None,
+    block: int = 0,
+    runs: Mapping[int, int] | None = None,
 ) -> Buffers:
     """Plan the memory of a graph's values.
 
@@ -66,7 +69,11 @@ def plan_buffers(
         owned: whether a node's results are new memory; views are never asked.
         hints: typical sizes, for ``peak_bytes`` only.
         reuse: False keeps every value in memory of its own.
+        places: values that have a place in a block of memory, see ``sequence.plan_places``; not planned here.
+        block: the bytes of that block, which is there during the whole call.
+        runs: as in ``Storage``.
     """
+    places = places or {}
     hints = dict(hints or {})
     roots = _roots(graph, allocates, owned)
     death = _last_uses(graph, roots)
@@ -74,16 +81,16 @@ def plan_buffers(
     leaving = set(graph.results())
     ends: dict[int, list[Value]] = {}
     for v, at in death.items():
-        if v in made:
+        if v in made and v not in places:
             ends.setdefault(at, []).append(v)
     taken: dict[Value, Value] = {}
-    level = _Level(graph, roots, death, hints)
+    level = _Level(graph, roots, death, hints, places)
     free: list[Value] = []  # allocated values whose memory is dead, oldest first
     for at, node in enumerate(graph.nodes):
         if allocates(node) and reuse:
             for v in node.outs:
                 # what leaves the graph gets memory of exactly its size
-                if not isinstance(v.type, TensorType) or v in leaving:
+                if not isinstance(v.type, TensorType) or v in leaving or v in places:
                     continue
                 while (old := _best(v.type, free)) is not None:
                     free.remove(old)
@@ -97,10 +104,10 @@ def plan_buffers(
         uses[old] = max(uses.get(old, -1), made[new])
     kept = {v for i in graph.inputs for v in i.outs if _stays(graph, i)}
     for v, at in uses.items():
-        if v not in leaving and v not in kept and v.op.name not in INPLACE:
+        if v not in leaving and v not in kept and v not in places and v.op.name not in INPLACE:
             frees[at] = (*frees.get(at, ()), v)
     saved = sum(_bytes(v.type, hints) for v in taken)
-    return Buffers(taken, frees, level.peak, saved, hints)
+    return Buffers(taken, frees, places, block, runs or {}, level.peak + block, saved, hints)
 
 
 def _stays(graph: Graph, node: Node) -> bool:
@@ -187,12 +194,13 @@ class _Level:
         roots: Mapping[Value, frozenset[Value]],
         death: Mapping[Value, int],
         hints: Mapping[str, int],
+        places: Mapping[Value, int],
     ) -> None:
         steps = [0] * (len(graph.nodes) + 1)
         self.size: dict[Value, int] = {}
         for i, node in enumerate(graph.nodes):
             for v in node.outs:
-                if v in roots[v]:
+                if v in roots[v] and v not in places:
                     self.size[v] = _bytes(v.type, hints)
                     steps[i] += self.size[v]
                     if v in death:

@@ -34,7 +34,7 @@ from ..errors import TesselError
 from ..safe_dir import open_private
 from ..targets import get_target
 
-__all__ = ["Compiler", "NativeKernel", "build", "find_compiler"]
+__all__ = ["Compiler", "NativeKernel", "build", "find_compiler", "stop"]
 
 _SECONDS = 600  # until a compiler is given up
 _ROOM = 16 * 2**20  # free bytes below which a failed compilation is tried again on another disk
@@ -234,7 +234,7 @@ class NativeKernel:
     """
 
     def __init__(self, source: CppSource, library: ctypes.CDLL, path: Path) -> None:
-        self.source, self.path = source, path
+        self.source, self.path, self.library = source, path, library
         self.fn = library[source.name]
         self.fn.argtypes = [ctypes.c_char_p, ctypes.c_int64]
         self.fn.restype = ctypes.c_int
@@ -245,6 +245,15 @@ class NativeKernel:
         n = self.tensors
         bad = self.fn(self.pack(*[x.data_ptr() for x in args[:n]], *args[n:]), torch.get_num_threads())
         if bad:
-            for bit, kind, words in _REASONS:
-                if bad & bit:
-                    raise kind(words)
+            stop(bad)
+
+
+def stop(bad: int) -> None:
+    """Raise what a kernel's answer means.
+
+    Raises:
+        IndexError, RuntimeError, MemoryError: see ``_REASONS``.
+    """
+    for bit, kind, words in _REASONS:
+        if bad & bit:
+            raise kind(words)

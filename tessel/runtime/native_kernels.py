@@ -13,6 +13,7 @@ from ..tiles.kernel import Kernel
 from .kernels import Kernels
 from .modules import place
 from .native import NativeKernel, build
+from .sequence import RUNNER
 
 __all__ = ["NativeKernels"]
 
@@ -37,7 +38,7 @@ class NativeKernels(Kernels):
             more = "".join(f"// {line}\n" for line in self.places(name))
             self.sources[name] = dataclasses.replace(source, header=source.header + more)
         sources: list[CppSource] = list(self.sources.values())  # type: ignore[arg-type]
-        text = translation_unit(sources)
+        text = translation_unit(sources) + RUNNER
         try:
             library, _ = build(text, headers(sources))
         except TesselError as e:

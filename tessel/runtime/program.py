@@ -15,6 +15,7 @@ from ..codegen.sizes import HELPERS
 from ..ir.node import Graph, Node
 from .buffers import Buffers, plan_buffers
 from .modules import execute, place
+from .sequence import all_native, plan_places, sequences
 
 __all__ = ["Program", "build", "fit", "reuse"]
 
@@ -121,7 +122,14 @@ def build(
         what = once(node)
         return isinstance(what, Called) and what.owned
 
-    buffers = plan_buffers(graph, allocates, owned, hints)
+    def asked(node: Node) -> Called | Launch | None:
+        return once(node) if node.op.kind == "kernel" else None
+
+    places = plan_places(graph, asked) if all_native(launchers) and not poison else None
+    if places is None:
+        buffers = plan_buffers(graph, allocates, owned, hints)
+    else:
+        buffers = plan_buffers(graph, allocates, owned, hints, places=places.at, block=places.bytes, runs=places.runs)
     source = render_host(graph, once, buffers, about)
     path = place(source.name, source.text, directory)
     where = torch.device(device)
@@ -137,6 +145,7 @@ def build(
         "reuse": reuse,
         **HELPERS,
         **launchers,
+        **sequences(source.runs, launchers),
         **source.names,
     }
     names.update(_constants(graph, constants or {}))
