@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from tessel.errors import TesselError
+from tessel.solve import Problem
 from tessel.solve.fit import Row, cross, fit, fold_of, header_of, judge, read_rows
-from tessel.solve.resources import coefficients, estimate, programs_per_unit
+from tessel.solve.resources import coefficients, estimate, nearest_path, programs_per_unit
 from tessel.targets import get_target
 from tessel.tiles.header import load_header
 
@@ -88,11 +89,12 @@ def test_no_such_path() -> None:
 # ---------------------------------------------------------------- what the solver asks for
 
 
-def tile(target: str, **knobs: int) -> dict[str, Any]:
+def tile(target: str, **knobs: float) -> dict[str, Any]:
     record = get_target(target)
     assert record.limits is not None
     sizes = {"itemsize": 2, "out_itemsize": 2, "widest": 4, "plain": 0, "warp_size": record.limits.warp_size}
-    return estimate("matmul", record, load_header("matmul").with_derived({**knobs, "GROUP": 8, **sizes}))
+    header = load_header("matmul")
+    return estimate("matmul", record, header.with_derived({**header.plain, **sizes, "GROUP": 8, **knobs}))
 
 
 @pytest.mark.parametrize(
@@ -111,10 +113,45 @@ def test_spills_of_known_tiles(target: str, knobs: dict[str, int], spills: bool)
 
 
 def test_an_unmeasured_architecture_takes_the_nearest_path() -> None:
-    got = tile("rtx4090", BM=64, BN=64, BK=32, num_warps=4, num_stages=3)
-    assert got["path"] == "ptr80" and not got["spills"]
-    assert tile("h100", BM=64, BN=64, BK=32, num_warps=4, num_stages=3)["path"] == "ptr90"
+    header = load_header("matmul")
+    found = {t: nearest_path(header, get_target(t).arch) for t in ("a100", "rtx4090", "h100", "b200", "mi300x")}
+    assert {t: (p.name if p else "", measured) for t, (p, measured) in found.items()} == {
+        "a100": ("ptr80", True),
+        "rtx4090": ("ptr80", True),
+        "h100": ("ptr90", True),
+        "b200": ("tma100", False),
+        "mi300x": ("ptr942", True),
+    }
     assert tile("b200", BM=128, BN=128, BK=64, num_warps=4, num_stages=3)["columns"] == 128
+
+
+def test_variants_have_registers_of_their_own() -> None:
+    """Descriptors leave a thread its sums and 26 registers; on sm_100 a persistent grid doubles tensor memory."""
+    one = {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3}
+    assert float(tile("h100", **one, TMA=1)["registers"]) == 128 + 26
+    assert float(tile("h100", **one, TMA=0)["registers"]) > 190
+    assert tile("b200", **one, TMA=1, PERSIST=1)["columns"] == 2 * tile("b200", **one, TMA=1)["columns"] == 512
+
+
+# 4096 x 4096 x 4096 bf16 products on sm_90, compiled with Triton 3.7.1 from this template: a residual is added (one
+# value loaded and one operator a sum), or bias, gelu and residual (nine operators). (operators, tile, warps, pieces,
+# whether it really spilled.)
+EPILOGUES = [
+    (1, (128, 256), 8, 1, False), (1, (128, 128), 4, 1, False), (1, (128, 256), 8, 2, False),
+    (9, (128, 256), 8, 1, True), (9, (128, 128), 4, 1, True), (9, (128, 256), 8, 2, False),
+    (9, (128, 256), 8, 4, False), (9, (128, 128), 4, 2, False), (9, (128, 128), 8, 1, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ops", "sides", "warps", "pieces", "spills"), EPILOGUES)
+@pytest.mark.parametrize("tma", [0, 1])
+def test_epilogues(ops: int, sides: tuple[int, int], warps: int, pieces: int, spills: bool, tma: int) -> None:
+    problem = dataclasses.replace(Problem.product(4096, 4096, 4096), point_bytes=2, ops=ops)
+    got = tile(
+        "h100", BM=sides[0], BN=sides[1], BK=64, num_warps=warps, num_stages=3, TMA=tma, PIECES=pieces,
+        point_weight=problem.point_weight,
+    )  # fmt: skip
+    assert bool(got["spills"]) is spills
 
 
 @pytest.mark.parametrize(

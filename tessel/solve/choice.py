@@ -24,7 +24,7 @@ from .explain import RuledOut, nothing_fits, page, reason, ruled_out
 from .forced import TileRefused, forced_knobs
 from .problem import Problem, problem_of
 from .resources import Resources
-from .solver import Candidate, Table
+from .solver import Candidate, Table, solve_table
 from .time import Time
 
 __all__ = ["Choice", "tile", "tile_of"]
@@ -143,4 +143,4 @@ def _best(
 
 @lru_cache(maxsize=8)  # megabytes each
 def _table(problem: Problem, target: Target, given: tuple[tuple[str, int], ...], learned: tuple[Learned, ...]) -> Table:
-    return Table(problem, target, dict(given), learned)
+    return solve_table(problem, target, dict(given), learned)

@@ -14,14 +14,16 @@ import numpy as np
 
 from ..targets import Target
 from ..tiles.default import next_power
+from ..tiles.header import load_header
 from .problem import Problem
 
-__all__ = ["Constraint", "Learned", "constraints_for"]
+__all__ = ["DESCRIPTORS", "Constraint", "Learned", "constraints_for"]
 
 Values = Mapping[str, Any]
 
 _NUMEL = 2**20  # elements of one tensor: Triton's TRITON_MAX_TENSOR_NUMEL
 _POINTS = 2**16  # elements of a tile that Triton still compiles in seconds
+DESCRIPTORS = ("sm_90", "sm_100")  # architectures with tensor descriptors (TMA) that Triton compiles for
 _DEEPEST = 512  # bytes of a row in one step of a product
 _HELD = 1024  # bytes of products a thread: as much as registers hold
 _LEAST = 16  # a side of a product's tile
@@ -183,7 +185,7 @@ def _contraction(problem: Problem, target: Target) -> list[Constraint]:
     for axis in ("m", "n", "k") if problem.family == "matmul" else ("m", "n"):
         rules.append(_overhang(f"B{axis.upper()}", axis, getattr(problem, axis), _LEAST))
     if problem.family == "matmul":
-        rules += [_group(problem, target), _depth(problem)]
+        rules += [*_variants(problem, target), _group(problem, target), _depth(problem)]
     each = 1 if not problem.plain else problem.d if problem.family == "attention" else 16
     rules.append(
         Constraint(
@@ -199,6 +201,51 @@ def _contraction(problem: Problem, target: Target) -> list[Constraint]:
     elif not problem.matrix:
         rules += _by_lanes(problem)
     return rules
+
+
+def _variants(problem: Problem, target: Target) -> list[Constraint]:
+    """Rules for the ways to write a product: descriptors, a persistent grid, the epilogue in pieces."""
+    if "TMA" not in load_header("matmul").knobs:
+        return []
+    here = target.arch in DESCRIPTORS
+    why = (
+        f"{target.name} ({target.arch}) has no tensor descriptors; {' and '.join(DESCRIPTORS)} have"
+        if not here
+        else "neither operand can come by a descriptor: none lies in memory as it is, 16 bits wide, contiguous along "
+        "one axis and all else at multiples of 16 bytes"
+    )
+
+    def programs(v: Values) -> Any:
+        return problem.batch * -(-problem.m // v["BM"]) * -(-problem.n // v["BN"])
+
+    return [
+        Constraint(
+            "descriptors",
+            True,
+            lambda v: v["TMA"],
+            lambda v: int(here and problem.described > 0),
+            lambda v, n, m: why,
+        ),
+        Constraint(
+            "persistent grid",
+            False,
+            lambda v: v["PERSIST"],
+            lambda v: np.minimum(v["per_unit"], programs(v) // (target.units + 1)) * here,
+            lambda v, n, m: (
+                f"{n:.0f} programs a unit that stay: {v['per_unit']:.0f} fit, and there are {programs(v)} tiles for "
+                f"{target.units} units" + ("" if here else f"; tried on {' and '.join(DESCRIPTORS)} only")
+            ),
+        ),
+        Constraint(
+            "pieces",
+            False,
+            lambda v: v["PIECES"],
+            lambda v: np.maximum(1, v["BN"] // 32) if problem.point_weight else 1,
+            lambda v, n, m: (
+                f"an epilogue in {n:.0f} pieces of {v['BN']} columns: {m:.0f} are the most that save registers"
+            ),
+        ),
+    ]
 
 
 def _group(problem: Problem, target: Target) -> Constraint:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..tiles.header import load_header
 from .constraints import Constraint
-from .resources import coefficients, nearest_path
+from .resources import coefficients, nearest_path, variants_of
 from .solver import Candidate, Table
 
 __all__ = ["RuledOut", "core_of", "nothing_fits", "page", "reason", "ruled_out", "tile_text"]
@@ -63,8 +63,9 @@ def page(name: str, table: Table, top: int = 5) -> str:
     """A page on one kernel: the pick term by term, the runners-up, and what rules the others out."""
     problem, target = table.problem, table.target
     fit = 0 if table.relaxed else len(table.order)
+    count = len(table) + (len(table.before) - len(table.before.rows) if table.before is not None else 0)
     lines = [f"{name}: {problem.family}, {problem}, on {target.name}"]
-    lines.append(f"{len(table):,} tiles, {fit:,} satisfy all constraints")
+    lines.append(f"{count:,} tiles, {fit:,} satisfy all constraints")
     if table.given:
         lines.append(f"given: {tile_text(table.given)}")
     if problem.symbolic:
@@ -73,8 +74,11 @@ def page(name: str, table: Table, top: int = 5) -> str:
         lines.append(nothing_fits(table))
     if len(table.order):
         lines += ["", *_candidates(table, top), "", *_ruled_out_lines(table)]
-    path, measured = nearest_path(load_header(problem.family), target.arch)
-    if path is not None:
+    header = load_header(problem.family)
+    for variant in variants_of(table.knobs):
+        path, measured = nearest_path(header, target.arch, variant)
+        if path is None:
+            continue
         near = "" if measured else f" (nearest measured: {target.arch} has not been)"
         lines.append(f"resources: {path.what}{near}; {coefficients()[path.name]['source']}")
     return "\n".join(lines)
@@ -108,16 +112,20 @@ def _takes(c: Candidate) -> str:
 
 def ruled_out(table: Table) -> list[RuledOut]:
     """What rules tiles out, in the order of the constraints; a tile counts for the first that it breaks."""
-    found = []
-    seen = np.zeros(len(table), dtype=bool)
-    for constraint, broken in table.broken.items():
-        new = np.flatnonzero(broken & ~seen)
-        if len(new):
-            at = _nearest(table, constraint, new)
-            words = constraint.explain(table.values, at)
-            found.append(RuledOut(constraint.name, len(new), table.knobs_of(at), words))
-        seen |= broken
-    return found
+    found: dict[str, RuledOut] = {}
+    for part in (table, table.before):
+        if part is None:
+            continue
+        seen = np.zeros(len(part), dtype=bool)
+        for constraint, broken in part.broken.items():
+            new = np.flatnonzero(broken & ~seen)
+            seen |= broken
+            if len(new):
+                at = _nearest(part, constraint, new)
+                more = found[constraint.name].tiles if constraint.name in found else 0
+                words = constraint.explain(part.values, at)
+                found[constraint.name] = RuledOut(constraint.name, len(new) + more, part.knobs_of(at), words)
+    return [found[c.name] for c in table.constraints if c.name in found]
 
 
 def _ruled_out_lines(table: Table) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,8 +16,8 @@ from ..ir.exprs import evaluate
 from ..ir.types import Dim, product
 from ..targets import Target
 from ..tiles.cost import stored_bytes
-from ..tiles.default import batch_axes, formula_values, head_widths, of_kind, plain_dot, reads_across
-from ..tiles.kernel import Compute, Kernel, Load, Reduce, Stmt, Store, axes_read
+from ..tiles.default import batch_axes, formula_values, head_widths, of_kind, plain_dot, reads_across, score_bytes
+from ..tiles.kernel import Compute, Kernel, Load, Reduce, Ref, Stmt, Store, axes_read
 
 __all__ = ["Problem", "problem_of"]
 
@@ -51,6 +52,8 @@ class Problem:
         causal: attention that hides later keys.
         a_bytes, b_bytes: loaded for one element of a product's operands.
         a_along_k, b_along_k: whether an operand is contiguous along k, not along m or n.
+        described: operands, none to two, that tensor descriptors can load: they lie in memory as they are, 16-bit or
+            narrower floats, contiguous along one axis, all else at multiples of 16 bytes.
         aligned: rows of the operands start at multiples of 16 bytes, so that they are copied asynchronously.
         point_bytes: loaded at each point: (m, n) of an epilogue or a score, (x, r) of a reduction, x otherwise.
         total_bytes: of all inputs, each read once.
@@ -83,6 +86,7 @@ class Problem:
     b_bytes: int = 0
     a_along_k: bool = True
     b_along_k: bool = True
+    described: int = 0
     aligned: bool = True
     point_bytes: int = 0
     total_bytes: int = 0
@@ -122,6 +126,7 @@ class Problem:
             a_bytes=size,
             b_bytes=size,
             aligned=k * size % 16 == 0,
+            described=2 if k * size % 16 == 0 and size <= 2 and dtype != "i8" else 0,
             total_bytes=batch * (m * k + k * n) * size,
             out_bytes=batch * m * n * size,
         )
@@ -148,11 +153,20 @@ class Problem:
             return f"{self.batch} heads, {self.m}×{self.n}, width {self.d} {self.dtype}{', causal' * self.causal}"
         return f"{self.x} points" + (f" of {self.r} each" if self.family == "reduction" else "")
 
-    def sizes(self) -> dict[str, int]:
+    @property
+    def point_weight(self) -> float:
+        """Registers that an epilogue takes for one sum, as compiled for sm_90; 0 without an epilogue of its own."""
+        if not self.point_bytes and self.ops < 2:
+            return 0.0
+        return 0.25 + self.point_bytes / 4 + 0.03 * self.ops
+
+    def sizes(self) -> dict[str, Any]:
         """What the formulas of a header may name, beside the knobs."""
-        out = {"itemsize": self.itemsize, "out_itemsize": self.out_itemsize, "widest": self.widest}
+        out: dict[str, Any] = {"itemsize": self.itemsize, "out_itemsize": self.out_itemsize, "widest": self.widest}
         if self.family == "attention":
-            out |= {"BD": self.d, "BE": self.e}
+            out |= {"BD": self.d, "BE": self.e, "score_bytes": self.point_bytes}
+        if self.family == "matmul":
+            out["point_weight"] = self.point_weight
         return {**out, "plain": int(self.plain)}
 
 
@@ -215,6 +229,7 @@ def _matmul(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, object]:
         "a_along_k": _along(kernel, "a") == "k",
         "b_along_k": _along(kernel, "b") == "k",
         "aligned": _aligned(kernel, ("a", "b")),
+        "described": sum(_described(kernel, part) for part in ("a", "b")),
         "point_bytes": _bytes(kernel.body, Load, frozenset({"m", "n"})),
         **_counts(kernel.body),
     }
@@ -235,7 +250,7 @@ def _attention(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, objec
         "tf32": kernel.attrs.get("precision", "ieee") != "ieee",
         "causal": bool(kernel.attrs.get("causal", False)),
         "aligned": _aligned(kernel, ("q", "k", "v")),
-        "point_bytes": _bytes(score, Load, frozenset({"n"})),
+        "point_bytes": score_bytes(kernel),
         **_counts(score),
     }
 
@@ -293,6 +308,19 @@ def _aligned(kernel: Kernel, parts: Iterable[str]) -> bool:
             if any(not isinstance(c, int) or c * s.dtype.itemsize % 16 for c in steps):
                 return False
     return True
+
+
+def _described(kernel: Kernel, part: str) -> bool:
+    """Whether a part is one load without a mask of narrow floats from a matrix, see ``Problem.described``."""
+    stmts = kernel.parts[part]
+    if len(stmts) != 1 or not isinstance(stmts[0], Load) or kernel.provides[part] != Ref(stmts[0].out):
+        return False
+    load, axes = stmts[0], ("m", "k") if part == "a" else ("k", "n")
+    address = load.access.address(kernel.params[load.access.param])
+    steps = {atom.name: c for atom, c in address.terms if atom.kind == "var"}
+    plain = not load.access.mask and load.dtype.is_floating_point and load.dtype.itemsize <= 2
+    whole = len(steps) == len(address.terms) and all(isinstance(steps.get(a), int) for a in axes)
+    return plain and whole and any(steps[a] == 1 for a in axes) and _aligned(kernel, (part,))
 
 
 def _dtype(kernel: Kernel, part: str) -> str:

@@ -21,10 +21,11 @@ from ..targets import Target
 from ..tiles.formula import evaluate
 from ..tiles.header import Header, LoadPath, load_header
 
-__all__ = ["Resources", "coefficients", "estimate", "nearest_path", "programs_per_unit"]
+__all__ = ["Resources", "coefficients", "estimate", "nearest_path", "programs_per_unit", "variants_of"]
 
 PROGRAMS_PER_UNIT = 32  # resident blocks an SM; 24 on sm_89 (CUDA programming guide, technical specifications)
 RESERVED = 1024  # bytes of shared memory that the driver keeps for each block (CUDA programming guide)
+_AFTER = 10  # registers beside sums and values in an epilogue, as compiled for sm_90
 _GRANULE = 8  # registers are handed to a thread in eights
 _FILE = Path(__file__).with_name("resources.json")
 
@@ -40,7 +41,6 @@ class Resources:
         spills: whether the estimate says that it spills.
         tensor_columns: of tensor memory.
         per_unit: programs that are resident on an SM or CU together.
-        path: the measured path that the estimate is from.
     """
 
     shared_bytes: int
@@ -49,7 +49,6 @@ class Resources:
     spills: bool
     tensor_columns: int
     per_unit: int
-    path: str
 
 
 @cache
@@ -66,17 +65,17 @@ def coefficients() -> Mapping[str, Mapping[str, Any]]:
     return dict(got)
 
 
-_ELSEWHERE = {  # what stands in where an architecture has not been measured
-    "matmul": {"sm_100": "tma100", "gfx": "ptr942", "sm_": "ptr80"},
+_ELSEWHERE = {  # what stands in where an architecture, or a way to load on it, has not been measured
+    "matmul": {"sm_100": "tma100", "sm_90": "ptr90", "gfx": "ptr942", "sm_": "ptr80"},
     "attention": {"sm_": "attn90", "gfx": "attn90"},
     "reduction": {"sm_": "rmsnorm90", "gfx": "rmsnorm90"},
     "pointwise": {},
 }
 
 
-def nearest_path(header: Header, arch: str) -> tuple[LoadPath | None, bool]:
-    """``(path, measured)``: the path for loads by pointer on ``arch``, or the nearest one and False."""
-    path = header.path(arch)
+def nearest_path(header: Header, arch: str, variant: str = "pointer") -> tuple[LoadPath | None, bool]:
+    """``(path, measured)``: the path of a variant on ``arch``, or the nearest one and False."""
+    path = header.path(arch, variant)
     if path is not None:
         return path, True
     for prefix, name in _ELSEWHERE[header.family].items():
@@ -85,43 +84,42 @@ def nearest_path(header: Header, arch: str) -> tuple[LoadPath | None, bool]:
     return None, False
 
 
+def variants_of(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How a template's kernels load, and where: ``pointer``, ``tma``, ``persistent`` (tma, tile after tile)."""
+    if "TMA" not in values:
+        return {"pointer": np.asarray(True)}
+    tma, persistent = np.asarray(values["TMA"]) > 0, np.asarray(values["PERSIST"]) > 0
+    found = {"pointer": ~tma, "tma": tma & ~persistent, "persistent": tma & persistent}
+    return {n: mask for n, mask in found.items() if mask.any()}
+
+
 def estimate(family: str, target: Target, values: Mapping[str, Any]) -> dict[str, Any]:
     """Resources of tiles whose knobs and sizes are in ``values`` (see ``Header.with_derived``), by name.
 
     ``shared``, ``registers``, ``register_limit``, ``spills``, ``columns`` and ``per_unit``, numbers or arrays as the
-    knobs are; ``path`` is the name of the measured path.
+    knobs are.
     """
     assert target.limits is not None
     header = load_header(family)
     values = {**header.plain, **values}
-    path, measured = nearest_path(header, target.arch)
     shared = evaluate(header.smem_formula(target.arch), values)
     resident = shared if family in ("matmul", "attention") else 0 * values["num_warps"]  # without turning layouts
-    columns: Any = 0
-    if path is None:  # pointwise: a value or two live for each load, and addresses
-        registers = 20 + 2 * values["held"] * values.get("loads", 1)
+    if family == "pointwise":  # a value or two live for each load, and addresses
+        registers: Any = 20 + 2 * values["held"] * values.get("loads", 1)
         limit: Any = target.limits.registers_per_thread
-        spills = registers > limit
+        spills: Any = registers > limit
+        columns: Any = 0
     else:
-        fitted = coefficients()[path.name]
-        registers = sum(c * evaluate(f, values) for c, f in zip(fitted["registers"], path.registers))
-        if family == "reduction":  # the path holds one value an element; each further load holds one more
-            held = evaluate(path.registers[1], values) * fitted["registers"][1]
-            registers = registers + held * (values.get("loads", 1) - 1) * 0.5
-            resident = evaluate(path.shared, values)
-        if "a_part" in values and not values.get("aligned", 1):  # operands pass through registers, two halves in one
-            registers = registers + (values["a_part"] + values["b_part"]) * values["itemsize"] / 4
-        limit = evaluate(path.register_limit, values) if target.vendor != "amd" or path.name == "ptr942" else None
-        limit = np.minimum(512, 2048 // values["num_warps"]) if limit is None else limit
-        ratio = registers / limit
-        *weights, constant = fitted["spill"]
-        score = weights[0] * ratio + sum(w * evaluate(f, values) for w, f in zip(weights[1:], path.spill_terms))
-        spills = (score + constant > 0) | (evaluate(path.always_spills, values) > 0)
-        like = values.get("loads", 1) == 1 if family == "reduction" else values.get("aligned", 1)
-        if not (measured and like):  # nothing like it was measured: take the limit at its word
-            spills = spills | (registers > limit)
-        if target.arch == "sm_100":
-            columns = evaluate(path.tensor_columns, values)
+        registers, limit, spills, columns = 0.0, 0, False, 0
+        for variant, mask in variants_of(values).items():
+            path, measured = nearest_path(header, target.arch, variant)
+            assert path is not None
+            got = _allocated(path, measured, family, target, values)
+            registers, limit, spills, columns = (
+                np.where(mask, new, old) for new, old in zip(got, (registers, limit, spills, columns))
+            )
+            if family == "reduction":
+                resident = evaluate(path.shared, values)
     return {
         "shared": shared,
         "registers": registers,
@@ -129,8 +127,34 @@ def estimate(family: str, target: Target, values: Mapping[str, Any]) -> dict[str
         "spills": spills,
         "columns": columns,
         "per_unit": programs_per_unit(target, resident, registers, limit, values["num_warps"], columns),
-        "path": path.name if path is not None else "",
     }
+
+
+def _allocated(path: LoadPath, measured: bool, family: str, target: Target, values: Mapping[str, Any]) -> Any:
+    """``(registers, limit, spills, columns of tensor memory)`` as one path has it."""
+    fitted = coefficients()[path.name]
+    registers = sum(c * evaluate(f, values) for c, f in zip(fitted["registers"], path.registers))
+    like = values.get("aligned", 1)
+    if family == "reduction":  # the path holds one value an element; each further load holds one more
+        held = evaluate(path.registers[1], values) * fitted["registers"][1]
+        registers = registers + held * (values.get("loads", 1) - 1) * 0.5
+        like = values.get("loads", 1) == 1
+    if family == "matmul" and not values.get("aligned", 1):  # operands pass through registers, two halves in one
+        registers = registers + (values["a_part"] + values["b_part"]) * values["itemsize"] / 4
+    limit = evaluate(path.register_limit, values) if target.vendor != "amd" or path.name == "ptr942" else None
+    limit = np.minimum(512, 2048 // values["num_warps"]) if limit is None else limit
+    *weights, constant = fitted["spill"]
+    score = weights[0] * registers / limit
+    score = score + sum(w * evaluate(f, values) for w, f in zip(weights[1:], path.spill_terms))
+    spills = (score + constant > 0) | (evaluate(path.always_spills, values) > 0)
+    if not (measured and like):  # nothing like it was measured: take the limit at its word
+        spills = spills | (registers > limit)
+    columns = evaluate(path.tensor_columns, values) if target.arch == "sm_100" else 0
+    if family == "matmul" and values.get("point_weight"):
+        # After the loop: the sums, and for each of a piece what is loaded and computed there.
+        after = _AFTER + values["acc"] * (1 + values["point_weight"] / values.get("PIECES", 1))
+        registers, spills = np.maximum(registers, after), spills | (after > limit)
+    return registers, limit, spills, columns * (1 + (np.asarray(values.get("PERSIST", 0)) > 0))
 
 
 def programs_per_unit(target: Target, shared: Any, registers: Any, limit: Any, warps: Any, columns: Any = 0) -> Any:

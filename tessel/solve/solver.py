@@ -17,14 +17,16 @@ import numpy as np
 from ..errors import TesselError, did_you_mean
 from ..targets import Target
 from ..tiles.header import load_header
-from .constraints import Constraint, Learned, constraints_for
+from .constraints import DESCRIPTORS, Constraint, Learned, constraints_for
 from .problem import Problem
 from .resources import Resources, estimate
 from .time import Time, predict, row
 
-__all__ = ["Candidate", "Table"]
+__all__ = ["Candidate", "Table", "solve_table"]
 
-_TIE = 0.02
+_VARIED = 48  # tiles whose variants are tried
+
+_TIE = 0.02  # relative: times that are as good as equal
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ class Candidate:
 
 @cache
 def _grid(family: str, more: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> Mapping[str, np.ndarray]:
-    """Every combination of a template's knobs, one array a knob, the first knob slowest."""
+    """Every combination of a template's knobs, one array a knob, the first knob slowest; variants are the plain ones
+    where ``more`` says nothing else."""
     header = load_header(family)
-    knobs = {**{n: v for n, v in header.knobs.items() if n not in header.variants}, **dict(more)}
+    knobs = {**header.knobs, **{n: (v,) for n, v in header.plain.items()}, **dict(more)}
     axes = np.meshgrid(*(np.array(v, dtype=np.int64) for v in knobs.values()), indexing="ij")
     return MappingProxyType({n: a.ravel() for n, a in zip(knobs, axes)})
 
@@ -53,7 +56,9 @@ class Table:
         target: a GPU.
         given: knobs that are decided already.
         learned: tiles that the compiler refused.
-        more: knobs that the template does not have, with their values, for example ``{"SPLIT": (1, 2, 4)}``.
+        more: values of variants, which are the plain ones otherwise, or of knobs that the template does not have,
+            for example ``{"SPLIT": (1, 2, 4)}``.
+        rows: the tiles, one array a knob, instead of all.
 
     Attributes:
         knobs: name -> values, one a row.
@@ -62,6 +67,7 @@ class Table:
         rows: the rows that satisfy all constraints; where there are none, those that the machine allows.
         relaxed: whether it came to that.
         order: positions in ``rows``, fastest first.
+        before: the table that this one's tiles were taken from; None where it holds all.
 
     Raises:
         TesselError: the target is no GPU, or a given knob does not exist or cannot have its value.
@@ -74,29 +80,32 @@ class Table:
         given: Mapping[str, int] = MappingProxyType({}),
         learned: Sequence[Learned] = (),
         more: Mapping[str, Sequence[int]] = MappingProxyType({}),
+        rows: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         if target.gpu_target is None or target.limits is None:
             raise TesselError(f"target {target.name} is no GPU: tiles are solved for GPUs only")
         self.problem, self.target, self.given = problem, target, given
         header = load_header(problem.family)
-        grid = _grid(problem.family, tuple((n, tuple(v)) for n, v in more.items()))
-        keep = np.ones(len(grid["num_warps"]), dtype=bool)
-        grid = {**grid, **{n: np.full(len(keep), given.get(n, v)) for n, v in header.plain.items() if n not in grid}}
-        for name, value in given.items():
-            if name not in grid:
-                raise TesselError(f"{problem.family} template: no knob {name!r}; {did_you_mean(name, grid)}")
-            allowed = header.knobs.get(name, tuple(np.unique(grid[name])))
-            if value not in allowed:
-                known = ", ".join(map(str, allowed))
-                raise TesselError(f"{problem.family} template: {name}={value} is none of {known}")
-            keep &= grid[name] == value
-        self.knobs = {n: a[keep] for n, a in grid.items()} if given else dict(grid)
+        if rows is None:
+            known = {**header.knobs, **more}
+            for name, value in given.items():
+                if name not in known:
+                    raise TesselError(f"{problem.family} template: no knob {name!r}; {did_you_mean(name, known)}")
+                if value not in known[name]:
+                    allowed = ", ".join(map(str, known[name]))
+                    raise TesselError(f"{problem.family} template: {name}={value} is none of {allowed}")
+            more = {**more, **{n: (given[n],) for n in header.variants if n in given}}
+            grid = _grid(problem.family, tuple((n, tuple(v)) for n, v in more.items()))
+            keep = np.ones(len(grid["num_warps"]), dtype=bool)
+            for name, value in given.items():
+                keep &= grid[name] == value
+            rows = {n: a[keep] for n, a in grid.items()} if given else grid
+        self.knobs = dict(rows)
+        self.before: Table | None = None
         sizes = {**problem.sizes(), "warp_size": target.limits.warp_size, "loads": problem.loads}
         sizes["aligned"] = int(problem.aligned)
         values = header.with_derived({**self.knobs, **sizes})
-        used = estimate(problem.family, target, values)
-        self.path = used.pop("path")
-        self.values: dict[str, Any] = {**values, **used}
+        self.values: dict[str, Any] = {**values, **estimate(problem.family, target, values)}
         self.constraints = constraints_for(problem, target, learned)
         self.broken = {c: np.broadcast_to(c.broken(self.values), (len(self),)) for c in self.constraints}
         self.rows = self._allowed(self.constraints)
@@ -154,7 +163,6 @@ class Table:
             spills=bool(v["spills"]),
             tensor_columns=int(v["columns"]),
             per_unit=int(v["per_unit"]),
-            path=self.path,
         )
 
     def candidate(self, position: int) -> Candidate:
@@ -162,3 +170,34 @@ class Table:
         at = int(self.order[position])
         i = int(self.rows[at])
         return Candidate(self.knobs_of(i), self.resources_of(i), row(self.times, at))
+
+
+def solve_table(
+    problem: Problem,
+    target: Target,
+    given: Mapping[str, int] = MappingProxyType({}),
+    learned: Sequence[Learned] = (),
+) -> Table:
+    """All tiles of the plain variant, and the other variants of those that do best.
+
+    All combinations would be a third of a million. Whether operands come by descriptors, and whether the epilogue may
+    take registers in pieces, decides which tiles fit: these two are in the first table.
+    """
+    variants = load_header(problem.family).variants
+    free = {n: values for n, values in variants.items() if n not in given}
+    first_of = {"TMA": bool(problem.described) and target.arch in DESCRIPTORS, "PIECES": problem.point_weight > 0}
+    more = {n: (values[0], values[-1]) for n, values in free.items() if first_of.get(n)}
+    first = Table(problem, target, given, learned, more)
+    if not free or not len(first.order):
+        return first
+    best = first.rows[first.order[: _VARIED * 4]]
+    tiles = {n: a[best] for n, a in first.knobs.items() if n not in free}
+    once = {tuple(tile): i for i, tile in reversed(list(enumerate(zip(*tiles.values()))))}  # however it was written
+    at = np.sort(np.array(list(once.values())))[:_VARIED]
+    axes = np.meshgrid(at, *(np.array(v) for v in free.values()), indexing="ij")
+    new = {n: a[axes[0].ravel()] for n, a in tiles.items()} | {n: a.ravel() for n, a in zip(free, axes[1:])}
+    seen = np.all([np.isin(new[n], more.get(n, values[:1])) for n, values in free.items()], axis=0)
+    rows = {n: np.concatenate([a[first.rows], new[n][~seen]]) for n, a in first.knobs.items()}
+    table = Table(problem, target, given, learned, rows=rows)
+    table.before = first
+    return table

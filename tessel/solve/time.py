@@ -263,7 +263,9 @@ class _Model:
         return self.c.lanes_per_clock * self.clock
 
     def _copies(self, loaded: Any) -> Any:
-        return loaded / _COPY * (1 if self.p.aligned else 16 / self.p.itemsize)
+        """Instructions that copy, a step; what comes by descriptors takes none of a warp's time."""
+        by_warps = 1 - _real(self.v.get("TMA", 0)) * self.p.described / 2
+        return loaded / _COPY * (1 if self.p.aligned else 16 / self.p.itemsize) * by_warps
 
     def _stages(self) -> Any:
         """Stages that really run ahead: unaligned operands are not copied asynchronously."""
@@ -326,7 +328,9 @@ class _Model:
         self, programs: Any, steps: Any, step: _Step, epilogue: tuple[Any, Any], stages: Any, combine: Any = 0.0
     ) -> dict[str, Any]:
         """All terms, from what one step and one epilogue take."""
-        resident = np.minimum(np.maximum(_real(self.v["per_unit"]), 1), _up(programs, self.units))
+        staying = _real(self.v.get("PERSIST", 0))
+        most = np.where(staying > 0, np.minimum(staying, self.v["per_unit"]), self.v["per_unit"])
+        resident = np.minimum(np.maximum(most, 1), _up(programs, self.units))
         at_once = self.units * resident
         full = np.floor(programs / at_once)
         rest = programs - full * at_once
@@ -336,8 +340,15 @@ class _Model:
         out = {n: np.where(full > 0, main[n], last[n]) for n in (*_STEP, "ahead")}
         out |= {n: full * main[n] + np.where(rest > 0, last[n], 0.0) for n in main if n not in out}
         out |= {"programs": programs, "resident": resident, "waves": programs / at_once, "steps": steps}
+        # Programs that are resident together hide each other's waits, except the first of all. Programs that stay
+        # begin once, and ask for the next tile ahead of time.
+        alone = 1 - 1 / np.where(full > 0, resident, np.maximum(1, _up(rest, self.units)))
+        waits = {"fill": np.where(stages > 1, self.c.latency_s, 0.0), "start": self.c.program_s}
+        for n, wait in waits.items():
+            out[n] = np.where(staying > 0, np.where(full > 0, main[n], last[n]), out[n]) + alone * wait
+        handed = np.where(staying > 0, at_once, programs)
         walk = sum(out[n] for n in ("work", "issue", "fill", "epilogue", "start"))
-        out["dispatch"] = np.maximum(0.0, programs * self.c.dispatch_s - walk)
+        out["dispatch"] = np.maximum(0.0, handed * self.c.dispatch_s - walk)
         out |= {"combine": combine, "launch": self.c.launch_s}
         out["total"] = walk + out["dispatch"] + combine + self.c.launch_s
         return out
@@ -382,7 +393,7 @@ class _Model:
             "work": first * busy + (steps - first) * np.maximum(busy, cover),
             "issue": steps * issue,
             "fill": np.where(stages > 1, (self.c.latency_s + first * copies) / o + l2, 0.0),  # else every step waits
-            "epilogue": o * written / memory_rate + arithmetic + self.c.exchange_s / o,
+            "epilogue": o * written / memory_rate + arithmetic + self.c.exchange_s * _real(self.v.get("PIECES", 1)) / o,
             "start": self.c.program_s / o,
         }
 

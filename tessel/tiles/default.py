@@ -12,7 +12,7 @@ from ..errors import TesselError
 from ..ir.types import Dim, product
 from .header import load_header
 from .index import Index, delinearize, substitute, var
-from .kernel import Axis, Kernel, Load, Store
+from .kernel import Axis, Kernel, Load, Store, axes_read
 
 LARGE = 2**17  # elements: numpy's cost a call is small beside the work, temporaries stay in cache
 UNKNOWN = 2**20  # a symbolic size counts as large
@@ -42,7 +42,7 @@ def formula_values(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dic
     """What the formulas of a header may name: knobs, item sizes in bytes, head widths, whether products are plain."""
     ins = [p.type.dtype.itemsize for p in kernel.params if not p.out] or [4]
     outs = [p.type.dtype.itemsize for p in kernel.params if p.out] or [4]
-    widths = head_widths(kernel) if kernel.family == "attention" else {}
+    widths = {**head_widths(kernel), "score_bytes": score_bytes(kernel)} if kernel.family == "attention" else {}
     plain = kernel.family in ("matmul", "attention") and plain_dot(kernel, vendor)
     sizes = {"itemsize": max(ins), "out_itemsize": max(outs), "widest": max(*ins, *outs, 4)}
     return {**knobs, **widths, **sizes, "plain": int(plain)}
@@ -71,6 +71,11 @@ def head_widths(kernel: Kernel) -> dict[str, int]:
             raise TesselError(f"{kernel.name}: the head width {extent} must be a known number")
         out[name] = max(16, next_power(int(extent)))
     return out
+
+
+def score_bytes(kernel: Kernel) -> int:
+    """Bytes that attention loads for each score: a mask, a bias; what is the same for all keys does not count."""
+    return sum(s.dtype.itemsize for s in kernel.parts.get("score", ()) if isinstance(s, Load) and "n" in axes_read(s))
 
 
 def next_power(n: int) -> int:
