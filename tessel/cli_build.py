@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .cli_model import model_options
+from .cli_model import model_options, parse_options
 from .config import Options
 from .errors import TesselError, check, did_you_mean
 from .report import Report
@@ -100,20 +100,3 @@ def explain_one(report: Report, name: str, target: str, top: int, options: Optio
         what = f"could be {', '.join(k.name for k in found)}" if found else did_you_mean(name, names)
         raise TesselError(f"--kernel {name!r}: {what}")
     return tile(found[0].rendered.kernel, get_target(target), options).explain(top)
-
-
-def parse_options(given: tuple[str, ...]) -> dict[str, Any]:
-    """``name=value`` texts as the fields of ``Options`` they stand for.
-
-    >>> parse_options(("matmul=library", "fusion=false", "recompile_limit=4"))
-    {'matmul': 'library', 'fusion': False, 'recompile_limit': 4}
-    """
-    found: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        check(bool(equals and name), lambda text=text: f"--option {text!r}: expected name=value")  # type: ignore[misc]
-        if name in found:
-            raise TesselError(f"--option {name}: given twice")
-        words = {"true": True, "false": False, "none": None}
-        found[name] = words[value.lower()] if value.lower() in words else int(value) if value.isdecimal() else value
-    return found

@@ -10,6 +10,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from .cli_model import gpu_named, model_options, parse_options
+from .config import Options
 from .errors import TesselError, check
 
 __all__ = ["cache"]
@@ -133,45 +135,25 @@ def prune(older_than: float | None, versions: bool, max_size: str | None) -> Non
 
 
 @cache.command()
-@click.argument("model")
+@model_options
 @click.option("--target", default="auto", show_default=True, help="A GPU's name from `tessel targets`, or auto.")
-@click.option("--batch", type=click.IntRange(min=1), help="Rows in a batch (hf: 1).")
-@click.option("--seq", type=click.IntRange(min=1), help="Tokens in a row (hf: 2048, or what the model allows).")
-@click.option("--dtype", help="float32, bfloat16, float16 or float64 (hf: float32).")
-@click.option("--layers", type=click.IntRange(min=1), help="Cut the depth to this.")
-def why(model: str, target: str, batch: int | None, seq: int | None, dtype: str | None, layers: int | None) -> None:
-    """Tell of each kernel of MODEL whether its tile is in the cache, and if not which field of its key differs.
-
-    MODEL is file.py:function or package.module:function, where the function returns (module, args) or
-    (module, args, kwargs), hf:<model type> or hf:config.json (no weights are made).
-    """
-    device = _gpu(target)
+@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="A field of tessel.Options; repeatable.")
+def why(model: str, target: str, options: tuple[str, ...], **size: Any) -> None:
+    """Tell of each kernel of MODEL whether its tile is in the cache, and if not which field of its key differs."""
+    device = gpu_named(target)
     from .autotune.kernels import kernels_of
     from .autotune.why import why as explain
     from .models import load_model
 
     own = _cache()
-    module, args, kwargs = load_model(model, batch=batch, seq=seq, dtype=dtype, layers=layers, device="meta")
+    chosen = Options.of(parse_options(options))
+    module, args, kwargs = load_model(model, **size, device="meta")
     entries = own.entries()
-    answers = [(f, explain(f.kernel, device, own, entries)) for f in kernels_of(module, args, kwargs)]
+    answers = [(f, explain(f.kernel, device, own, entries)) for f in kernels_of(module, args, kwargs, chosen)]
     for found, answer in answers:
         click.echo(f"{answer.kernel} ({len(found.places)}×, {found.places[0]}): {answer}")
     hits = sum(a.hit is not None for _, a in answers)
     click.echo(f"{hits} of {len(answers)} kernels hit for {device.name}, {_count(len(entries))} in {own.root}")
-
-
-def _gpu(name: str) -> Any:
-    from .targets import get_target, match_device
-
-    if name in ("auto", "cuda"):
-        import torch
-
-        found = match_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-        check(found is not None, lambda: "no known GPU here: name one with --target (`tessel targets` lists them)")
-        return found
-    target = get_target(name)
-    check(target.gpu_target is not None, lambda: f"target {name!r} has no tuned tiles; name a GPU")
-    return target
 
 
 def _write(file: Path, data: bytes) -> None:

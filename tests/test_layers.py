@@ -28,11 +28,11 @@ LAYERS: tuple[set[str], ...] = (
     {"report_html"},
     {"report"},
     {"driver"},
-    {"backend", "build", "models"},
+    {"backend", "build", "capture_cache", "models"},
     {"wrapper"},
     {"__init__"},  # the public face
     {"cli_model"},
-    {"cli_build", "cli_cache"},
+    {"cli_build", "cli_cache", "cli_tune"},
     {"cli"},
     {"__main__"},
 )

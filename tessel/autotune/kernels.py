@@ -7,6 +7,7 @@ import dataclasses
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import fx
 
 from ..config import Options
 from ..errors import TesselError
-from ..frontend.capture import GraphInfo, aot
+from ..frontend.capture import GraphInfo, aot, export_program, import_program
 from ..frontend.importer import Imported
 from ..ir.node import Graph
 from ..passes.pipeline import CPU_ONLY, PASSES, run_pipeline
@@ -49,8 +50,9 @@ def kernels_of(
 ) -> list[Found]:
     """The tile programs of a model's inference graphs, in order, equal launches together.
 
-    The model is traced as ``tessel.compile`` does it, graph by graph, and is then called eagerly: on meta tensors
-    nothing is computed.
+    The model is traced twice: as ``tessel.compile`` does it, graph by graph, after which it is called eagerly (on meta
+    tensors nothing is computed), and as one exported program, as ``tessel compile`` does it. The two differ in a few
+    kernels. A model that cannot be exported has those of the first alone.
 
     Args:
         options: as for ``tessel.compile``; "auto" means templates for products and attention, which can be tuned.
@@ -59,14 +61,10 @@ def kernels_of(
         TesselError: the model cannot be traced or called.
     """
     options = with_templates(options)
-    found: dict[Any, tuple[Kernel, list[str], Graph]] = {}
-    passes = [p for p in PASSES if p[0] not in CPU_ONLY]
+    traced: dict[Any, Found] = {}
 
     def keep(imported: Imported, info: GraphInfo) -> Callable[[list[Any]], list[Any]]:
-        for node in run_pipeline(imported.graph, options, passes=passes).nodes:
-            if node.op.kind == "kernel":
-                kernel = lower(node)
-                found.setdefault(_content(kernel), (kernel, [], node.regions[0]))[1].append(node.loc.short)
+        _add(imported.graph, options, traced)
         return lambda inputs: inputs  # never called
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -82,7 +80,24 @@ def kernels_of(
         name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "the model")
         words = next((line for line in str(e).splitlines() if line.strip()), "")
         raise TesselError(f"{name} cannot be traced: {type(e).__name__}: {words[:300]}{_where(e)}") from e
-    return [Found(kernel, tuple(places), region) for kernel, places, region in found.values()]
+    exported: dict[Any, Found] = {}
+    with suppress(TesselError):  # graph breaks, or what the importer does not know: `tessel compile` says so
+        _add(import_program(export_program(model, args, kwargs)).graph, options, exported)
+    return list({**exported, **traced}.values())
+
+
+def _add(graph: Graph, options: Options, found: dict[Any, Found]) -> None:
+    """The kernels that a graph becomes on a GPU."""
+    for node in run_pipeline(graph, options, passes=[p for p in PASSES if p[0] not in CPU_ONLY]).nodes:
+        if node.op.kind != "kernel":
+            continue
+        try:
+            kernel = lower(node)
+        except TesselError:  # runs operator by operator: there is no tile
+            continue
+        content = _content(kernel)
+        known = found.setdefault(content, Found(kernel, (), node.regions[0]))
+        found[content] = dataclasses.replace(known, places=(*known.places, node.loc.short))
 
 
 def with_templates(options: Options | None) -> Options:

@@ -9,7 +9,7 @@ from functools import partial
 
 from ..targets import Target
 from ..tiles.kernel import Kernel
-from .cache import Cache, legal_tile
+from .cache import Cache, legal_tile, lookup
 from .entry import Entry, Key
 from .key import distance, key_of
 
@@ -25,7 +25,7 @@ class Answer:
         hit: the entry found, if any.
         illegal: why the entry that is there may not be used, or nothing.
         nearest: the entry closest to the key where there is no hit; None in an empty cache.
-        field: the first field of the key that differs in it.
+        field: the first field of the key that differs in it; ``solver`` if none does, and another version predicted.
     """
 
     kernel: str
@@ -42,6 +42,8 @@ class Answer:
             return f"miss: the tile kept is not legal: {self.illegal}"
         if self.nearest is None:
             return "miss: the cache is empty"
+        if self.field == "solver":
+            return "miss: solver: predicted by another version; it is predicted anew"
         ours, theirs = (str(getattr(k, self.field)) for k in (self.key, self.nearest.key))
         if self.field == "computation":
             ours, theirs = ours[:12], theirs[:12]
@@ -56,9 +58,14 @@ def why(kernel: Kernel, target: Target, cache: Cache, entries: Sequence[Entry] |
     """
     key = key_of(kernel, target)
     legal = partial(legal_tile, kernel, target)
-    hit = cache.get(key, legal)
+    hit = lookup(kernel, target, legal=legal, cache=cache)
     if hit is not None:
-        return Answer(kernel.name, key, hit)
+        stale = hit.recheck and not hit.entry.measured
+        return (
+            Answer(kernel.name, key, nearest=hit.entry, field="solver")
+            if stale
+            else Answer(kernel.name, key, hit.entry)
+        )
     entries = cache.entries() if entries is None else entries
     same = next((e for e in entries if e.key == key), None)
     if same is not None:
