@@ -67,7 +67,7 @@ def picks(target: Target) -> str:
         cells = [
             what + (f", {dtype}" if dtype != "bf16" else ""),
             f"{m} × {n} × {k}",
-            f"{v['BM']}×{v['BN']}×{v['BK']}{'' if not v.get('TMA') else ', TMA'}{', persistent' * (v.get('PERSIST', 0) > 0)}",
+            f"{v['BM']}×{v['BN']}×{v['BK']}" + ", TMA" * v.get("TMA", 0) + ", stays" * (v.get("PERSIST", 0) > 0),
             v["GROUP"],
             v["num_warps"],
             v["num_stages"],

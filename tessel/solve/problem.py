@@ -175,7 +175,7 @@ def problem_of(kernel: Kernel, target: Target, hints: Mapping[str, int] | None =
     sizes = _Sizes(hints or {})
     common = formula_values(kernel, {}, target.vendor)
     ins = [p for p in kernel.params if not p.out]
-    base = {
+    base: dict[str, Any] = {
         "family": kernel.family,
         "itemsize": common["itemsize"],
         "out_itemsize": common["out_itemsize"],
@@ -189,7 +189,8 @@ def problem_of(kernel: Kernel, target: Target, hints: Mapping[str, int] | None =
         own = _attention(kernel, target, sizes)
     else:
         own = _points(kernel, sizes)
-    return Problem(**{**base, **own}, symbolic=sizes.guessed)  # type: ignore[arg-type]
+        base["total_bytes"] = min(base["total_bytes"], own.pop("loaded"))
+    return Problem(**{**base, **own}, symbolic=sizes.guessed)
 
 
 class _Sizes:
@@ -212,7 +213,7 @@ def _bytes(stmts: Iterable[Stmt], kinds: type[Load] | type[Store], axes: frozens
     return sum(s.dtype.itemsize for s in stmts if isinstance(s, kinds) and axes <= axes_read(s))
 
 
-def _matmul(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, object]:
+def _matmul(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, Any]:
     m, n, k = (sizes.of(kernel.axis(a).extent) for a in "mnk")
     left = max(_bytes(kernel.parts["a"], Load, frozenset({"m", "k"})), 1)
     right = max(_bytes(kernel.parts["b"], Load, frozenset({"k", "n"})), 1)
@@ -235,7 +236,7 @@ def _matmul(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, object]:
     }
 
 
-def _attention(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, object]:
+def _attention(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, Any]:
     m, n = (sizes.of(kernel.axis(a).extent) for a in "mn")
     widths = head_widths(kernel)
     score = kernel.parts.get("score", ())
@@ -255,7 +256,7 @@ def _attention(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, objec
     }
 
 
-def _points(kernel: Kernel, sizes: _Sizes) -> dict[str, object]:
+def _points(kernel: Kernel, sizes: _Sizes) -> dict[str, Any]:
     x = sizes.of(product(a.extent for a in of_kind(kernel, "x")))
     folded = product(a.extent for a in of_kind(kernel, "r"))
     reduced = frozenset(a.name for a in of_kind(kernel, "r"))
@@ -264,6 +265,7 @@ def _points(kernel: Kernel, sizes: _Sizes) -> dict[str, object]:
     return {
         "x": x,
         "r": sizes.of(folded),
+        "loaded": x * sizes.of(folded) * sum(s.dtype.itemsize for s in loads),  # of a table only the rows looked up
         "point_bytes": sum(s.dtype.itemsize for s in wide),
         "loads": max(1, len(wide)),
         "folds": sum(isinstance(s, Reduce) for s in kernel.body),

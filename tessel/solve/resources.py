@@ -104,8 +104,8 @@ def estimate(family: str, target: Target, values: Mapping[str, Any]) -> dict[str
     values = {**header.plain, **values}
     shared = evaluate(header.smem_formula(target.arch), values)
     resident = shared if family in ("matmul", "attention") else 0 * values["num_warps"]  # without turning layouts
-    if family == "pointwise":  # a value or two live for each load, and addresses
-        registers: Any = 20 + 2 * values["held"] * values.get("loads", 1)
+    if family == "pointwise":  # addresses, and not much more than one value a point: the compiler streams the others
+        registers: Any = 24 + 1.5 * values["held"]
         limit: Any = target.limits.registers_per_thread
         spills: Any = registers > limit
         columns: Any = 0
