@@ -75,9 +75,7 @@ WHOLE = {"bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "shift_left"
 def values() -> torch.Tensor:
     g = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31 - 1, (20000,), generator=g).to(torch.int32).view(torch.float32)
-    return torch.cat(
-        [torch.tensor(SPECIAL), bits, torch.randn(3000, generator=g) * 3, torch.rand(3000, generator=g)]
-    )
+    return torch.cat([torch.tensor(SPECIAL), bits, torch.randn(3000, generator=g) * 3, torch.rand(3000, generator=g)])
 
 
 def op_kernel(name: str, tensors: Sequence[torch.Tensor], to_bool: bool) -> Kernel:
@@ -217,6 +215,40 @@ def test_pointwise(dtype: torch.dtype) -> None:
         run(fused_kernel(a, b, c), [a, b, c, out])
         wide = [t.double() if dtype.is_floating_point else t for t in (a, b, c)]
         check(out, wide[0] * wide[1] + wide[2], (a.double() * b.double()).abs() + c.double().abs(), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [(16, 16), (131, 300), (8, 4096), (257, 15)], ids=str)
+def test_what_lies_across_is_turned_in_squares(size: tuple[int, int], dtype: torch.dtype) -> None:
+    m, n = size
+    x, y = (rand(*s).mul(9).to(dtype) for s in ((n, m), (m, n)))
+    p = Program("pointwise", x0=m, x1=n)
+    a, b, o = p.like(x.t()), p.like(y), p.param((m, n), dtype, out=True)
+    p.store(o, ("x0", "x1"), p.op("maximum", p.load(a, "x0", "x1"), p.load(b, "x0", "x1")))
+    out = torch.zeros(m, n, dtype=dtype)
+    source = run(p.kernel("turned"), [x.t(), y, out])
+    assert torch.equal(out, torch.maximum(x.t(), y))
+    assert "turn_square(" in source.body
+
+
+def test_bfloat16_is_rounded_to_even_and_copied_bit_by_bit() -> None:
+    x = values()[: 20000 // 16 * 16 + 7]
+    p = Program("pointwise", x0=len(x))
+    a, copy = p.like(x), p.param((len(x),), torch.bfloat16, out=True)
+    computed = p.param((len(x),), torch.bfloat16, out=True)
+    v = p.load(a, "x0")
+    p.store(copy, ("x0",), v)
+    p.store(computed, ("x0",), p.op("mul", v, 0.5))
+    outs = [torch.zeros(len(x), dtype=torch.bfloat16) for _ in range(2)]
+    run(p.kernel("halved"), [x, *outs])
+    want = x.to(torch.bfloat16)
+    assert torch.equal(outs[0].isnan(), want.isnan())
+    assert torch.equal(outs[0].view(torch.int16)[~want.isnan()], want.view(torch.int16)[~want.isnan()])
+    want = (x * 0.5).to(torch.bfloat16)
+    normal = ~want.isnan() & ((x * 0.5).abs() >= 2.0**-126)
+    assert torch.equal(outs[1].isnan(), want.isnan())
+    assert torch.equal(outs[1][normal], want[normal])
+    assert (outs[1][~normal & ~want.isnan()].abs() <= 2.0**-126).all()  # below it, zero is allowed
 
 
 def test_pointwise_over_several_threads_and_strides() -> None:

@@ -19,6 +19,7 @@ from ..errors import TesselError, check
 from ..ir.types import Dim, product
 from ..ops import OPS
 from ..tiles.header import TEMPLATES, environment
+from ..tiles.index import Index, substitute
 from ..tiles.kernel import Axis, Compute, Kernel, Load, Store
 from . import cpp_attention, cpp_matmul
 from .cpp_expr import Emitter
@@ -134,7 +135,7 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
     outer, lane = (space.xs[:-1], space.xs[-1]) if space.xs else ((), None)
     e = Emitter(kernel, space)
     copies = _copies(e, outer[-1].name, lane.name) if space.turned and lane else []
-    wide = lane is not None and _wide(kernel, space, lane)
+    wide = lane is not None and _wide(kernel, e, lane)
     e.nest([a.name for a in outer], [lane.name] if lane else [], wide)
     for stmt in kernel.body:
         e.emit(stmt)
@@ -152,8 +153,11 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
     }
 
 
-def _wide(kernel: Kernel, space: Space, lane: Axis) -> bool:
-    return not space.turned and Along(kernel, space, lane.name, {}).all_wide(kernel.body, lane.extent)
+def _wide(kernel: Kernel, e: Emitter, lane: Axis) -> bool:
+    # an index read from memory has no text yet, and is in no square
+    plain = [s for s in kernel.body if isinstance(s, Load) and e.copies and _plain(e, s)]
+    copied = [s.out for s in plain if e.element(s.access)[0] in e.copies]
+    return Along(kernel, e.space, lane.name, {}, frozenset(copied)).all_wide(kernel.body, lane.extent)
 
 
 def _loop(lane: Axis, body: list[str], wide: bool, pragma: str) -> list[str]:
@@ -166,13 +170,17 @@ def _loop(lane: Axis, body: list[str], wide: bool, pragma: str) -> list[str]:
     return [pragma, head, *("  " + line for line in body), "}"]
 
 
-def _copies(e: Emitter, turned: str, lane: str) -> list[str]:
-    """Lines that copy what lies along the loop ``turned`` into a local square, read from there afterwards.
+def _plain(e: Emitter, load: Load) -> bool:
+    index = e.space.at(load.access.address(e.kernel.params[load.access.param]))
+    return all(a.kind == "var" for a, _ in index.terms)
 
-    Elements of one row of the square are then close together, whatever their distance in memory.
+
+def _copies(e: Emitter, turned: str, lane: str) -> list[str]:
+    """Lines that copy what lies along the loop ``turned`` into a local square that lies along the lane.
+
+    Elements of one row of the square are then side by side, whatever their distance in memory.
     """
     lines: list[str] = []
-    pitch = SQUARE[0] + 1  # odd, so that a column does not fall into one set of the cache
     for s in e.kernel.body:
         if not isinstance(s, Load) or s.access.mask:
             continue
@@ -184,13 +192,13 @@ def _copies(e: Emitter, turned: str, lane: str) -> list[str]:
         if not plain or steps.get(turned) != 1 or steps.get(lane, 1) == 1 or text in e.copies:
             continue
         name = f"square{len(e.copies)}"
-        place = f"{name}[({lane} - begin) * {pitch} + {turned} - t_begin]"
+        corner = substitute(index, lambda a: Index((), 0) if a.kind == "var" and a.name in (turned, lane) else None)
+        rest, _ = e.affine(corner)
+        step = size_text(steps[lane])
+        first = f"{param.name} + {rest} + t_begin + begin * {step}"
         lines += [
-            f"{memory_type(param.type.dtype)} {name}[{SQUARE[1] * pitch}];",
-            f"for (i64 {lane} = begin; {lane} < end; ++{lane}) {{",
-            "#pragma omp simd",
-            f"  for (i64 {turned} = t_begin; {turned} < t_end; ++{turned}) {place} = {text};",
-            "}",
+            f"alignas(64) {memory_type(param.type.dtype)} {name}[{SQUARE[0] * SQUARE[1]}];",
+            f"turn_square({first}, {step}, t_end - t_begin, end - begin, {name}, {SQUARE[1]});",
         ]
-        e.copies[text] = place
+        e.copies[text] = f"{name}[({turned} - t_begin) * {SQUARE[1]} + {lane} - begin]"
     return lines

@@ -62,6 +62,7 @@ class Emitter:
         self.flags = False
         self.lane: str | None = None  # the loop whose values are vectors
         self.copies: dict[str, str] = {}  # elements of memory that lie in a local copy, by text
+        self.read: set[int] = set()  # values that are elements of memory, at most converted
 
     def nest(self, outer: Iterable[str], loops: Sequence[str], wide: bool = False) -> None:
         """Start a nest of loops over the variables ``loops``; those in ``outer`` have a value already.
@@ -88,9 +89,10 @@ class Emitter:
 
     def index(self, index: Index) -> tuple[str, Dims]:
         """Text and loops of an index over the tile program's axes."""
-        return self._affine(self.space.at(index))
+        return self.affine(self.space.at(index))
 
-    def _affine(self, index: Index) -> tuple[str, Dims]:
+    def affine(self, index: Index) -> tuple[str, Dims]:
+        """Text and loops of an index over the kernel's loops."""
         parts: list[str] = []
         dims: Dims = frozenset()
         for atom, c in index.terms:
@@ -108,7 +110,7 @@ class Emitter:
             text, dims, _ = self.values[int(atom.name)]
             return f"within({text}, {size_text(atom.n)})", dims
         assert atom.arg is not None
-        inner, dims = self._affine(atom.arg)
+        inner, dims = self.affine(atom.arg)
         n = size_text(atom.n)
         least = bounds(atom.arg)
         if least is None or not nonnegative(least[0]):  # the machine rounds towards zero, an index down
@@ -123,7 +125,7 @@ class Emitter:
         for cond in conds:
             index = self.space.at(cond.index)
             got = bounds(index)
-            text, d = self._affine(index)
+            text, d = self.affine(index)
             if cond.low is not None and not (got and nonnegative(simplify_dim(got[0] - cond.low))):
                 texts.append(f"({text} >= {size_text(cond.low)})")
                 dims |= d
@@ -193,7 +195,8 @@ class Emitter:
         text, dims = self.element(access)
         wide = self.wide(dims)
         if wide:
-            text = f"get_{KINDS[dtype]}({self.pointer(access)[0]}, n)"
+            place = f"&{self.copies[text]}" if text in self.copies else self.pointer(access)[0]
+            text = f"get_{KINDS[dtype]}({place}, n)"
         else:
             text = loaded(self.copies.get(text, text), dtype)
         mask, more = self.conds(access.mask)
@@ -205,7 +208,12 @@ class Emitter:
             text = f"({mask}) ? {text} : {f'all({rest})' if wide else rest}"
         if stmt.dtype != dtype:
             text = (wide_cast if wide else cast)(f"({text})", dtype, stmt.dtype)
+        self.read.add(stmt.out)
         self.define(stmt.out, "v", text, dims | more, stmt.dtype)
+
+    def _computed(self, arg: object) -> bool:
+        """Whether a value is the result of arithmetic, and so need not be rounded bit by bit as a copy must."""
+        return isinstance(arg, Ref) and arg.number not in self.read
 
     def _store(self, stmt: Store) -> None:
         dtype = self.kernel.params[stmt.access.param].type.dtype
@@ -216,7 +224,9 @@ class Emitter:
         if self.wide(dims | more):
             text = text if self.wide(more) else f"all({text})"
             text = wide_cast(text, stmt.dtype, compute_dtype(dtype))
-            self.line(f"{guard}put_{KINDS[dtype]}({self.pointer(stmt.access)[0]}, {text}, n);", dims | more | last)
+            near = "near_" if dtype == torch.bfloat16 and self._computed(stmt.arg) else ""
+            put = f"put_{near}{KINDS[dtype]}({self.pointer(stmt.access)[0]}, {text}, n);"
+            self.line(f"{guard}{put}", dims | more | last)
             return
         if stmt.dtype != dtype:
             text = cast(text, stmt.dtype, compute_dtype(dtype))
@@ -235,6 +245,10 @@ class Emitter:
             texts = [t if self.wide(d) else f"all({t})" for t, d in zip(texts, every, strict=True)]
         if stmt.op == "cast":
             text = (wide_cast if self.wide(dims) else cast)(texts[0], stmt.arg_dtype, stmt.dtype)
+            if not self._computed(stmt.args[0]):
+                self.read.add(stmt.out)
+            elif self.wide(dims) and text.startswith("round_bf16("):
+                text = text.replace("round_", "round_near_", 1)
             if text == texts[0]:
                 self.values[stmt.out] = text, dims, stmt.dtype
             else:

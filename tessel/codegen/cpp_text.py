@@ -10,7 +10,7 @@ from .cpp_words import size_text
 
 __all__ = ["BLOCK", "coordinates", "items", "parts_of", "points", "simd", "squares", "steps"]
 
-SQUARE = (32, 64)  # points of the last two loops that are walked together where memory lies along both
+SQUARE = (128, 128)  # points of the last two loops that are walked together where memory lies along both
 BLOCK = 2048  # elements of the innermost loop that one thread takes at a time
 
 

@@ -38,12 +38,14 @@ class Along:
 
     Attributes:
         dims: number of a value -> the loops it varies along; those of this loop's statements are added.
+        copied: loads that find their elements in a local copy, side by side.
     """
 
     kernel: Kernel
     space: Space
     lane: str
     dims: dict[int, frozenset[str]]
+    copied: frozenset[int] = frozenset()
 
     def all_wide(self, stmts: Iterable[Stmt], extent: Dim) -> bool:
         """Whether the statements of a loop can be written with vectors, and are worth it."""
@@ -90,6 +92,7 @@ class Along:
                 self.dims[s.out] = dims
                 if self.lane not in dims:
                     return True
+                step = 1 if s.out in self.copied else step
             plain = step == 1 and self.lane not in masks
             return plain and param.type.dtype in KINDS and s.dtype in KINDS
         if isinstance(s, IndexOf):

@@ -571,33 +571,91 @@ INLINE vf erf(vf x) {
 LANES(expm1) LANES(log) LANES(log2) LANES(log10) LANES(log1p) LANES(sin) LANES(cos) LANES(sign)
 #undef LANES
 
-INLINE float total(vf v) {
-  float a[W];
-  put(a, v, Full{});
-  for (i64 half = W / 2; half; half /= 2)
-    for (i64 l = 0; l < half; ++l) a[l] += a[l + half];
-  return a[0];
+// Half as many lanes, each made of two: the tree that ends in one number.
+typedef float vf8 __attribute__((vector_size(32)));
+typedef float vf4 __attribute__((vector_size(16)));
+template <class H, class V> INLINE H low_half(V v) {
+  H h;
+  __builtin_memcpy(&h, &v, sizeof(H));
+  return h;
 }
+template <class H, class V> INLINE H high_half(V v) {
+  H h;
+  __builtin_memcpy(&h, (const char*)&v + sizeof(H), sizeof(H));
+  return h;
+}
+template <class F> INLINE float folded(vf4 v, F f) { return f(f(v[0], v[2]), f(v[1], v[3])); }
+template <class F> INLINE float folded(vf8 v, F f) { return folded(f(low_half<vf4>(v), high_half<vf4>(v)), f); }
+#ifdef __AVX512F__
+template <class F> INLINE float folded(vf v, F f) { return folded(f(low_half<vf8>(v), high_half<vf8>(v)), f); }
+#endif
+INLINE float total(vf v) {
+  return folded(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+// NaN wins, whichever side it is on.
 INLINE float most(vf v) {
-  float a[W];
-  put(a, v, Full{});
-  for (int l = 1; l < W; ++l) a[0] = maximum(a[0], a[l]);
-  return a[0];
+  return folded(v, [](auto a, auto b) __attribute__((always_inline)) { return (a > b) | (a != a) ? a : b; });
 }
 INLINE float least(vf v) {
-  float a[W];
-  put(a, v, Full{});
-  for (int l = 1; l < W; ++l) a[0] = minimum(a[0], a[l]);
-  return a[0];
+  return folded(v, [](auto a, auto b) __attribute__((always_inline)) { return (a < b) | (a != a) ? a : b; });
 }
 
-INLINE vf from_bf16(vh x) { return as_floats(__builtin_convertvector(x, vu) << 16); }
+// Words made of halves, and halves of words: what the compiler makes of a conversion takes several instructions.
+INLINE vu words_of(vh x) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  vu y;
+  asm("vpmovzxwd %1, %0" : "=v"(y) : "vm"(x));
+  return y;
+#else
+  return __builtin_convertvector(x, vu);
+#endif
+}
+INLINE vi words_of(vb x) {
+#ifdef __AVX512F__
+  vi y;
+  asm("vpmovzxbd %1, %0" : "=v"(y) : "vm"(x));
+  return y;
+#else
+  return __builtin_convertvector(x, vi);
+#endif
+}
+INLINE vh halves_of(vu x) {
+#ifdef __AVX512F__
+  vh y;
+  asm("vpmovdw %1, %0" : "=v"(y) : "v"(x));
+  return y;
+#else
+  return __builtin_convertvector(x, vh);
+#endif
+}
+INLINE vb bytes_of(vi x) {
+#ifdef __AVX512F__
+  vb y;
+  asm("vpmovdb %1, %0" : "=v"(y) : "v"(x));
+  return y;
+#else
+  return __builtin_convertvector(x, vb);
+#endif
+}
+INLINE vf from_bf16(vh x) { return as_floats(words_of(x) << 16); }
 INLINE vu bf16_words(vf x) {
   vu b = as_words(x), even = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
   return x != x ? vu{} + 0x7fc0u : even;
 }
-INLINE vh to_bf16(vf x) { return __builtin_convertvector(bf16_words(x), vh); }
+INLINE vh to_bf16(vf x) { return halves_of(bf16_words(x)); }
 INLINE vf round_bf16(vf x) { return as_floats(bf16_words(x) << 16); }
+// The same of a computed number by one instruction where the CPU has it; below the least normal number, 2^-126, it
+// gives zero.
+INLINE vh near_bf16(vf x) {
+#ifdef __AVX512BF16__
+  vh y;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"(x));
+  return y;
+#else
+  return to_bf16(x);
+#endif
+}
+INLINE vf round_near_bf16(vf x) { return from_bf16(near_bf16(x)); }
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
 INLINE vf from_f16(vh x) {
   vf y;
@@ -627,15 +685,85 @@ INLINE vh to_f16(vf x) {
 #endif
 INLINE vf round_f16(vf x) { return from_f16(to_f16(x)); }
 
+// ---------------------------------------------------------------- squares turned
+
+template <class T> struct Lanes { static constexpr bool some = false; };
+template <> struct Lanes<float> {
+  static constexpr bool some = true;
+  static INLINE vu load(const float* p) { return get<vu>(p, Full{}); }
+  static INLINE void store(float* p, vu v) { put(p, v, Full{}); }
+};
+template <> struct Lanes<i32> {
+  static constexpr bool some = true;
+  static INLINE vu load(const i32* p) { return get<vu>(p, Full{}); }
+  static INLINE void store(i32* p, vu v) { put(p, v, Full{}); }
+};
+template <> struct Lanes<u16> {
+  static constexpr bool some = true;
+  static INLINE vu load(const u16* p) { return words_of(get<vh>(p, Full{})); }
+  static INLINE void store(u16* p, vu v) { put(p, halves_of(v), Full{}); }
+};
+template <> struct Lanes<u8> {
+  static constexpr bool some = true;
+  static INLINE vu load(const u8* p) { return (vu)words_of(get<vb>(p, Full{})); }
+  static INLINE void store(u8* p, vu v) { put(p, bytes_of((vi)v), Full{}); }
+};
+// Lanes of the first halves of a and b in turn (0), or of their second halves (1).
+template <int PART> INLINE vu mixed(vu a, vu b) {
+  vu at;
+  for (u32 l = 0; l < W; ++l) at[l] = PART * (W / 2) + l / 2 + l % 2 * W;
+#if defined(__clang__)
+  vu y;
+  for (u32 l = 0; l < W; ++l) y[l] = l % 2 ? b[PART * (W / 2) + l / 2] : a[PART * (W / 2) + l / 2];
+  return y;
+#else
+  return __builtin_shuffle(a, b, at);
+#endif
+}
+// W vectors as the rows of a square, which become its columns: one step mixes row i with row i + W / 2, and
+// log2(W) such steps turn the square (Stone's perfect shuffle).
+template <int STEP> INLINE void turn_rows(vu* r) {
+  if constexpr (STEP < W) {
+    vu t[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; ++i) {
+      t[2 * i] = mixed<0>(r[i], r[i + W / 2]);
+      t[2 * i + 1] = mixed<1>(r[i], r[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) r[i] = t[i];
+    turn_rows<STEP * 2>(r);
+  }
+}
+// to[i * pitch + j] = from[i + j * step] for i below high and j below wide.
+template <class T> INLINE void turn_square(const T* from, i64 step, i64 high, i64 wide, T* to, i64 pitch) {
+  i64 h = 0, w = 0;
+  if constexpr (Lanes<T>::some) {
+    h = high / W * W, w = wide / W * W;
+    for (i64 j = 0; j < w; j += W)
+      for (i64 i = 0; i < h; i += W) {
+        vu rows[W];
+#pragma GCC unroll 16
+        for (int l = 0; l < W; ++l) rows[l] = Lanes<T>::load(from + i + (j + l) * step);
+        turn_rows<1>(rows);
+#pragma GCC unroll 16
+        for (int l = 0; l < W; ++l) Lanes<T>::store(to + (i + l) * pitch + j, rows[l]);
+      }
+  }
+  for (i64 j = 0; j < wide; ++j)
+    for (i64 i = j < w ? h : 0; i < high; ++i) to[i * pitch + j] = from[i + j * step];
+}
+
 // An element's address, and how many of the lanes count.
 template <class K> INLINE vf get_float(const float* p, K k) { return get<vf>(p, k); }
 template <class K> INLINE vf get_bf16(const u16* p, K k) { return from_bf16(get<vh>(p, k)); }
 template <class K> INLINE vf get_f16(const u16* p, K k) { return from_f16(get<vh>(p, k)); }
-template <class K> INLINE vi get_bool(const u8* p, K k) { return __builtin_convertvector(get<vb>(p, k), vi) != 0; }
+template <class K> INLINE vi get_bool(const u8* p, K k) { return words_of(get<vb>(p, k)) != 0; }
 template <class K> INLINE void put_float(float* p, vf v, K k) { put(p, v, k); }
 template <class K> INLINE void put_bf16(u16* p, vf v, K k) { put(p, to_bf16(v), k); }
+template <class K> INLINE void put_near_bf16(u16* p, vf v, K k) { put(p, near_bf16(v), k); }
 template <class K> INLINE void put_f16(u16* p, vf v, K k) { put(p, to_f16(v), k); }
-template <class K> INLINE void put_bool(u8* p, vi v, K k) { put(p, __builtin_convertvector(v & 1, vb), k); }
+template <class K> INLINE void put_bool(u8* p, vi v, K k) { put(p, bytes_of(v & 1), k); }
 
 // ---------------------------------------------------------------- conversions
 
