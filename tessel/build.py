@@ -110,6 +110,8 @@ def build(
         settled = {s.name: item for s, item in zip(sources, got, strict=True)}
         if any(item.source is not s for s, item in zip(sources, got, strict=True)):  # other tiles: other text and grid
             tiles = {name: default.Choice(item.source.knobs, _words(item)) for name, item in settled.items()}
+            splits = report.compilations[0].splits
+            tiles |= {name: default.Choice({"SPLIT": parts}, "") for name, parts in splits.items()}
             report = _compile(imported, record, chosen, report.name, lambda kernel: tiles.get(kernel.name))
     done = report.compilations[0]
     graph = done.passes[-1].graph
@@ -139,7 +141,7 @@ def build(
         "hints": imported.hints,
         "inputs": [_input(n) for n in graph.inputs],
         "calls": [pytree.treespec_dumps(s) for s in (program.call_spec.in_spec, program.call_spec.out_spec)],
-        "tiles": {k.name: k.knobs for k in done.kernels if k.knobs},
+        "tiles": {k.name: k.knobs for k in done.kernels if k.knobs} | {n: {"SPLIT": p} for n, p in done.splits.items()},
         "weights": sorted(weights),
         "constants": sorted(imported.constants),
     }

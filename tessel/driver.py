@@ -365,7 +365,8 @@ def _describe(
             saved = bytes_moved(region, imported.hints) - node_bytes(node, roots, imported.hints)
             name = kernels.at[node].name if node in kernels.at else str(node.attrs["name"])
             record.groups.append(Fused(name, inside, saved, "; ".join(node.attrs["why"]), node.loc.short))
-            record.launches += node in kernels.at
+            if node in kernels.at:
+                record.launches += 1 + (kernels.at[node].first is not None)
             if node in kernels.failed:
                 reason = f"no kernel: {kernels.failed[node]}"
                 record.calls.append(Call(f"kernel of {len(inside)} operators", node.loc.short, reason))
@@ -387,6 +388,7 @@ def _describe(
                 Resource("shared", source.smem_bytes, limit=limits.shared_bytes_per_block if limits else None)
             ]
         record.kernels.append(kernel)
+    record.splits = dict(kernels.splits)
     if place.why:
         record.notes.append(place.why)
 

@@ -127,6 +127,7 @@ class Compilation:
         fallbacks: operators that the importer could not express, with reasons.
         bytes_before, bytes_after: distinct inputs and outputs of every operator before fusion, of every
             kernel and library call after it, at the example sizes.
+        splits: products whose k is cut into parts, by name, with their number.
         peak_bytes: most bytes of intermediate values alive at once, at the example sizes.
         host: text of the host program; ``host_file`` where it lies.
         seconds: from the captured graph to the callable.
@@ -149,6 +150,7 @@ class Compilation:
     host_file: str = ""
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    splits: dict[str, int] = field(default_factory=dict)
 
 
 class Report:
@@ -213,7 +215,7 @@ def _compilation_dict(c: Compilation) -> dict[str, Any]:
     out["kernels"] = [_kernel_dict(k) for k in c.kernels]
     for name in ("groups", "calls", "fallbacks"):
         out[name] = [vars(x).copy() for x in getattr(c, name)]
-    out["notes"] = list(c.notes)
+    out["notes"], out["splits"] = list(c.notes), dict(c.splits)
     return out
 
 

@@ -42,12 +42,16 @@ class Launch:
         grid: the number of programs per grid axis, expressions over sizes.
         params: the tensors in the order the kernel takes them: ``("in", operand)`` or ``("out", result)``.
         sizes: the symbols it takes after the tensors.
+        first: a kernel that runs before it and fills ``buffer``, which both take as ``("buffer", -1)``.
+        buffer: memory that lives between the two.
     """
 
     name: str
     grid: tuple[Dim, ...]
     params: tuple[tuple[str, int], ...]
     sizes: tuple[str, ...]
+    first: Launch | None = None
+    buffer: TensorType | None = None
 
 
 @dataclass(frozen=True)
@@ -235,9 +239,16 @@ class _Writer:
     def launch(self, node: Node, what: Launch) -> None:
         outs = self.results(node)
         operands = list(values_in(node.args))
-        args = [self.value[operands[i]] if how == "in" else outs[i] for how, i in what.params]
-        grid = self.sizes(what.grid)
-        self.line(f"{what.name}({', '.join([grid, *args, *what.sizes])})")
+        held = what.buffer
+        if held is not None:
+            layout = f"{self.sizes(held.shape)}, {self.sizes(held.strides)}, {self.literal(held.dtype)}"
+            self.line(f"between = empty({layout})")
+        names = {"in": lambda i: self.value[operands[i]], "out": lambda i: outs[i], "buffer": lambda i: "between"}
+        for one in (what,) if what.first is None else (what.first, what):
+            args = [names[how](i) for how, i in one.params]
+            self.line(f"{one.name}({', '.join([self.sizes(one.grid), *args, *one.sizes])})")
+        if held is not None:
+            self.line("del between")
 
     def results(self, node: Node) -> dict[int, str]:
         """Lines that make the memory a launch writes to, except where it has a place; names by position."""

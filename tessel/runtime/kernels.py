@@ -17,12 +17,13 @@ from ..codegen.host import Called, Launch
 from ..codegen.triton import grid_of, render
 from ..errors import TesselError
 from ..ir.node import Graph, Node, make_input
-from ..ir.types import SymType, symbol, unbacked
+from ..ir.types import SymType, TensorType, symbol, unbacked
 from ..solve.forced import TileRefused
 from ..targets import Target
 from ..tiles.default import Choice
-from ..tiles.kernel import Kernel
+from ..tiles.kernel import Kernel, Param
 from ..tiles.lower import lower
+from ..tiles.split import can_split, split_k
 from .launch import load
 from .program import build
 
@@ -45,6 +46,7 @@ class Kernels:
         sites: launcher name -> nodes that launch it.
         launchers: launcher name -> callable, once ``load`` has run.
         failed: kernel node -> why it runs through torch.
+        splits: name of a product -> in how many parts its k is cut, where it is.
     """
 
     target: Target
@@ -55,11 +57,12 @@ class Kernels:
     sites: dict[str, list[Node]] = field(default_factory=dict)
     launchers: dict[str, Any] = field(default_factory=dict)
     failed: dict[Node, str] = field(default_factory=dict)
+    splits: dict[str, int] = field(default_factory=dict)
     _notes: dict[str, list[str]] = field(default_factory=dict)
 
     def render_all(self, graph: Graph) -> None:
         """Lower and render every kernel node; equal kernels are rendered once."""
-        by_program: dict[Any, str] = {}
+        by_program: dict[Any, tuple[int, tuple[str, ...]]] = {}
         by_body: dict[str, str] = {}
         for node in graph.nodes:
             if node.op.kind != "kernel":
@@ -67,21 +70,47 @@ class Kernels:
             try:
                 kernel = lower(node)
                 same = _program_key(kernel)
-                name = by_program.get(same)
-                if name is None:
-                    source = self.render(kernel)
-                    name = by_body.setdefault(source.body_key, source.name)
-                    by_program[same] = name
-                    self.sources.setdefault(name, source)
+                if same not in by_program:
+                    parts = self.parts(kernel)
+                    by_program[same] = parts, tuple(self._named(k, by_body) for k in _steps(kernel, parts)[0])
             except TileRefused:
                 raise  # the user's word: no quiet way around it
             except TesselError as e:
                 self.failed[node] = str(e)
                 continue
-            self.sites.setdefault(name, []).append(node)
-            self._notes.setdefault(name, []).extend(kernel.notes)
-            params = tuple(("out" if p.out else "in", p.slot) for p in kernel.params)
-            self.at[node] = Launch(name, self.grid(kernel, name), params, kernel.symbols())
+            parts, names = by_program[same]
+            steps, buffer = _steps(kernel, parts)
+            launch: Launch | None = None
+            for name, step in zip(names, steps, strict=True):
+                self.sites.setdefault(name, []).append(node)
+                self._notes.setdefault(name, []).extend(step.notes)
+                params = tuple(_place_of(p) for p in step.params)
+                launch = Launch(name, self.grid(step, name), params, step.symbols(), launch, buffer if launch else None)
+            assert launch is not None
+            self.at[node] = launch
+            if parts > 1:
+                self.splits[kernel.name] = parts
+
+    def _named(self, kernel: Kernel, by_body: dict[str, str]) -> str:
+        """The name of the source of a kernel, rendered unless an equal one is there."""
+        source = self.render(kernel)
+        name = by_body.setdefault(source.body_key, source.name)
+        self.sources.setdefault(name, source)
+        return name
+
+    def parts(self, kernel: Kernel) -> int:
+        """In how many parts the k of a product is cut: the knob ``SPLIT``.
+
+        Raises:
+            TileRefused: somebody asked for more than one, and it cannot be.
+        """
+        picked = self.pick(kernel) if self.pick and kernel.family == "matmul" else None
+        knobs = picked.knobs if isinstance(picked, Choice) else picked or {}
+        parts = knobs.get("SPLIT", 1)
+        if parts > 1 and not can_split(kernel, parts):
+            k = kernel.axis("k").extent
+            raise TileRefused(f"{kernel.name}: SPLIT={parts}: k is {k}, which is not {parts} equal parts of 16 or more")
+        return parts
 
     def render(self, kernel: Kernel) -> Any:
         """The source of one kernel."""
@@ -104,6 +133,19 @@ class Kernels:
             more = "".join(f"# {line}\n" for line in self.places(name))
             source = self.sources[name] = dataclasses.replace(source, header=source.header + more)
             self.launchers[name] = load(source, self.directory)
+
+
+def _steps(kernel: Kernel, parts: int) -> tuple[tuple[Kernel, ...], TensorType | None]:
+    """The kernels that one kernel node launches, and the memory between them."""
+    if parts == 1:
+        return (kernel,), None
+    partial, combine, buffer = split_k(kernel, parts)
+    return (partial, combine), buffer
+
+
+def _place_of(param: Param) -> tuple[str, int]:
+    """Where a launch finds a parameter: an operand, a result, or the memory between two kernels."""
+    return ("buffer", -1) if param.slot < 0 else ("out" if param.out else "in", param.slot)
 
 
 def _program_key(kernel: Kernel) -> Any:

@@ -73,4 +73,6 @@ def forced_knobs(text: str | None, kernel: Kernel) -> dict[str, int]:
                     f"{kernel.name}: {name}={value} is none of the template's {', '.join(map(str, known[name]))}"
                 )
         out |= own
+    if "part_of" in kernel.attrs:  # it is one of the parts that SPLIT asked for
+        out.pop("SPLIT", None)
     return out
