@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.argument("model"),
     ):
         command = add(command)
-    command.__doc__ = f"{command.__doc__ or ''}\n\n    {MODEL_HELP}\n"
+    command.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n\n{MODEL_HELP}\n"
     return command
 
 
