@@ -21,7 +21,7 @@ from tessel.autotune.entry import Fact, Times
 from tessel.autotune.kernels import Found, kernels_of
 from tessel.autotune.key import key_of
 from tessel.autotune.measure import Bench, GpuMeasurer, arguments, error_of
-from tessel.autotune.tune import Measured, seconds_by_term, tune
+from tessel.autotune.tune import DeviceLost, Measured, seconds_by_term, tune
 from tessel.autotune.tuned import tuned
 from tessel.autotune.why import why
 from tessel.build import plan
@@ -378,6 +378,20 @@ def test_a_tile_that_cannot_run_is_refused_and_the_others_are_measured(
     assert step.knobs != tile(found.kernel, H100).knobs and len(bench.seen) == 1
 
 
+def test_a_device_that_is_lost_stops_all_and_what_is_done_is_kept(own: Cache, tmp_path: Path) -> None:
+    class Breaks(Interpreted):
+        def measure(self, found: Found, tiles: Sequence[Mapping[str, int]]) -> list[Measured]:
+            if own.entries():
+                raise DeviceLost("the GPU takes no more work")
+            return [Measured(k, {"warm": Times(1e-6, 1e-6, 1e-6, 3)}) for k in tiles]
+
+    steps = tune(kernels(), H100, cache=own, measurer=Breaks(tmp_path))
+    assert next(steps).how == "measured"
+    with pytest.raises(TesselError, match="no more work"):
+        next(steps)
+    assert len(own.entries()) == 1
+
+
 def test_the_search_starts_at_the_nearest_shape_that_was_measured(own: Cache, tmp_path: Path) -> None:
     near, here = kernels(rows=2048, dtype=torch.bfloat16)[0], kernels(rows=1024, dtype=torch.bfloat16)[0]
     six = [c.knobs for c in tile(here.kernel, H100).candidates(6)]
@@ -397,9 +411,9 @@ def test_the_search_starts_at_the_nearest_shape_that_was_measured(own: Cache, tm
 def test_arguments_are_in_range_and_laid_out_as_the_kernel_expects() -> None:
     torch._dynamo.reset()
     table = torch.randn(2, 16)
-    found = kernels_of(
-        lambda t, i, m: torch.where(m, t[i].t(), 0.0), (table, torch.tensor([0, 1, 1]), torch.ones(3) > 0)
-    )
+    indices, mask, row = torch.tensor([0, 1, 1]), torch.ones(3) > 0, torch.randn(1, 16).expand(3, 16)
+    found = kernels_of(lambda t, i, m, r: torch.where(m, (t[i] * r).t(), 0.0), (table, indices, mask, row))
+    assert 0 in {s for f in found for n in f.region.inputs for s in n.types[0].strides}
     for f in found:
         for x, node in zip(arguments(f.region, f.kernel, "cpu"), f.region.inputs):
             t = node.types[0]

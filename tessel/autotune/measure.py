@@ -31,7 +31,7 @@ from .cache import driver_version
 from .entry import Fact, Times
 from .kernels import Found
 from .settle import compile_all
-from .tune import Measured
+from .tune import DeviceLost, Measured
 
 __all__ = ["ROUNDS", "Bench", "GpuMeasurer", "arguments", "error_of"]
 
@@ -45,7 +45,7 @@ _CLEAR = 4  # times the L2 cache is written to clear it
 
 
 def arguments(graph: Graph, kernel: Kernel, device: str, seed: int = 0) -> list[torch.Tensor]:
-    """Inputs for one launch: normal numbers, and small whole numbers that are in range where they index.
+    """Inputs for one launch: normal numbers, and 0 or 1 for whole ones, in range where they index.
 
     Raises:
         TesselError: a size is known at run time only.
@@ -63,21 +63,20 @@ def arguments(graph: Graph, kernel: Kernel, device: str, seed: int = 0) -> list[
         )
         assert isinstance(t, TensorType)
         shape, strides = (tuple(map(int, x)) for x in (t.shape, t.strides))
-        x = torch.empty_strided(shape, strides, dtype=t.dtype, device=device)
-        if t.dtype == torch.bool:
-            x.copy_(torch.rand(shape, generator=generator, device=device) > 0.5)
-        elif t.dtype.is_floating_point:
-            x.copy_(torch.randn(shape, generator=generator, device=device, dtype=torch.float32))
-        elif t.dtype.is_complex:
+        count = 1 + sum((n - 1) * s for n, s in zip(shape, strides)) if 0 not in shape else 0
+        if t.dtype.is_complex:
             raise TesselError(f"{kernel.name}: complex inputs are not measured")
+        if t.dtype.is_floating_point:
+            x = torch.randn(count, generator=generator, device=device).to(t.dtype)
         else:
-            x.copy_(torch.randint(0, max(high, 1), shape, generator=generator, device=device))
-        out.append(x)
+            x = torch.randint(0, max(high, 1), (count,), generator=generator, device=device).to(t.dtype)
+        out.append(x.as_strided(shape, strides))
     return out
 
 
 def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
     """Relative L2 error; infinite where one is NaN or infinite and the other is not the same."""
+    want = want.to(got.device)
     if not got.dtype.is_floating_point:
         return 0.0 if torch.equal(got, want.to(got.dtype)) else float("inf")
     got, want = got.double(), want.double()
@@ -121,7 +120,8 @@ class Bench(ABC):
         """Check all tiles, time those that are right; a result for each, in order.
 
         Raises:
-            TesselError: the kernel cannot be run on made-up inputs, or the device failed.
+            TesselError: the kernel cannot be run on made-up inputs.
+        DeviceLost: a tile broke the device.
         """
         kernel, region = found.kernel, found.region
         inputs = arguments(region, kernel, self.device)
@@ -191,7 +191,7 @@ class Bench(ABC):
 
     @abstractmethod
     def alive(self, failure: Exception) -> None:
-        """Raises TesselError if the device takes no more work after a failure."""
+        """Raises DeviceLost if the device takes no more work after a failure."""
 
 
 class GpuMeasurer(Bench):
@@ -247,7 +247,7 @@ class GpuMeasurer(Bench):
         try:
             torch.cuda.synchronize()
         except RuntimeError as e:
-            raise TesselError(
+            raise DeviceLost(
                 f"the GPU takes no more work after a kernel failed ({' '.join(str(failure).split())[:200]}); "
                 "start again: what was measured is kept"
             ) from e

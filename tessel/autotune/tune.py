@@ -20,7 +20,7 @@ from .entry import Fact, Knob, Times
 from .kernels import Found
 from .key import key_of
 
-__all__ = ["Measured", "Measurer", "Step", "seconds_by_term", "tune"]
+__all__ = ["DeviceLost", "Measured", "Measurer", "Step", "seconds_by_term", "tune"]
 
 MOST = 6  # candidates measured of one kernel
 _COUNTS = frozenset({"programs", "resident", "waves", "steps", "ahead"})  # fields of Time that are no seconds
@@ -38,6 +38,10 @@ class Measured:
     error: float = 0.0
     bound: float = 0.0
     refused: str = ""
+
+
+class DeviceLost(TesselError):
+    """The device takes no more work: what is left cannot be measured in this process."""
 
 
 class Measurer(Protocol):
@@ -95,6 +99,9 @@ def tune(
         again: do not look at what is kept. A prediction still never replaces a measurement.
         top: tiles measured of one kernel. One of them is the tile of the nearest shape that was measured, if there is.
         cache: the user's own if not given.
+
+    Raises:
+        DeviceLost: a tile broke the device; the steps before are kept.
     """
     cache = default_cache() if cache is None else cache
     for found in kernels:
@@ -109,6 +116,8 @@ def tune(
                 if measurer is None
                 else _measured(found, target, choice, measurer, top, cache)
             )
+        except DeviceLost:
+            raise
         except TesselError as e:
             yield Step(found, "failed", {}, why=str(e))
 
@@ -130,7 +139,7 @@ _IN_MEMORY = "not written, see `tessel cache verify`"
 
 def _measured(found: Found, target: Target, choice: Choice, measurer: Measurer, top: int, cache: Cache) -> Step:
     """Measure the tiles that are predicted to be the fastest, and keep the fastest that is right."""
-    predicted = {tuple(c.knobs.items()): c.time for c in choice.candidates(top)}
+    predicted = {tuple(c.knobs.items()): c.time for c in choice.shortlist(top)}
     near = next((k for k in _near(found, target, cache) if tuple(k.items()) not in predicted), None)
     tiles = [dict(k) for k in predicted]
     if near is not None:
