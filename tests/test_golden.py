@@ -19,7 +19,7 @@ from tessel.passes.pipeline import PASSES
 
 RUN = dict(PASSES)
 # Passes that put other arithmetic in place are compared in float64; all others bit for bit.
-NEAR = {"decompose", "recurrences"}
+NEAR = {"decompose", "recurrences", "small_products"}
 
 
 def outputs(graph: Graph, inputs: list, precise: bool) -> list:

@@ -22,7 +22,7 @@ BEFORE_FUSION = tuple(p for p in PASSES if p[0] != "fuse")
 
 
 def test_order() -> None:
-    assert [name for name, _ in PASSES][:4] == ["canonicalize", "decompose", "recurrences", "canonicalize"]
+    assert [name for name, _ in PASSES][:3] == ["canonicalize", "decompose", "recurrences"]
 
 
 def test_trace_records_each_pass() -> None:
@@ -32,7 +32,9 @@ def test_trace_records_each_pass() -> None:
         ("canonicalize", 3, 2),
         ("decompose", 2, 3),
         ("recurrences", 3, 3),
+        ("small_products", 3, 3),
         ("canonicalize", 3, 3),
+        ("layouts", 3, 3),
         ("inplace", 3, 3),
     ]
     assert trace.steps[-1].text == print_graph(got)

@@ -17,7 +17,7 @@ from ..ir.node import Graph
 from ..ir.text import print_graph
 from ..ir.verify import verify
 from ..ops import OPS
-from . import canonicalize, decompose, inplace, recurrences
+from . import canonicalize, decompose, inplace, layouts, recurrences, small_products
 
 Pass: TypeAlias = "Callable[[Graph, Options], Graph]"
 
@@ -62,14 +62,16 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("canonicalize", lambda graph, options: canonicalize.run(graph)),
     ("decompose", lambda graph, options: decompose.run(graph)),
     ("recurrences", lambda graph, options: recurrences.run(graph)),
+    ("small_products", lambda graph, options: small_products.run(graph)),
     # opening composites leaves identities and doubles behind
     ("canonicalize", lambda graph, options: canonicalize.run(graph)),
+    ("layouts", lambda graph, options: layouts.run(graph)),
     ("inplace", lambda graph, options: inplace.run(graph)),
     ("fuse", _fuse),
 )
 
 # Passes whose results only the C++ templates have kernels for.
-CPU_ONLY = frozenset({"recurrences"})
+CPU_ONLY = frozenset({"recurrences", "small_products", "layouts"})
 
 
 def run_pipeline(
