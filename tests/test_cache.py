@@ -317,6 +317,16 @@ def test_an_entry_that_is_no_plain_data_is_not_kept(own: Cache) -> None:
     assert own.stats() == {"not_written": 9} and own.get(made().key) is None
 
 
+def test_without_a_home_nothing_is_kept_and_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cache_module, "cache_dir", nobody)
+    assert lookup(gemm(), H100) is None
+    with pytest.raises(TesselError, match="set TESSEL_CACHE_DIR"):
+        default_cache()
+
+
 # ---------------------------------------------------------------- bytes
 
 
@@ -452,6 +462,19 @@ def test_a_huge_import_is_not_read_whole(home: Path, tmp_path: Path) -> None:
         f.truncate(2**40)
     result = run("import", str(file))
     assert result.exit_code == 2 and "more than 64 MiB" in result.output and not home.exists()
+
+
+@pytest.mark.parametrize("how", ["pipe", "folder", "zeros", "none"])
+def test_an_import_that_is_no_file(home: Path, tmp_path: Path, how: str) -> None:
+    path = Path("/dev/zero") if how == "zeros" else tmp_path / "in"
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "folder":
+        path.mkdir()
+    for args in (("import", str(path)), ("merge", str(path), str(path))):
+        result = run(*args)
+        assert result.exit_code == 2 and str(path) in result.output and not home.exists()
+        assert len(result.output.strip().splitlines()) == 1
 
 
 # ---------------------------------------------------------------- upkeep

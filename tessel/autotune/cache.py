@@ -379,8 +379,15 @@ _caches_lock = threading.Lock()
 
 
 def default_cache() -> Cache:
-    """The cache in the user's own directory, one object a directory."""
-    root = cache_dir() / "tiles"
+    """The cache in the user's own directory, one object a directory.
+
+    Raises:
+        TesselError: the user has no home directory, and ``TESSEL_CACHE_DIR`` names no other.
+    """
+    try:
+        root = cache_dir() / "tiles"
+    except RuntimeError as e:
+        raise TesselError(f"no place for the cache of tuned tiles ({e}): set TESSEL_CACHE_DIR") from e
     with _caches_lock:
         return _caches.setdefault(root, Cache(root))
 
@@ -455,7 +462,10 @@ def lookup(
         here: this machine's provenance; fields that both sides know and that differ are named in ``Hit.recheck``.
         cache: the user's own if not given.
     """
-    cache = default_cache() if cache is None else cache
+    try:
+        cache = default_cache() if cache is None else cache
+    except TesselError:
+        return None
     entry = cache.get(key_of(kernel, target), legal or partial(legal_tile, kernel, target))
     if entry is None:
         return None

@@ -7,6 +7,7 @@ turns, so that clocks and heat hit all alike, with the L2 cache as the last laun
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import tempfile
@@ -229,7 +230,8 @@ class GpuMeasurer(Bench):
         self._junk.zero_()
 
     def refused(self, sources: Sequence[Source]) -> list[str]:
-        return ["" if c.ok else f"the compiler: {c.error}" for c in compile_all(sources, self.target)]
+        told = compile_all(sources, self.target, os.cpu_count() or 1)
+        return ["" if c.ok else f"the compiler: {c.error}" for c in told]
 
     def facts(self) -> dict[str, Fact]:
         """Driver and clock. The clock is left out where nvidia-smi does not tell it."""

@@ -104,7 +104,8 @@ def read_file(path: Path) -> list[Entry]:
         TesselError: it cannot be read, or see ``load``.
     """
     try:
-        with path.open("rb") as file:
+        # not blocked by a pipe of that name
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise TesselError(f"{path} is not a file")
             data = file.read(_MAX_FILE + 1)
