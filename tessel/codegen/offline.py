@@ -100,7 +100,8 @@ def _run(folder: Path, start: int, timeout_s: float, tell: Callable[[], None]) -
     env = child_environment(
         {
             "TRITON_INTERPRET": None,
-            "TRITON_CACHE_DIR": str(folder / "cache"),  # a cached kernel would not tell its registers
+            "TRITON_CACHE_DIR": str(folder / "cache"),
+            "TRITON_ALWAYS_COMPILE": "1",  # a cached kernel, also of this process, would not tell its registers
             "TRITON_DUMP_PTXAS_LOG": "1",
         }
     )

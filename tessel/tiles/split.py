@@ -20,23 +20,23 @@ from ..ir.types import TensorType
 from .index import Cond, Index, substitute, var
 from .kernel import ACC, Access, Axis, Check, IndexOf, Kernel, Load, Param, Reduce, Ref, Stmt, Store, Test
 
-__all__ = ["can_split", "split_k"]
+__all__ = ["SPLIT_DEPTH", "can_split", "split_k", "splittable"]
 
+SPLIT_DEPTH = 16  # a part is a multiple of the narrowest step of a matrix instruction
 _PART = "s"  # the axis over the parts
 _FIRST = 10**6  # the number of the value that loads a partial sum, above all others of a kernel
 
 
-def can_split(kernel: Kernel, parts: int) -> bool:
-    """Whether a product can be cut into so many equal parts along k.
-
-    Sums must be floating point, and a part as deep as the narrowest step of a matrix instruction.
-    """
+def splittable(kernel: Kernel) -> bool:
+    """Whether k may be cut at all: a product with known sizes and floating-point sums that is no part already."""
     if kernel.family != "matmul" or "part_of" in kernel.attrs or any(a.name == _PART for a in kernel.axes):
         return False
-    k = kernel.axis("k").extent
-    whole = isinstance(k, int) and k % parts == 0 and k // parts % 16 == 0
-    known = all(isinstance(a.extent, int) for a in kernel.axes)
-    return parts > 1 and whole and known and _sum_dtype(kernel) is not None
+    return all(isinstance(a.extent, int) for a in kernel.axes) and _sum_dtype(kernel) is not None
+
+
+def can_split(kernel: Kernel, parts: int) -> bool:
+    """Whether a product can be cut into so many parts along k, each a multiple of ``SPLIT_DEPTH``."""
+    return parts > 1 and splittable(kernel) and kernel.axis("k").extent % (parts * SPLIT_DEPTH) == 0
 
 
 def split_k(kernel: Kernel, parts: int) -> tuple[Kernel, Kernel, TensorType]:
