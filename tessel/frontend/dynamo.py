@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,21 +101,27 @@ class _LimitFilter(logging.Filter):
 _filter = _LimitFilter()
 
 
-@contextmanager
-def limit_listener(listener: Listener) -> Iterator[None]:
-    """Call ``listener`` if a recompile limit is reached inside."""
-    for name in ("torch._dynamo.convert_frame", "torch._subclasses.fake_tensor"):
-        logger = logging.getLogger(name)
-        if _filter not in logger.filters:
-            logger.addFilter(_filter)
-    stack = getattr(_listening, "stack", None)
-    if stack is None:
-        stack = _listening.stack = []
-    stack.append(listener)
-    try:
-        yield
-    finally:
-        stack.pop()
+class limit_listener:
+    """Call a listener if a recompile limit is reached inside: ``with limit_listener(fn): ...``.
+
+    Every call of a compiled function enters one, so it is made once a function and entered cheaply, again and again.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        for name in ("torch._dynamo.convert_frame", "torch._subclasses.fake_tensor"):
+            logger = logging.getLogger(name)
+            if _filter not in logger.filters:
+                logger.addFilter(_filter)
+
+    def __enter__(self) -> None:
+        try:
+            _listening.stack.append(self.listener)
+        except AttributeError:
+            _listening.stack = [self.listener]
+
+    def __exit__(self, *_: object) -> None:
+        _listening.stack.pop()
 
 
 # ---------------------------------------------------------------- errors

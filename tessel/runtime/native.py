@@ -34,7 +34,7 @@ from ..errors import TesselError
 from ..safe_dir import open_private
 from ..targets import get_target
 
-__all__ = ["Compiler", "NativeKernel", "build", "find_compiler", "stop"]
+__all__ = ["Compiler", "NativeKernel", "build", "c_int64", "find_compiler", "stop"]
 
 _SECONDS = 600  # until a compiler is given up
 _ROOM = 16 * 2**20  # free bytes below which a failed compilation is tried again on another disk
@@ -236,16 +236,18 @@ class NativeKernel:
     def __init__(self, source: CppSource, library: ctypes.CDLL, path: Path) -> None:
         self.source, self.path, self.library = source, path, library
         self.fn = library[source.name]
-        self.fn.argtypes = [ctypes.c_char_p, ctypes.c_int64]
-        self.fn.restype = ctypes.c_int
+        self.fn.restype = ctypes.c_int  # no argtypes: converting by them takes as long as the call
         self.tensors = len(source.kernel.params)
         self.pack = struct.Struct(f"{self.tensors + len(source.sizes)}q").pack
 
     def __call__(self, grid: Any, *args: Any) -> None:
         n = self.tensors
-        bad = self.fn(self.pack(*[x.data_ptr() for x in args[:n]], *args[n:]), torch.get_num_threads())
+        bad = self.fn(self.pack(*[x.data_ptr() for x in args[:n]], *args[n:]), c_int64(torch.get_num_threads()))
         if bad:
             stop(bad)
+
+
+c_int64 = cache(ctypes.c_int64)  # numbers as a foreign function takes them
 
 
 def stop(bad: int) -> None:
