@@ -150,6 +150,11 @@ class Options:
     """How many times one function may be compiled again for new shapes before it runs eagerly, at least 1.
     None keeps torch's own limit. Reaching it is said in a warning."""
 
+    keep_results: bool = True
+    """On the CPU, inference only: the memory of a large result that the caller has dropped (no tensor, view or array
+    refers to it) serves a later call, so that the system need not clear fresh pages for it. At most 256 MiB in a
+    process are kept like that. False gives it back to the C library."""
+
     tile: str | None = None
     """Tiles to force on a GPU, the rest being solved: ``"128x128x64"`` for every matrix product, or entries for
     families and kernels, ``"matmul: 128x128x64 warps=8 stages=3; attention: 128x64; matmul_3: BM=256"``. A tile

@@ -243,6 +243,7 @@ def _compile(
         hints=imported.hints,
         about=_about(graph, record),
         around=_around(place, device),
+        keep=place.how == "native" and info.is_inference and options.keep_results,
     )
     record.host, record.host_file = program.source.text, str(program.path)
     record.peak_bytes = program.buffers.peak_bytes

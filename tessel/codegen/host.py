@@ -85,6 +85,8 @@ class Storage:
         places: values that live in one block of memory -> their offsets in bytes; only launches in ``runs`` use them.
         block: the bytes of that block.
         runs: position of the first node -> position after the last of launches that one call makes.
+        kept: results whose memory is there from the beginning, perhaps that of an earlier call.
+        parts: values that live in the memory of such a result before it is written -> the result, offset in bytes.
     """
 
     reuse: Mapping[Value, Value] = field(default_factory=dict)
@@ -92,6 +94,8 @@ class Storage:
     places: Mapping[Value, int] = field(default_factory=dict)
     block: int = 0
     runs: Mapping[int, int] = field(default_factory=dict)
+    kept: Sequence[Value] = ()
+    parts: Mapping[Value, tuple[Value, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -257,9 +261,15 @@ class _Writer:
             assert isinstance(t, TensorType)
             if v in self.storage.places:
                 continue
+            if v in self.storage.kept:
+                outs[i] = self.value[v]
+                continue
             old = self.storage.reuse.get(v)
-            layout = f"{self.sizes(t.shape)}, {self.sizes(t.strides)}, {self.literal(t.dtype)}"
-            if old is None:
+            layout = self.layout(t)
+            if v in self.storage.parts:
+                base, offset = self.storage.parts[v]
+                text = f"part({self.value[base]}, {offset}, {layout})"
+            elif old is None:
                 text = f"empty({layout})"
             elif old.type.dtype == t.dtype and _same_layout(old.type, t):
                 text = f"again({self.value[old]})"
@@ -268,6 +278,15 @@ class _Writer:
             outs[i] = self.fresh(v)
             self.line(f"{outs[i]} = {text}")
         return outs
+
+    def layout(self, t: TensorType) -> str:
+        return f"{self.sizes(t.shape)}, {self.sizes(t.strides)}, {self.literal(t.dtype)}"
+
+    def results_first(self) -> None:
+        """The results whose memory is there from the beginning."""
+        for v in self.storage.kept:
+            assert isinstance(v.type, TensorType)
+            self.line(f"{self.fresh(v)} = result({self.layout(v.type)})")
 
     def run(self, nodes: Sequence[Node], told: str) -> str:
         """Launches that one call makes; the comments say which, and where in the block their values lie."""
@@ -412,6 +431,7 @@ def render_host(
     w.header()
     if w.storage.block:
         w.line(f"block = empty(({w.storage.block},), (1,), torch.uint8)")
+    w.results_first()
     told, at = "", 0
     while at < len(graph.nodes):
         end = w.storage.runs.get(at, at + 1)

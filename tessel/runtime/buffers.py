@@ -10,7 +10,7 @@ used again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -24,6 +24,8 @@ __all__ = ["Buffers", "plan_buffers", "span_bytes"]
 
 # A dead buffer serves a smaller value if at most this part of it is left over.
 _WASTE = 0.25
+_ALIGN = 64
+_PART = 64 * 2**10  # bytes: smaller values get memory of their own
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def plan_buffers(
     places: Mapping[Value, int] | None = None,
     block: int = 0,
     runs: Mapping[int, int] | None = None,
+    keep: int | None = None,
 ) -> Buffers:
     """Plan the memory of a graph's values.
 
@@ -72,6 +75,8 @@ def plan_buffers(
         places: values that have a place in a block of memory, see ``sequence.plan_places``; not planned here.
         block: the bytes of that block, which is there during the whole call.
         runs: as in ``Storage``.
+        keep: results of at least so many bytes are made when the call begins, so that their memory can be that of
+            an earlier call; until they are written, other values live there. Only where that raises no peak.
     """
     places = places or {}
     hints = dict(hints or {})
@@ -79,18 +84,28 @@ def plan_buffers(
     death = _last_uses(graph, roots)
     made = {v: at for at, n in enumerate(graph.nodes) if allocates(n) for v in n.outs}
     leaving = set(graph.results())
-    ends: dict[int, list[Value]] = {}
-    for v, at in death.items():
-        if v in made and v not in places:
-            ends.setdefault(at, []).append(v)
     taken: dict[Value, Value] = {}
     level = _Level(graph, roots, death, hints, places)
+    kept: tuple[Value, ...] = ()
+    parts: dict[Value, tuple[Value, int]] = {}
+    if keep is not None:
+        for some in _worth_keeping(made, death, keep):
+            inside = _parts(graph, some, made, death)
+            then = _Level(graph, roots, death, hints, inside, some)
+            if then.peak <= level.peak:
+                kept, parts, level = some, inside, then
+                break
+    elsewhere = {*places, *parts, *kept}
+    ends: dict[int, list[Value]] = {}
+    for v, at in death.items():
+        if v in made and v not in elsewhere:
+            ends.setdefault(at, []).append(v)
     free: list[Value] = []  # allocated values whose memory is dead, oldest first
     for at, node in enumerate(graph.nodes):
         if allocates(node) and reuse:
             for v in node.outs:
                 # what leaves the graph gets memory of exactly its size
-                if not isinstance(v.type, TensorType) or v in leaving or v in places:
+                if not isinstance(v.type, TensorType) or v in leaving or v in elsewhere:
                     continue
                 while (old := _best(v.type, free)) is not None:
                     free.remove(old)
@@ -102,12 +117,12 @@ def plan_buffers(
     uses = _name_uses(graph)
     for new, old in taken.items():
         uses[old] = max(uses.get(old, -1), made[new])
-    kept = {v for i in graph.inputs for v in i.outs if _stays(graph, i)}
+    staying = {v for i in graph.inputs for v in i.outs if _stays(graph, i)}
     for v, at in uses.items():
-        if v not in leaving and v not in kept and v not in places and v.op.name not in INPLACE:
+        if v not in leaving and v not in staying and v not in places and v.op.name not in INPLACE:
             frees[at] = (*frees.get(at, ()), v)
     saved = sum(_bytes(v.type, hints) for v in taken)
-    return Buffers(taken, frees, places, block, runs or {}, level.peak + block, saved, hints)
+    return Buffers(taken, frees, places, block, runs or {}, kept, parts, level.peak + block, saved, hints)
 
 
 def _stays(graph: Graph, node: Node) -> bool:
@@ -180,6 +195,54 @@ def _bytes(t: object, hints: Mapping[str, int]) -> int:
     return int(evaluate(size, {n: hints.get(n, 1) for n in names}))
 
 
+def _worth_keeping(made: Mapping[Value, int], death: Mapping[Value, int], least: int) -> list[tuple[Value, ...]]:
+    """Large values that leave the graph: all of them, and the largest alone."""
+    sizes = {v: span_bytes(v.type) for v in made if v not in death and isinstance(v.type, TensorType)}
+    large = [v for v, n in sizes.items() if isinstance(n, int) and n >= least]
+    if not large:
+        return []
+    most = max(large, key=lambda v: sizes[v])  # type: ignore[arg-type, return-value]
+    return [tuple(large), (most,)] if len(large) > 1 else [(most,)]
+
+
+def _parts(
+    graph: Graph, kept: tuple[Value, ...], made: Mapping[Value, int], death: Mapping[Value, int]
+) -> dict[Value, tuple[Value, int]]:
+    """Values that are dead before a kept result is written -> that result, and where in its memory they live."""
+    room = {h: int(span_bytes(h.type)) for h in kept}  # type: ignore[arg-type]
+    alive: dict[Value, list[tuple[int, int, int]]] = {h: [] for h in kept}  # offset, end, death
+    found: dict[Value, tuple[Value, int]] = {}
+    for at, node in enumerate(graph.nodes):
+        for v in node.outs:
+            size = span_bytes(v.type) if v in made and v in death and isinstance(v.type, TensorType) else 0
+            if not isinstance(size, int) or size < _PART:
+                continue
+            for h in kept:
+                if death[v] >= made[h]:
+                    continue
+                alive[h] = [a for a in alive[h] if a[2] >= at]
+                offset = first_fit([a[:2] for a in alive[h]], size)
+                if offset + size <= room[h]:
+                    alive[h].append((offset, offset + size, death[v]))
+                    found[v] = h, offset
+                    break
+    return found
+
+
+def first_fit(taken: Iterable[tuple[int, int]], size: int) -> int:
+    """The lowest offset, a multiple of 64, where ``size`` bytes lie beside all intervals ``taken``.
+
+    >>> first_fit([(0, 100), (192, 300)], 64), first_fit([(0, 100), (192, 300)], 65)
+    (128, 320)
+    """
+    offset = 0
+    for begin, end in sorted(taken):
+        if begin - offset >= size:
+            break
+        offset = max(offset, -(-end // _ALIGN) * _ALIGN)
+    return offset
+
+
 class _Level:
     """Bytes alive at every node; memory is kept for a later value only where that does not raise the peak.
 
@@ -194,15 +257,16 @@ class _Level:
         roots: Mapping[Value, frozenset[Value]],
         death: Mapping[Value, int],
         hints: Mapping[str, int],
-        places: Mapping[Value, int],
+        elsewhere: Collection[Value],
+        early: Collection[Value] = (),
     ) -> None:
         steps = [0] * (len(graph.nodes) + 1)
         self.size: dict[Value, int] = {}
         for i, node in enumerate(graph.nodes):
             for v in node.outs:
-                if v in roots[v] and v not in places:
+                if v in roots[v] and v not in elsewhere:
                     self.size[v] = _bytes(v.type, hints)
-                    steps[i] += self.size[v]
+                    steps[0 if v in early else i] += self.size[v]
                     if v in death:
                         steps[death[v] + 1] -= self.size[v]
         self.at = list(accumulate(steps[:-1]))

@@ -13,6 +13,7 @@ import torch
 from ..codegen.host import Called, HostSource, Launch, render_host
 from ..codegen.sizes import HELPERS
 from ..ir.node import Graph, Node
+from . import results
 from .buffers import Buffers, plan_buffers
 from .modules import execute, place
 from .sequence import all_native, plan_places, sequences
@@ -88,6 +89,7 @@ def build(
     about: Sequence[str] = (),
     around: Callable[[], AbstractContextManager[Any]] | None = None,
     poison: bool = False,
+    keep: bool = False,
 ) -> Program:
     """Make a graph runnable.
 
@@ -102,6 +104,7 @@ def build(
         about: lines for the head of the text.
         around: a context that every call runs in.
         poison: fill memory with garbage before a kernel writes it (for tests).
+        keep: large results live in memory of earlier ones that the caller has dropped, see ``results``.
 
     Raises:
         TesselError: a size that no input tells, or an operator that cannot be run.
@@ -127,7 +130,7 @@ def build(
 
     places = plan_places(graph, asked) if all_native(launchers) and not poison else None
     if places is None:
-        buffers = plan_buffers(graph, allocates, owned, hints)
+        buffers = plan_buffers(graph, allocates, owned, hints, keep=results.LEAST if keep and not poison else None)
     else:
         buffers = plan_buffers(graph, allocates, owned, hints, places=places.at, block=places.bytes, runs=places.runs)
     source = render_host(graph, once, buffers, about)
@@ -143,6 +146,8 @@ def build(
         "tensors_in": tensors_in,
         "empty": empty,
         "reuse": reuse,
+        "result": results.result,
+        "part": results.part,
         **HELPERS,
         **launchers,
         **sequences(source.runs, launchers),

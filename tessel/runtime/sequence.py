@@ -22,8 +22,8 @@ import torch
 from ..codegen.host import Called, Launch, Run
 from ..ir.node import Graph, Node, Value
 from ..ir.types import TensorType
-from .buffers import span_bytes
-from .native import NativeKernel, stop
+from .buffers import first_fit, span_bytes
+from .native import NativeKernel, c_int64, stop
 
 __all__ = ["RUNNER", "NativeSequence", "Places", "all_native", "plan_places", "sequences"]
 
@@ -109,11 +109,7 @@ def _first_fit(graph: Graph, placed: set[Value]) -> tuple[dict[Value, int], int]
             if v not in placed:
                 continue
             need = max(-(-int(span_bytes(v.type)) // _ALIGN), 1) * _ALIGN  # type: ignore[arg-type]
-            offset = 0
-            for begin, end, _ in sorted(alive, key=lambda a: a[0]):
-                if begin - offset >= need:
-                    break
-                offset = max(offset, end)
+            offset = first_fit([a[:2] for a in alive], need)
             at[v] = offset
             alive.append((offset, offset + need, v))
             most = max(most, offset + need)
@@ -136,14 +132,14 @@ class NativeSequence:
             words += [ctypes.cast(kernel.fn, ctypes.c_void_p).value or 0, len(args)]
             words += [w for arg in args for w in arg]
         self.steps = struct.pack(f"{len(words)}q", *words)
-        self.count = len(run.steps)
+        self.count = c_int64(len(run.steps))
         self.fn = kernels[run.steps[0][0]].library.run_kernels
-        self.fn.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64]
-        self.fn.restype = ctypes.c_int
+        self.fn.restype = ctypes.c_int  # no argtypes: converting by them takes as long as the call
         self.pack = struct.Struct(f"{run.tensors}q").pack
 
     def __call__(self, *tensors: torch.Tensor) -> None:
-        bad = self.fn(self.steps, self.count, self.pack(*[x.data_ptr() for x in tensors]), torch.get_num_threads())
+        values, threads = self.pack(*[x.data_ptr() for x in tensors]), c_int64(torch.get_num_threads())
+        bad = self.fn(self.steps, self.count, values, threads)
         if bad:
             stop(bad)
 

@@ -1,0 +1,107 @@
+"""Memory of results, used again once the caller has dropped them.
+
+A large block is mapped anew by the C library at every allocation, and every page of it is then faulted in and
+cleared by the system: 8192 faults for logits of 32 MiB, a few milliseconds a call. So the storage of a large result
+is remembered, and handed out again when nobody else refers to it: no tensor, view, array, saved tensor of
+autograd or storage object. That is what the counts of its references say, C++'s and Python's; a storage that was
+resized or moved (``share_memory_``) in the meantime is forgotten.
+
+At most ``LIMIT`` bytes are remembered in a process; the oldest go first. ``release`` forgets all of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["LEAST", "LIMIT", "part", "release", "remembered", "result"]
+
+LEAST = 2**20  # bytes: smaller blocks the C library keeps itself
+LIMIT = 256 * 2**20
+
+
+@dataclass(eq=False, slots=True)
+class _Block:
+    storage: torch.UntypedStorage
+    nbytes: int
+    address: int
+
+    def free(self) -> bool:
+        """Whether this record is the only reference to the storage, and the storage is what it was."""
+        s = self.storage
+        return (
+            torch._C._storage_Use_Count(s._cdata) == 1
+            and sys.getrefcount(s) == _ALONE
+            and s.nbytes() == self.nbytes
+            and s.data_ptr() == self.address
+        )
+
+
+def _references_when_alone() -> int:
+    """What ``free`` counts where there is no reference from outside: the record's, its own name, the argument."""
+    block = _Block(torch.UntypedStorage(8), 8, 0)
+    s = block.storage
+    return sys.getrefcount(s)
+
+
+_ALONE = _references_when_alone()
+# Oldest first. Threads and signal handlers may meet here: whoever removes a block from the list owns it.
+_blocks: list[_Block] = []
+
+
+def result(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of the given layout with undefined content, in memory of its own."""
+    count = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else 0
+    nbytes = count * dtype.itemsize
+    if not LEAST <= nbytes <= LIMIT:
+        return torch.empty_strided(shape, strides, dtype=dtype)
+    block = _take(nbytes)
+    if block is None:
+        storage = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
+        block = _Block(storage, nbytes, storage.data_ptr())
+    # A tensor of its own, not a view: nothing in it tells of the results before.
+    made = torch.empty(0, dtype=dtype).set_(block.storage, 0, shape, strides)  # type: ignore[call-overload]
+    _blocks.append(block)
+    _forget(LIMIT)
+    return made  # type: ignore[no-any-return]
+
+
+def part(
+    x: torch.Tensor, offset: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Some bytes of the storage of a result that is not written yet, as another tensor; ``offset`` in bytes."""
+    made = torch.empty(0, dtype=dtype)
+    return made.set_(x.untyped_storage(), offset // dtype.itemsize, shape, strides)  # type: ignore[call-overload, no-any-return]
+
+
+def remembered() -> int:
+    """Bytes of storages that are remembered, in use or not."""
+    return sum(b.nbytes for b in tuple(_blocks))
+
+
+def release() -> None:
+    """Forget all storages; what nobody else refers to is freed."""
+    _forget(0)
+
+
+def _take(nbytes: int) -> _Block | None:
+    for block in tuple(_blocks):
+        if block.nbytes == nbytes and block.free():
+            try:
+                _blocks.remove(block)
+            except ValueError:  # another thread was quicker
+                continue
+            if block.free():
+                return block
+    return None
+
+
+def _forget(limit: int) -> None:
+    while _blocks and remembered() > limit:
+        try:
+            _blocks.pop(0)
+        except IndexError:
+            return
