@@ -36,6 +36,7 @@ __all__ = ["attention", "headers", "refusal"]
 
 _ELEMENTS = {torch.float32: "float", torch.float16: "float", torch.bfloat16: "bf16_word"}
 
+_VECTORS = 32  # a multiple of the lanes of any CPU, twice
 _FEW = 8  # query rows a key head up to which keys and values are read where they lie
 
 
@@ -207,13 +208,15 @@ class _Writer:
         text, dims, _ = e.values[provided.number]
         e.line(f"put(to + {lane}, {text});", dims | {lane})
         extent = size_text(kernel.axis(lane).extent)
+        direct = self._direct(stmts, provided, lane)
         return {
             "where": where,
             "row": e.blocks[0],
             "body": e.blocks[1],
             "lane": lane,
             "extent": extent,
-            "direct": self._direct(stmts, provided, lane),
+            "direct": direct,
+            "always": direct and dtype == torch.float32 and int(kernel.axis(lane).extent) % _VECTORS == 0,
             "itemsize": dtype.itemsize,
             # Rows are read by whole vectors, of words along d.
             "whole": f"words<Element>({extent}) % LANES == 0" if lane == "d" else f"{extent} % {whole} == 0",

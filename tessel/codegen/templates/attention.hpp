@@ -14,7 +14,7 @@ namespace tessel {
 namespace attention {
 
 constexpr i64 PANEL = 3;               // vectors of a packed block that lie together at most
-constexpr i64 KEYS = 5 * PANEL * LANES;  // keys of a block
+constexpr i64 KEYS = 16 * LANES;       // keys of a block
 constexpr i64 BLOCK = 64;              // rows whose scores are held at a time
 constexpr i64 MOST = 512;              // rows that share a packed block of keys
 constexpr float LOG2E = 0x1.715476p+0f, LN2 = 0x1.62e430p-1f;
@@ -24,7 +24,7 @@ struct Shape {
 };
 
 template <class T> constexpr i64 words(i64 elements) { return (elements * (i64)sizeof(T) + 3) / 4; }
-constexpr i64 whole(i64 n, i64 of) { return (n + of - 1) / of * of; }
+constexpr i64 whole(i64 n, i64 of) { return (i64)((u64)(n + of - 1) / (u64)of * (u64)of); }
 INLINE i64 clip(i64 x, i64 low, i64 high) { return max(low, min(x, high)); }
 
 // Vectors of the panel that starts at vector ``at`` of ``all``: no panel of one vector beside one of three.
@@ -45,68 +45,90 @@ INLINE void tile(i64 width, const word* a, i64 lda, const word* b, i64 ldb, i64 
   else tile_float_1(a, lda, b, ldb, depth, c, ldc, add);
 }
 
-// 2^x for x <= 0, within 1.5 units in the last place; below 2^-126 it is 0, and NaN stays NaN.
-INLINE float exp2_falling(float x) {
-  float shifted = x + 12583039.0f;  // 1.5 * 2^23 + 127: the exponent of 2^n comes to lie in the low bits
-  float f = x - (shifted - 12583039.0f);
-  float p = 0x1.5bba14p-10f;
-  p = fma(p, f, 0x1.3cea88p-7f);
-  p = fma(p, f, 0x1.c6b752p-5f);
-  p = fma(p, f, 0x1.ebf9bcp-3f);
-  p = fma(p, f, 0x1.62e42ap-1f);
-  p = fma(p, f, 1.0f);
-  float y = p * bits_to_float(float_to_bits(shifted) << 23);
-  return x < -126.0f ? 0.0f : y;
+// 2^x for x <= 0, NaN stays NaN: within 2 units in the last place, or 2^-18 of it where the result becomes bf16.
+template <bool NEAR> INLINE vf exp2_falling(vf x) {
+  x = larger(all(-152.0f), x);
+  const vf n = round(x), f = x - n;
+  vf p = NEAR ? all(0x1.3a02ccp-7f) : fma(all(0x1.5bba14p-10f), f, all(0x1.3cea88p-7f));
+  p = fma(p, f, all(NEAR ? 0x1.c9fc46p-5f : 0x1.c6b752p-5f));
+  p = fma(p, f, all(NEAR ? 0x1.ec0378p-3f : 0x1.ebf9bcp-3f));
+  p = fma(p, f, all(NEAR ? 0x1.62e12cp-1f : 0x1.62e42ap-1f));
+  return times_pow2(fma(p, f, all(1.0f)), n);
 }
+INLINE float exp2_falling(float x) { return exp2_falling<false>(all(x))[0]; }
 
 template <class T> INLINE void put(T* to, float x) {
   if constexpr (sizeof(T) == 2) *to = to_bf16(x);
   else *to = x;
 }
-
-// The weights of a row's scores into p, the sums of LANES of them added to ``sums``.
-template <class T> INLINE void weights(float* s, T* p, i64 count, float scale, float base, float* sums) {
-  for (i64 at = 0; at < count; at += LANES) {
-#pragma omp simd
-    for (i64 j = 0; j < LANES; ++j) {
-      float y = exp2_falling(fma(s[at + j], scale, -base));
-      sums[j] += y;
-      put(p + at + j, y);
-    }
-  }
+template <class T> INLINE void put(T* to, vf x) {
+  if constexpr (sizeof(T) == 2) put(to, near_bf16(x), Full{});
+  else put(to, x, Full{});
 }
 
+// The weights of a row's scores into p, the sums of LANES of them added to ``sums``.
+template <class T> INLINE void weights(const float* s, T* p, i64 count, float scale, float base, float* sums) {
+  vf sum = get<vf>(sums, Full{});
+  for (i64 at = 0; at < count; at += LANES) {
+    const vf y = exp2_falling<sizeof(T) == 2>(fma(get<vf>(s + at, Full{}), all(scale), all(-base)));
+    sum += y;
+    put(p + at, y);
+  }
+  put(sums, sum, Full{});
+}
+
+// The greatest of whole vectors, NaN aside.
 INLINE float greatest(const float* s, i64 count) {
-  float m = -INF;
-#pragma omp simd reduction(max : m)
-  for (i64 j = 0; j < count; ++j) m = s[j] > m ? s[j] : m;
-  return m;
+  vf a = all(-INF), b = a, c = a;
+  i64 at = 0;
+  for (; at + 3 * LANES <= count; at += 3 * LANES) {
+    a = larger(get<vf>(s + at, Full{}), a);
+    b = larger(get<vf>(s + at + LANES, Full{}), b);
+    c = larger(get<vf>(s + at + 2 * LANES, Full{}), c);
+  }
+  for (; at < count; at += LANES) a = larger(get<vf>(s + at, Full{}), a);
+  return folded(larger(larger(a, b), c), [](auto x, auto y) __attribute__((always_inline)) { return x > y ? x : y; });
+}
+
+// LANES elements in words; compilers take them one by one.
+INLINE vu widened(const u8* x) {
+  vu y;
+  asm("vpmovzxbd %1, %0" : "=v"(y) : "v"(get<vb>(x, Full{})));
+  return y;
+}
+INLINE vu widened(const u16* x) {
+  vu y;
+  asm("vpmovzxwd %1, %0" : "=v"(y) : "v"(get<vh>(x, Full{})));
+  return y;
+}
+
+template <class T> INLINE void no_weights(T* p, i64 from, i64 to) {
+  for (; from < to; from += LANES) put(p + from, vf{});
 }
 
 // A row's next scores (of ``mine`` keys) into weights; its sums so far fade where a greater score has come.
+// Rows of scores and of what may be seen have room for whole vectors.
 template <bool SEEN, bool EDIT, i64 WIDE, class T, class F>
 INLINE int weigh(float* row, T* weight, i64 mine, const u8* may, float scale, float c, float* top, float* sums, float* o, F edit) {
   const i64 wide = whole(mine, LANES);
   int bad = 0;
   if (EDIT) {
-#pragma omp simd
-    for (i64 j = 0; j < mine; ++j) row[j] *= scale;
+    for (i64 j = 0; j < wide; j += LANES) put(row + j, get<vf>(row + j, Full{}) * scale);
     bad = edit(row);
   }
-  if (SEEN && may) {
-#pragma omp simd
-    for (i64 j = 0; j < mine; ++j) row[j] = may[j] ? row[j] : -INF;
-  }
-  for (i64 j = mine; j < wide; ++j) row[j] = -INF;
+  if (SEEN && may)
+    for (i64 j = 0; j < wide; j += LANES)
+      put(row + j, widened(may + j) != 0 ? get<vf>(row + j, Full{}) : all(-INF));
+  if (mine < wide)
+    put(row + wide - LANES, chosen(Part{mine - wide + LANES}, get<vf>(row + wide - LANES, Full{}), all(-INF)));
   const float high = greatest(row, wide), old = *top;
   if (high > old) {
     *top = high;
     if (old != -INF) {
       const float fade = exp2_falling(old * c - high * c);
-#pragma omp simd
-      for (i64 e = 0; e < WIDE; ++e) o[e] *= fade;
-#pragma omp simd
-      for (i64 j = 0; j < LANES; ++j) sums[j] *= fade;
+#pragma GCC unroll 1
+      for (i64 e = 0; e < WIDE; e += LANES) put(o + e, get<vf>(o + e, Full{}) * fade);
+      put(sums, get<vf>(sums, Full{}) * fade);
     }
   }
   weights(row, weight, wide, c, *top == -INF ? 0.0f : *top * c, sums);
@@ -122,6 +144,7 @@ INLINE void pack_keys(i64 x, i64 n0, i64 count, word* to, word* rows, K k_row) {
     const i64 width = panel(at, all);
     for (i64 v = 0; v < width; ++v) {
       const word* from[LANES];
+#pragma GCC unroll 1
       for (i64 i = 0; i < LANES; ++i) {
         const i64 n = (at + v) * LANES + i;
         from[i] = n < count ? (const word*)k_row(x, n0 + n, (T*)(rows + i * DEPTH)) : rows + LANES * DEPTH;
@@ -146,14 +169,39 @@ INLINE void pack_values(i64 x, i64 n0, i64 count, word* to, word* rows, V v_row)
       word* out = to + (at * DEPTH + k * width) * LANES;
       const T* a1 = a + at * LANES;
       const T* b1 = b + at * LANES;
-#pragma omp simd
-      for (i64 e = 0; e < width * LANES; ++e) {
-        if constexpr (PER == 2) out[e] = (u32)a1[e] | ((u32)b1[e] << 16);
-        else out[e] = float_to_bits(a1[e]);
+      for (i64 e = 0; e < width * LANES; e += LANES) {
+        if constexpr (PER == 2) put(out + e, widened(a1 + e) | (widened(b1 + e) << 16), Full{});
+        else put(out + e, get<vf>(a1 + e, Full{}), Full{});
       }
       at += width;
     }
   }
+}
+
+// Keys of a block that some of a few rows see: ``from`` is a multiple of LANES; ``all``: every row is known to see all.
+struct Span {
+  i64 from, to;
+  bool all;
+};
+INLINE bool some(vb x) {
+  u64 w[LANES / 8], all = 0;
+  __builtin_memcpy(w, &x, LANES);
+  for (i64 i = 0; i < LANES / 8; ++i) all |= w[i];
+  return all != 0;
+}
+constexpr u8 NO_KEY = 2;  // in the place of a key beyond the last one
+INLINE Span narrowed(Span span, const u8* seen, i64 rows) {
+  i64 first = span.to, last = 0;
+  vb hidden = {};  // where some row does not see a key
+  for (i64 at = 0; at < span.to; at += LANES) {
+    vb any = {};
+    for (i64 i = 0; i < rows; ++i) {
+      const vb row = get<vb>(seen + i * KEYS + at, Full{});
+      any |= row & 1, hidden |= (vb)(row == 0);
+    }
+    if (some(any)) first = min(first, at), last = min(at + LANES, span.to);
+  }
+  return last ? Span{first, last, !some(hidden)} : Span{0, 0, true};
 }
 
 // One thread's memory, in words.
@@ -187,7 +235,7 @@ INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, 
     constexpr i64 PER = 4 / sizeof(T);
     const float c = EDIT ? LOG2E : scale * LOG2E;
     const i64 held = min(piece, whole(shape.group * shape.m, ROWS));
-    const i64 size = held * (DEPTH + WIDE + LANES + 1) + KEYS * DEPTH + KEYS / PER * WIDE + BLOCK * KEYS * 2 + BLOCK * KEYS / 4 +
+    const i64 size = held * (DEPTH + WIDE + LANES + 1) + KEYS * DEPTH + KEYS / PER * WIDE + BLOCK * KEYS * 2 + BLOCK * KEYS / 4 + LANES +
                      (LANES + 1) * DEPTH + 3 * WIDE + 16 * 16;
     void* memory = malloc(size * 4);
     if (!memory) return NO_MEMORY;
@@ -200,7 +248,7 @@ INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, 
     word* values = carve.take(KEYS / PER * WIDE);
     float* s = (float*)carve.take(BLOCK * KEYS);
     T* p = PER == 1 ? (T*)s : (T*)carve.take(BLOCK * KEYS / 2);
-    u8* seen = (u8*)carve.take(BLOCK * KEYS / 4);
+    u8* seen = (u8*)carve.take(BLOCK * KEYS / 4 + LANES);
     word* rows = carve.take((LANES + 1) * DEPTH);
     word* two = carve.take(3 * WIDE);
     memset(rows, 0, (LANES + 1) * DEPTH * 4);
@@ -228,56 +276,62 @@ INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, 
         bool packed = false;
         for (i64 i0 = 0; i0 < count; i0 += BLOCK) {
           const i64 many = min(BLOCK, count - i0);
-          i64 sight[BLOCK], most = 0, least = block;
-          for (i64 i = 0; i < whole(many, ROWS); ++i) {
-            sight[i] = i >= many ? 0 : !CAUSAL ? block : clip((begin + i0 + i) % shape.m + shape.offset + 1 - n0, 0, block);
-            most = max(most, sight[i]);
-          }
+          // Keys of the block that some of the rows first .. last may see, but for what ``seen`` says.
+          const auto sight = [=](i64 first, i64 last) {
+            if (!CAUSAL) return block;
+            first += begin + i0, last += begin + i0;
+            return clip((first / shape.m == last / shape.m ? last % shape.m + 1 : shape.m) + shape.offset - n0, 0, block);
+          };
+          const i64 most = sight(0, many - 1);
           if (most == 0) continue;
-          bool all_seen = true;
-          if (SEEN) {
-            u8 any = 0, every = 1;
-            for (i64 i = 0; i < (SEEN_ROWS ? many : 1); ++i) {
-              u8* to = seen + i * KEYS;
-              bad |= seen_row(x, begin + i0 + i, n0, most, to);
-#pragma omp simd reduction(| : any) reduction(& : every)
-              for (i64 j = 0; j < most; ++j) any |= to[j], every &= to[j];
+          Span spans[BLOCK / ROWS];
+          i64 wanted = 0;
+          for (i64 g = 0; g * ROWS < many; ++g) {
+            Span span = {0, sight(g * ROWS, min((g + 1) * ROWS, many) - 1), true};
+            if (SEEN) {
+              const i64 row = SEEN_ROWS ? g * ROWS : 0, last = SEEN_ROWS ? min(many, row + ROWS) : 1;
+              if (SEEN_ROWS || g == 0)
+                for (i64 i = row; i < last; ++i) {
+                  bad |= seen_row(x, begin + i0 + i, n0, most, seen + i * KEYS);
+                  memset(seen + i * KEYS + most, NO_KEY, LANES);
+                }
+              span = narrowed(span, seen + row * KEYS, last - row);
             }
-            if (!any) continue;
-            all_seen = every;
+            wanted = max(wanted, span.to);
+            spans[g] = span;
           }
+          if (wanted == 0) continue;
           if (!packed) {
             pack_keys<T, D>(x, n0, block, keys, rows, k_row);
             pack_values<T, E>(x, n0, block, values, two, v_row);
             packed = true;
           }
-          i64 sights[BLOCK / ROWS];
-          for (i64 g = 0; g * ROWS < many; ++g) {
-            sights[g] = 0;
-            for (i64 i = 0; i < ROWS; ++i) sights[g] = max(sights[g], sight[g * ROWS + i]);
-          }
           const i64 vectors = ceil_div(block, LANES);
           for (i64 at = 0; at < vectors; at += panel(at, vectors)) {
             const i64 width = panel(at, vectors);
             for (i64 g = 0; g * ROWS < many; ++g)
-              if (at * LANES < sights[g])
-                tile<T>(width, q + (i0 + g * ROWS) * DEPTH, DEPTH, keys + at * DEPTH * LANES, width * LANES, DW,
+              if (at * LANES < spans[g].to && (at + width) * LANES > spans[g].from)
+                tile<T>(min(width, ceil_div(spans[g].to, LANES) - at), q + (i0 + g * ROWS) * DEPTH, DEPTH, keys + at * DEPTH * LANES, width * LANES, DW,
                         s + g * ROWS * KEYS + at * LANES, KEYS, false);
           }
           for (i64 i = 0; i < whole(many, ROWS); ++i) {
-            const i64 mine = sight[i], wide = whole(mine, LANES), at = i0 + i;
-            T* weight = p + i * KEYS;
+            const Span span = spans[i / ROWS];
+            const i64 from = span.from, mine = i < many ? max(min(sight(i, i), span.to) - from, 0) : 0, at = i0 + i;
+            T* weight = p + i * KEYS + from;
             if (mine > 0)
-              bad |= weigh<SEEN, EDIT, WIDE>(s + i * KEYS, weight, mine, !SEEN || all_seen ? nullptr : seen + (SEEN_ROWS ? i * KEYS : 0),
-                                             scale, c, top + at, sums + at * LANES, o + at * WIDE,
-                                             [=](float* row) __attribute__((always_inline)) { return edit(x, begin + at, n0, mine, row); });
-            for (i64 j = wide; j < whole(sights[i / ROWS], LANES); ++j) weight[j] = 0;
+              bad |= weigh<SEEN, EDIT, WIDE>(
+                  s + i * KEYS + from, weight, mine, span.all ? nullptr : seen + (SEEN_ROWS ? i * KEYS : 0) + from, scale, c, top + at,
+                  sums + at * LANES, o + at * WIDE,
+                  [=](float* row) __attribute__((always_inline)) { return edit(x, begin + at, n0 + from, mine, row); });
+            no_weights(weight, whole(mine, LANES), span.to - from);
           }
           for (i64 at = 0; at < ALL; at += panel(at, ALL)) {
             const i64 width = panel(at, ALL);
-            for (i64 g = 0; g * ROWS < many; ++g)
-              tile<T>(width, (const word*)(p + g * ROWS * KEYS), KEYS / PER, values + at * (KEYS / PER) * LANES, width * LANES,
-                      ceil_div(sights[g], PER), o + (i0 + g * ROWS) * WIDE + at * LANES, WIDE, true);
+            for (i64 g = 0; g * ROWS < many; ++g) {
+              const i64 k = spans[g].from / PER;
+              tile<T>(width, (const word*)(p + g * ROWS * KEYS) + k, KEYS / PER, values + (at * (KEYS / PER) + k * width) * LANES,
+                      width * LANES, ceil_div(spans[g].to, PER) - k, o + (i0 + g * ROWS) * WIDE + at * LANES, WIDE, true);
+            }
           }
         }
       }
@@ -343,7 +397,7 @@ INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V 
     alignas(64) word q[ROUND * DEPTH];
     alignas(64) float o[ROUND * WIDE], s[ROUND * RANGE], sums[COUNT * LANES];
     alignas(64) word temp[TEMP], zeros[DEPTH];
-    alignas(64) u8 seen[COUNT * RANGE];
+    alignas(64) u8 seen[COUNT * RANGE + LANES];
     float top[COUNT];
     int bad = 0;
     memset(q, 0, sizeof(q));
@@ -375,14 +429,14 @@ INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V 
           for (i64 i = 0; i < (SEEN_ROWS ? COUNT : 1); ++i) {
             u8* may = seen + i * RANGE;
             bad |= seen_row(x, i, n0, most, may);
-            for (i64 j = most; j < whole(most, LANES); ++j) may[j] = 0;
-            for (i64 g = 0; g < steps; ++g)
-              for (i64 j = 0; j < LANES; ++j) any[g] |= may[g * LANES + j];
+            memset(may + most, 0, LANES);
+            for (i64 g = 0; g < steps; ++g) any[g] |= some(get<vb>(may + g * LANES, Full{}));
           }
         }
         for (i64 g = 0; g < steps; ++g) {
           if (!any[g]) continue;
           const word* keys[LANES];
+#pragma GCC unroll 1
           for (i64 j = 0; j < LANES; ++j) {
             const i64 n = g * LANES + j;
             keys[j] = n < most ? (const word*)k_row(x, n0 + n, (T*)(temp + j * DEPTH)) : zeros;
@@ -396,7 +450,7 @@ INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V 
             bad |= weigh<SEEN, EDIT, WIDE>(row, row, mine, SEEN ? seen + (SEEN_ROWS ? i * RANGE : 0) : nullptr, scale, c, top + i,
                                            sums + i * LANES, o + i * WIDE,
                                            [=](float* scores) __attribute__((always_inline)) { return edit(x, i, n0, mine, scores); });
-          for (i64 j = whole(mine, LANES); j < steps * LANES; ++j) row[j] = 0;
+          no_weights(row, whole(mine, LANES), steps * LANES);
         }
         for (i64 g = 0; g < steps; ++g) {
           if (!any[g]) continue;
@@ -413,12 +467,10 @@ INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V 
         for (i64 j = 0; j < LANES; ++j) total += sums[i * LANES + j];
         record[WIDE] = top[i];
         record[WIDE + 1] = total;
-        for (i64 e = 0; e < WIDE; e += 2 * LANES)
-          for (i64 j = 0; j < LANES; ++j) {
-            const i64 a = PER == 2 ? e + 2 * j : e + j, b = PER == 2 ? a + 1 : a + LANES;
-            record[a] = o[i * WIDE + e + j];
-            record[b] = o[i * WIDE + e + LANES + j];
-          }
+        const float* from = o + i * WIDE;
+        if (PER == 1) memcpy(record, from, WIDE * 4);
+        else  // even and odd columns of two vectors
+          for (i64 e = 0; e < WIDE; ++e) record[e] = from[e / (2 * LANES) * 2 * LANES + e % 2 * LANES + e / 2 % LANES];
       }
     }
     return bad;
