@@ -406,6 +406,24 @@ def test_layer_norm_keeps_what_is_dear() -> None:
         torch.testing.assert_close(out.double(), want, rtol=2e-2 if dtype.itemsize == 2 else 1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [40, 9000])
+def test_a_sum_of_which_one_element_counts_is_no_loop(n: int) -> None:
+    x = rand(50, n)
+    x[3, 4] = math.inf  # not looked at
+    at = torch.randint(-3, n + 3, (50,))  # some count nowhere
+    p = Program("reduction", x0=50, r1=n)
+    a, i, o = p.like(x), p.like(at), p.param((50,), torch.float32, out=True)
+    here = p.op("eq", p.iota("r1", torch.int64), p.load(i, "x0"), dtype=torch.bool)
+    twice = p.op("mul", p.load(a, "x0", "r1"), 2.0)
+    p.store(o, ("x0",), p.fold("sum", p.op("where", here, twice, 0.0)))
+    out = torch.full((50,), math.nan)
+    source = run(p.kernel("picked"), [x, at, out])
+    known = (at >= 0) & (at < n)
+    want = torch.where(known, x.gather(1, at.clamp(0, n - 1)[:, None])[:, 0] * 2, 0.0)
+    assert torch.equal(out, want)
+    assert "for (i64 r1" not in source.body
+
+
 def softmax_kernel(shape: Sequence[Dim], strides: Any = None) -> Kernel:
     m, n = shape
     p = Program("reduction", x0=m, r0=n)

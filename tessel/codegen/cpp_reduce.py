@@ -20,6 +20,7 @@ from ..ops import OPS
 from ..tiles.index import Index, linearize, var
 from ..tiles.kernel import Axis, Check, Compute, Kernel, Load, Reduce, Segment, Stmt, Store, refs
 from .cpp_expr import Dims, Emitter
+from .cpp_onehot import only_place
 from .cpp_space import Space
 from .cpp_text import BLOCK, coordinates, items, points, simd, steps
 from .cpp_vector import FOLDS, KINDS, Along, fold_step, unroll
@@ -243,11 +244,21 @@ class _Rows(_Writer):
     def _dtype(self, number: int) -> torch.dtype:
         return next(s.dtype for s in self.kernel.body if getattr(s, "out", -1) == number)  # type: ignore[union-attr]
 
+    def _only(self, number: int) -> int | None:
+        """The value that says which point of a loop counts, known before the loop; see ``only_place``."""
+        rs, mine = self.space.rs, self.loops[number]
+        if len(rs) != 1 or any(getattr(s, "out", -1) in self.kept - set(self.buffer) for s in mine):
+            return None
+        found = only_place(self.space, mine, rs[0])
+        outside = {a.name for a in self.outer}
+        return found if found in self.e.values and self.e.values[found][1] <= outside else None
+
     def _loop(self, number: int, segment: Segment, few: bool) -> Part:
         e, rs = self.e, self.space.rs
         lane = rs[-1] if rs else None
         known = [a.name for a in self.outer]
-        wide = self._wide(number, lane)
+        only = None if few else self._only(number)
+        wide = only is None and self._wide(number, lane)
         e.nest(known, [a.name for a in rs], wide)
         inner = frozenset(e.known[-1])
         place = e.index(self.flat)[0]
@@ -258,7 +269,8 @@ class _Rows(_Writer):
         folds: list[Fold] = []
         clauses: dict[str, list[str]] = {}
         plain = True
-        partial = few or (lane is not None and not (isinstance(lane.extent, int) and lane.extent <= 2 * BLOCK))
+        short = lane is None or (isinstance(lane.extent, int) and lane.extent <= 2 * BLOCK)
+        partial = few or not (short or only is not None)
         copies = unroll(self.loops[number]) if wide and any(isinstance(s, Reduce) for s in self.loops[number]) else 1
         for stmt in self.loops[number]:
             if isinstance(stmt, Reduce):
@@ -291,7 +303,12 @@ class _Rows(_Writer):
         sums = [f for f in folds if f.op == "sum" and partial]
         starts = [f"{f.type} {f.name} = {f.start};" for f in folds]
         starts += [f"i64 {f.at} = -1;" for f in folds if f.at]
-        if wide:
+        if only is not None:
+            assert lane is not None
+            place, extent = e.values[only][0], size_text(lane.extent)
+            lines = [f"const i64 {lane.name} = {place};  // no other point counts", *e.blocks[1]]
+            body = [*e.blocks[0], f"if ((u64){place} < (u64){extent}) {{", *_indented(lines, 1), "}"]
+        elif wide:
             assert lane is not None
             body = self._around(self._vectors(e.blocks[-1], lane, folds, copies), e.blocks, lane, few, partial)
         else:
