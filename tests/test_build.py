@@ -241,7 +241,7 @@ def test_kernels_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     code, out = run("compile", "hf:gpt2", "--layers", "1", "--seq", "64", "--target", "h100", "--out", str(folder))
     assert code == 0, out
     manifest = json.loads((folder / "manifest.json").read_text())
-    names = set(manifest["tiles"])
+    names = {n for n, knobs in manifest["tiles"].items() if set(knobs) != {"SPLIT"}}  # which makes two kernels of one
     assert names and {f"{n}.py" for n in names} | {f"{n}.cubin" for n in names} == {
         p.name for p in (folder / "kernels").iterdir()
     }

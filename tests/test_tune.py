@@ -316,7 +316,7 @@ def test_the_fastest_right_tile_is_kept(own: Cache, tmp_path: Path, dtype: torch
         assert step.how == "measured" and "fastest of " in step.why, str(step)
         hit = lookup(step.found.kernel, H100, cache=own)
         assert hit is not None and hit.entry.measured and hit.entry.predicted["total"] > 0
-        best = min((c.knobs for c in tile(step.found.kernel, H100).candidates(6)), key=bench.speed)  # type: ignore[arg-type]
+        best = min((c.knobs for c in tile(step.found.kernel, H100).shortlist(6)), key=bench.speed)  # type: ignore[arg-type]
         assert bench.speed(hit.knobs) == bench.speed(best)  # type: ignore[misc]
         facts = hit.entry.provenance
         assert facts["driver"] == "7.7" and facts["clock_hz"] == 1e9 and 0 < float(facts["tolerance"]) < 0.1
@@ -394,7 +394,7 @@ def test_a_device_that_is_lost_stops_all_and_what_is_done_is_kept(own: Cache, tm
 
 def test_the_search_starts_at_the_nearest_shape_that_was_measured(own: Cache, tmp_path: Path) -> None:
     near, here = kernels(rows=2048, dtype=torch.bfloat16)[0], kernels(rows=1024, dtype=torch.bfloat16)[0]
-    six = [c.knobs for c in tile(here.kernel, H100).candidates(6)]
+    six = [c.knobs for c in tile(here.kernel, H100).shortlist(6)]
     other = next(c.knobs for c in tile(near.kernel, H100).candidates(60) if c.knobs not in six)
     remember(near.kernel, H100, other, measured={"warm": Times(1e-6, 1e-6, 1e-6, 9)}, cache=own)
     asked: list[Any] = []

@@ -59,6 +59,7 @@ class Kernels:
     failed: dict[Node, str] = field(default_factory=dict)
     splits: dict[str, int] = field(default_factory=dict)
     _notes: dict[str, list[str]] = field(default_factory=dict)
+    _asked: tuple[Kernel, Mapping[str, int] | Choice | None] | None = None
 
     def render_all(self, graph: Graph) -> None:
         """Lower and render every kernel node; equal kernels are rendered once."""
@@ -104,7 +105,7 @@ class Kernels:
         Raises:
             TileRefused: somebody asked for more than one, and it cannot be.
         """
-        picked = self.pick(kernel) if self.pick and kernel.family == "matmul" else None
+        picked = self._picked(kernel) if kernel.family == "matmul" else None
         knobs = picked.knobs if isinstance(picked, Choice) else picked or {}
         parts = knobs.get("SPLIT", 1)
         if parts > 1 and not can_split(kernel, parts):
@@ -114,7 +115,15 @@ class Kernels:
 
     def render(self, kernel: Kernel) -> Any:
         """The source of one kernel."""
-        return render(kernel, self.target, self.pick(kernel) if self.pick else None)
+        return render(kernel, self.target, self._picked(kernel))
+
+    def _picked(self, kernel: Kernel) -> Mapping[str, int] | Choice | None:
+        """What ``pick`` says of a kernel, asked once."""
+        if self.pick is None:
+            return None
+        if self._asked is None or self._asked[0] is not kernel:
+            self._asked = kernel, self.pick(kernel)
+        return self._asked[1]
 
     def grid(self, kernel: Kernel, name: str) -> tuple[Any, ...]:
         """The grid of a kernel that runs the source ``name``, perhaps another's: sizes of the grid may differ."""

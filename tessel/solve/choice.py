@@ -10,6 +10,7 @@ print(choice.explain())      # all of it as a page
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,8 @@ from .solver import Candidate, Table, solve_table
 from .time import Time
 
 __all__ = ["Choice", "tile", "tile_of"]
+
+_SIDES = ("BM", "BN", "XB", "RB")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,21 @@ class Choice(default.Choice):
         """The tiles that satisfy all constraints, fastest first; the first is this one."""
         table = self._table()
         return [table.candidate(i) for i in range(len(table.order))[:top]]
+
+    def shortlist(self, top: int = 6) -> list[Candidate]:
+        """The first few that are worth measuring: the fastest, no two of which differ in the order of tiles only, and
+        at most two with the same sides."""
+        table, found, seen = self._table(), [], Counter[tuple[int, ...]]()
+        for i in range(len(table.order)):
+            c = table.candidate(i)
+            alike = tuple(v for n, v in c.knobs.items() if n != "GROUP")
+            sides = tuple(sorted(v for n, v in c.knobs.items() if n in _SIDES))
+            if not seen[alike] and seen[sides] < 2:
+                found.append(c)
+                seen.update((alike, sides))
+            if len(found) == top:
+                break
+        return found
 
     def ruled_out(self) -> list[RuledOut]:
         """What rules the other tiles out: constraint, how many tiles, the nearest one and why."""

@@ -15,6 +15,7 @@ import numpy as np
 from ..targets import Target
 from ..tiles.default import next_power
 from ..tiles.header import load_header
+from ..tiles.split import SPLIT_DEPTH
 from .problem import Problem
 
 __all__ = ["DESCRIPTORS", "Constraint", "Learned", "constraints_for"]
@@ -204,7 +205,7 @@ def _contraction(problem: Problem, target: Target) -> list[Constraint]:
 
 
 def _variants(problem: Problem, target: Target) -> list[Constraint]:
-    """Rules for the ways to write a product: descriptors, a persistent grid, the epilogue in pieces."""
+    """Rules for the ways to write a product: descriptors, a persistent grid, the epilogue in pieces, k in parts."""
     if "TMA" not in load_header("matmul").knobs:
         return []
     here = target.arch in DESCRIPTORS
@@ -216,7 +217,7 @@ def _variants(problem: Problem, target: Target) -> list[Constraint]:
     )
 
     def programs(v: Values) -> Any:
-        return problem.batch * -(-problem.m // v["BM"]) * -(-problem.n // v["BN"])
+        return problem.batch * v["SPLIT"] * -(-problem.m // v["BM"]) * -(-problem.n // v["BN"])
 
     return [
         Constraint(
@@ -237,10 +238,20 @@ def _variants(problem: Problem, target: Target) -> list[Constraint]:
             ),
         ),
         Constraint(
+            "split",
+            True,
+            lambda v: (v["SPLIT"] > 1) * (1 - problem.splits * (problem.k % (v["SPLIT"] * SPLIT_DEPTH) == 0)),
+            lambda v: 0,
+            lambda v, n, m: (
+                f"k of {problem.k} cannot be cut into {v['SPLIT']} parts"
+                + (f", each a multiple of {SPLIT_DEPTH}" if problem.splits else ": it is no product that can be split")
+            ),
+        ),
+        Constraint(
             "pieces",
             False,
             lambda v: v["PIECES"],
-            lambda v: np.maximum(1, v["BN"] // 32) if problem.point_weight else 1,
+            lambda v: np.where(v["SPLIT"] == 1, np.maximum(1, v["BN"] // 32), 1) if problem.point_weight else 1,
             lambda v, n, m: (
                 f"an epilogue in {n:.0f} pieces of {v['BN']} columns: {m:.0f} are the most that save registers"
             ),
@@ -253,7 +264,7 @@ def _group(problem: Problem, target: Target) -> Constraint:
 
     def most(v: Values) -> Any:
         rows, columns = -(-problem.m // v["BM"]), -(-problem.n // v["BN"])
-        one_wave = problem.batch * rows * columns <= target.units * v["per_unit"]
+        one_wave = problem.batch * v.get("SPLIT", 1) * rows * columns <= target.units * v["per_unit"]
         return np.where(one_wave, 1, rows)
 
     return Constraint(

@@ -18,6 +18,7 @@ from ..targets import Target
 from ..tiles.cost import stored_bytes
 from ..tiles.default import batch_axes, formula_values, head_widths, of_kind, plain_dot, reads_across, score_bytes
 from ..tiles.kernel import Compute, Kernel, Load, Reduce, Ref, Stmt, Store, axes_read
+from ..tiles.split import splittable
 
 __all__ = ["Problem", "problem_of"]
 
@@ -52,6 +53,7 @@ class Problem:
         causal: attention that hides later keys.
         a_bytes, b_bytes: loaded for one element of a product's operands.
         a_along_k, b_along_k: whether an operand is contiguous along k, not along m or n.
+        splits: whether k may be cut into parts that a second kernel adds up.
         described: operands, none to two, that tensor descriptors can load: they lie in memory as they are, 16-bit or
             narrower floats, contiguous along one axis, all else at multiples of 16 bytes.
         aligned: rows of the operands start at multiples of 16 bytes, so that they are copied asynchronously.
@@ -87,6 +89,7 @@ class Problem:
     a_along_k: bool = True
     b_along_k: bool = True
     described: int = 0
+    splits: bool = True
     aligned: bool = True
     point_bytes: int = 0
     total_bytes: int = 0
@@ -126,6 +129,7 @@ class Problem:
             a_bytes=size,
             b_bytes=size,
             aligned=k * size % 16 == 0,
+            splits=dtype != "i8",
             described=2 if k * size % 16 == 0 and size <= 2 and dtype != "i8" else 0,
             total_bytes=batch * (m * k + k * n) * size,
             out_bytes=batch * m * n * size,
@@ -231,6 +235,7 @@ def _matmul(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, Any]:
         "b_along_k": _along(kernel, "b") == "k",
         "aligned": _aligned(kernel, ("a", "b")),
         "described": sum(_described(kernel, part) for part in ("a", "b")),
+        "splits": splittable(kernel),
         "point_bytes": _bytes(kernel.body, Load, frozenset({"m", "n"})),
         **_counts(kernel.body),
     }

@@ -152,7 +152,8 @@ def _allocated(path: LoadPath, measured: bool, family: str, target: Target, valu
     columns = evaluate(path.tensor_columns, values) if target.arch == "sm_100" else 0
     if family == "matmul" and values.get("point_weight"):
         # After the loop: the sums, and for each of a piece what is loaded and computed there.
-        after = _AFTER + values["acc"] * (1 + values["point_weight"] / values.get("PIECES", 1))
+        here = np.asarray(values.get("SPLIT", 1)) == 1  # of a split product the epilogue is in the second kernel
+        after = here * (_AFTER + values["acc"] * (1 + values["point_weight"] / values.get("PIECES", 1)))
         registers, spills = np.maximum(registers, after), spills | (after > limit)
     return registers, limit, spills, columns * (1 + (np.asarray(values.get("PERSIST", 0)) > 0))
 

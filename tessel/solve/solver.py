@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import TesselError, did_you_mean
 from ..targets import Target
 from ..tiles.header import load_header
+from ..tiles.split import SPLIT_DEPTH
 from .constraints import DESCRIPTORS, Constraint, Learned, constraints_for
 from .problem import Problem
 from .resources import Resources, estimate
@@ -25,6 +26,7 @@ from .time import Time, predict, row
 __all__ = ["Candidate", "Table", "solve_table"]
 
 _VARIED = 48  # tiles whose variants are tried
+_FEW_POINTS = 128 * 128  # outputs a unit below which cutting k may pay
 
 _TIE = 0.02  # relative: times that are as good as equal
 
@@ -184,20 +186,35 @@ def solve_table(
     take registers in pieces, decides which tiles fit: these two are in the first table.
     """
     variants = load_header(problem.family).variants
+    parts = tuple(
+        v for v in variants.get("SPLIT", ()) if v == 1 or (problem.splits and problem.k % (v * SPLIT_DEPTH) == 0)
+    )
     free = {n: values for n, values in variants.items() if n not in given}
     first_of = {"TMA": bool(problem.described) and target.arch in DESCRIPTORS, "PIECES": problem.point_weight > 0}
     more = {n: (values[0], values[-1]) for n, values in free.items() if first_of.get(n)}
     first = Table(problem, target, given, learned, more)
     if not free or not len(first.order):
         return first
-    best = first.rows[first.order[: _VARIED * 4]]
-    tiles = {n: a[best] for n, a in first.knobs.items() if n not in free}
-    once = {tuple(tile): i for i, tile in reversed(list(enumerate(zip(*tiles.values()))))}  # however it was written
-    at = np.sort(np.array(list(once.values())))[:_VARIED]
-    axes = np.meshgrid(at, *(np.array(v) for v in free.values()), indexing="ij")
+    tiles = _best_tiles(first, free)
+    if len(parts) > 1 and "SPLIT" in free and problem.m * problem.n * problem.batch < target.units * _FEW_POINTS:
+        cut = Table(problem, target, given, learned, {**more, "SPLIT": parts[-1:]})  # other tiles are best in parts
+        tiles = {n: np.concatenate([a, b]) for (n, a), b in zip(tiles.items(), _best_tiles(cut, free).values())}
+        free = {**free, "SPLIT": parts}
+    else:
+        free = {n: v[:1] if n == "SPLIT" else v for n, v in free.items()}
+    axes = np.meshgrid(np.arange(len(tiles["BM"])), *(np.array(v) for v in free.values()), indexing="ij")
     new = {n: a[axes[0].ravel()] for n, a in tiles.items()} | {n: a.ravel() for n, a in zip(free, axes[1:])}
     seen = np.all([np.isin(new[n], more.get(n, values[:1])) for n, values in free.items()], axis=0)
     rows = {n: np.concatenate([a[first.rows], new[n][~seen]]) for n, a in first.knobs.items()}
     table = Table(problem, target, given, learned, rows=rows)
     table.before = first
     return table
+
+
+def _best_tiles(table: Table, free: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    """The tiles that do best, each once, however it is written."""
+    best = table.rows[table.order[: _VARIED * 4]]
+    tiles = {n: a[best] for n, a in table.knobs.items() if n not in free}
+    once = {tuple(tile): i for i, tile in reversed(list(enumerate(zip(*tiles.values()))))}
+    at = np.sort(np.array(list(once.values()), dtype=np.int64))[:_VARIED]
+    return {n: a[at] for n, a in tiles.items()}
