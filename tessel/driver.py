@@ -218,6 +218,8 @@ def _compile(
     if place.how != "torch":
         kernels.render_all(graph)
         kernels.load()
+    if options.tile is not None and place.how not in ("launch", "interpret"):
+        record.notes.append(f"options.tile is not used: tiles are for GPUs, this is {place.target.name}")
     for name in unused_entries(options.tile, (s.kernel for s in kernels.sources.values())):
         record.notes.append(f"options.tile: no kernel of this graph is called {name!r}")
     stage[0] = "host program"

@@ -298,6 +298,9 @@ def test_forced_tiles_reach_the_kernel() -> None:
     (made,) = [k for c in report.compilations for k in c.kernels if k.family == "matmul"]
     assert "tile: BM=16, BN=32, BK=16," in made.source and "(given: BM, BN, BK" in made.source
     assert any("no kernel of this graph is called 'matmul_77'" in n for c in report.compilations for n in c.notes)
+    on_cpu = tessel.compile(f, target="cpu", options=Options(tile="16x32x16"))
+    notes = [n for c in tessel.explain(on_cpu, x).compilations for n in c.notes]
+    assert any("options.tile is not used: tiles are for GPUs, this is cpu" in n for n in notes)
     with pytest.raises(TesselError, match="BM=48 is none of"):
         tessel.compile(f, target="triton-interpret", options=Options(tile="48x32x16", matmul="template"))(x)
 
@@ -377,3 +380,28 @@ def test_the_interpreter_runs_a_solved_tile() -> None:
         interpret(kernel, [a, b, out], knobs=tile(kernel, H100, given=given).knobs)
         check(out, want, a.double().abs() @ b.double().abs(), 64)
     assert "large for the interpreter" in render(kernel, INTERPRET).text
+
+
+# ---------------------------------------------------------------- parts of k
+
+
+def test_k_is_cut_where_programs_are_few() -> None:
+    deep = tile_of(Problem.product(256, 256, 65536), H100)
+    assert deep.knobs["SPLIT"] > 1 and deep.predicted.combine > 0
+    whole = tile_of(Problem.product(256, 256, 65536), H100, given={"SPLIT": 1})
+    assert whole.predicted.total > 1.5 * deep.predicted.total
+    assert tile_of(Problem.product(8192, 8192, 8192), H100).knobs["SPLIT"] == 1
+    odd = tile_of(Problem.product(256, 256, 65544), H100)  # 16 × 4096.5
+    assert odd.knobs["SPLIT"] == 1
+    with pytest.raises(TesselError, match="split: k of 65544 cannot be cut into 4 parts, each a multiple of 16"):
+        tile_of(Problem.product(256, 256, 65544), H100, given={"SPLIT": 4})
+
+
+def test_a_shortlist_is_worth_measuring() -> None:
+    for shape in ((4096, 4096, 4096), (256, 256, 65536), (1, 4096, 4096)):
+        choice = tile_of(Problem.product(*shape), H100)
+        few = choice.shortlist(6)
+        assert len(few) == 6 and few[0].knobs == choice.knobs
+        alike = {tuple(v for n, v in c.knobs.items() if n != "GROUP") for c in few}
+        assert len(alike) == 6
+        assert len({(c.knobs["BM"], c.knobs["BN"]) for c in few}) >= 3
