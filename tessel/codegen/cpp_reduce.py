@@ -422,8 +422,9 @@ class _Across(_Writer):
                 text, dims, dtype = e.values[stmt.out]
                 if lane.name in dims and not text.endswith(at):
                     name = f"{text}_all"
-                    starts.append(f"{value_type(dtype)} {name}[{width}];")
-                    e.line(f"{name}{at} = {text};", inner)
+                    if all(name + at != kept for _, kept in keep):  # a cast may be its operand under another number
+                        starts.append(f"{value_type(dtype)} {name}[{width}];")
+                        e.line(f"{name}{at} = {text};", inner)
                     keep.append((stmt.out, name + at))
         clauses = {"|": ["bad"]} if e.flags else {}
         loop = f"for (i64 {lane.name} = begin; {lane.name} < end; ++{lane.name})"

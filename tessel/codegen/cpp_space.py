@@ -197,5 +197,7 @@ def _lies_across(space: Space, votes: dict[str, int]) -> bool:
     x, r = space.xs[-1], space.rs[-1]
     if _short(x.extent) or votes.get(x.name, 0) == votes.get(r.name, 0) == 0:
         return False
+    if _short(r.extent):  # a vector along it would be mostly empty, whatever memory lies along it
+        return votes.get(x.name, 0) > 0
     return votes.get(x.name, 0) > votes.get(r.name, 0)
 
