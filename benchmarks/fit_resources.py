@@ -1,6 +1,6 @@
 """Fit the resource model to the measured compiles, write its coefficients, and say how far off it is.
 
-    python benchmarks/fit_resources.py            # tests/data/triton_resources.json -> tessel/solve/resources.json
+    python benchmarks/fit_resources.py            # tests/data/*_resources.json -> tessel/solve/resources.json
     python benchmarks/fit_resources.py --check    # only compare with what is committed
     python benchmarks/fit_resources.py --table    # only the table of errors, as markdown
 
@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,15 +24,20 @@ sys.path.insert(0, str(ROOT))
 
 from tessel.solve.fit import cross, fit, fold_of, header_of, read_rows  # noqa: E402
 
-DATA = ROOT / "tests" / "data" / "triton_resources.json"
+DATA = tuple(ROOT / "tests" / "data" / f"{name}_resources.json" for name in ("triton", "attention"))
 OUT = ROOT / "tessel" / "solve" / "resources.json"
+
+
+def _paths() -> list[tuple[Path, dict[str, Any], str]]:
+    """``(file, its data, path)`` for every path."""
+    read = [(file, json.loads(file.read_text())) for file in DATA]
+    return [(file, data, path) for file, data in read for path in data["paths"]]
 
 
 def coefficients() -> dict[str, object]:
     """What ``resources.json`` holds: for each path its coefficients and where they are from."""
-    data = json.loads(DATA.read_text())
     paths = {}
-    for path in data["paths"]:
+    for file, data, path in _paths():
         rows = read_rows(data, path)
         train = np.array([fold_of(path, r.knobs) != 0 for r in rows])
         got = fit(path, rows, train)
@@ -39,7 +45,7 @@ def coefficients() -> dict[str, object]:
             "registers": got.registers,
             "spill": got.spill,
             "error": {"mean": got.error[0], "most": got.error[1]},
-            "source": f"fitted from {got.rows} of {len(rows)} offline compiles with Triton 3.7.1 ({DATA.name}); "
+            "source": f"fitted from {got.rows} of {len(rows)} offline compiles with Triton 3.7.1 ({file.name}); "
             "error on the others",
         }
     return {
@@ -50,13 +56,12 @@ def coefficients() -> dict[str, object]:
 
 def errors() -> str:
     """The table of model error per path, as markdown."""
-    data = json.loads(DATA.read_text())
     lines = [
         "| path | rows | shared bytes exact | bounded | registers off: mean | 90% | most "
         "| spills missed | called wrongly | of unseen shapes |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for path in data["paths"]:
+    for _, data, path in _paths():
         rows = read_rows(data, path)
         v = cross(path, rows)
         w = cross(path, rows, by=[n for n in rows[0].knobs if n not in ("num_stages", "num_warps")])

@@ -17,7 +17,9 @@ from tessel.solve.resources import coefficients, estimate, nearest_path, program
 from tessel.targets import get_target
 from tessel.tiles.header import load_header
 
-DATA = json.loads((Path(__file__).parent / "data" / "triton_resources.json").read_text())
+FOLDER = Path(__file__).parent / "data"
+DATA = json.loads((FOLDER / "triton_resources.json").read_text())
+OWN = json.loads((FOLDER / "attention_resources.json").read_text())  # of this project's own attention template
 PATHS = tuple(DATA["paths"])
 
 # Registers off, over rows that neither spill nor touch the limit: (mean, nine of ten), as the README of the model says.
@@ -55,6 +57,18 @@ def test_model_on_rows_it_was_not_fitted_to(path: str, rows: dict[str, list[Row]
     assert got.false <= 0.05 * got.others
     assert got.error[0] <= ERRORS[path][0] and got.error[1] <= ERRORS[path][1]
     assert got.tensor == 0
+
+
+@pytest.mark.parametrize("path", ["attn80", "attn942"])
+def test_own_attention_elsewhere(path: str) -> None:
+    """72 compiles each, seven and fourteen of which spill: one of them may be missed."""
+    own = read_rows(OWN, path)
+    got = cross(path, own)
+    assert got.rows == got.bounded == 72 and got.exact >= 36
+    assert got.missed <= 1 and got.false <= 0.07 * got.others
+    assert got.error[0] <= 19 and got.error[1] <= 36
+    train = np.array([fold_of(path, r.knobs) != 0 for r in own])
+    assert list(fit(path, own, train).registers) == pytest.approx(coefficients()[path]["registers"], abs=1e-4)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -26,8 +26,9 @@ FOLDS = 5
 """Rows are dealt into this many parts by hash; part 0 is held out."""
 
 _GEMM = ("BM", "BN", "BK", "num_stages", "num_warps", "shared", "registers", "spills", "tensor_columns")
+_ATTENTION = ("BM", "BN", "BD", "num_stages", "num_warps", "shared", "registers", "spills")
 COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "attn90": ("BM", "BN", "BD", "num_stages", "num_warps", "shared", "registers", "spills"),
+    **dict.fromkeys(("attn90", "attn80", "attn942"), _ATTENTION),
     "rmsnorm90": ("RB", "num_warps", "shared", "registers", "spills"),
 }
 """What the columns of a path's rows mean; a product's where nothing is said."""

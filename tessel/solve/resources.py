@@ -67,7 +67,7 @@ def coefficients() -> Mapping[str, Mapping[str, Any]]:
 
 _ELSEWHERE = {  # what stands in where an architecture, or a way to load on it, has not been measured
     "matmul": {"sm_100": "tma100", "sm_90": "ptr90", "gfx": "ptr942", "sm_": "ptr80"},
-    "attention": {"sm_": "attn90", "gfx": "attn90"},
+    "attention": {"sm_": "attn90", "gfx": "attn942"},
     "reduction": {"sm_": "rmsnorm90", "gfx": "rmsnorm90"},
     "pointwise": {},
 }
@@ -141,8 +141,9 @@ def _allocated(path: LoadPath, measured: bool, family: str, target: Target, valu
         like = values.get("loads", 1) == 1
     if family == "matmul" and not values.get("aligned", 1):  # operands pass through registers, two halves in one
         registers = registers + (values["a_part"] + values["b_part"]) * values["itemsize"] / 4
-    limit = evaluate(path.register_limit, values) if target.vendor != "amd" or path.name == "ptr942" else None
-    limit = np.minimum(512, 2048 // values["num_warps"]) if limit is None else limit
+    limit = evaluate(path.register_limit, values)
+    if target.vendor == "amd" and path.archs[0].startswith("sm_"):  # half of AMD's file holds accumulators
+        limit = np.minimum(512, 2048 // values["num_warps"])
     *weights, constant = fitted["spill"]
     score = weights[0] * registers / limit
     score = score + sum(w * evaluate(f, values) for w, f in zip(weights[1:], path.spill_terms))
