@@ -26,7 +26,7 @@ from .cpp_gemm import FEW, gemm_header, multiplies_bf16
 from .cpp_space import Space
 from .cpp_text import points, simd, steps
 from .cpp_vector import KINDS, Along, wide_cast
-from .cpp_words import size_text
+from .cpp_words import memory_type, size_text
 from .dialect import compute_dtype
 
 __all__ = ["grouped_unit", "headers", "matmul", "refusal"]
@@ -131,6 +131,7 @@ class _Writer:
             "where": self.where,
             "a": left or self._computed("a", "k", "m"),
             "b": right or (self._computed("b", "k", "n") if order == "nk" else self._computed("b", "n", "k")),
+            "b_element": memory_type(self.dtype),
             "a_direct": left is not None,
             "b_direct": right is not None,
             "pack": f"pack_{pack}_{order}",
