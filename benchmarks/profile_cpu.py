@@ -5,7 +5,9 @@
 Runs a case of ``cpu_cases.py`` through Tessel and times each call of its host program from outside, so that a
 figure holds the call's own launch cost (about two microseconds of it are the clock's). Bytes are those of
 ``tessel.tiles.cost``: distinct operands and results. "host" is what is left of the wall time: views, allocation,
-Python. With ``--each`` launches of one kernel at several places are not added up.
+Python. With ``--each`` launches of one kernel at several places are not added up. Small kernels that a program runs
+by one call are called one by one here. On a machine that does other work too, ``--busy`` with OMP_NUM_THREADS=1
+counts the time the thread was running.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from tessel.codegen.host import Called
 from tessel.ir.node import Graph, Node
 from tessel.tiles.cost import base_values, node_bytes
 
+Clock = Callable[[], float]
 _NOT_CALLED = ("item", "assert_scalar")
 
 
@@ -47,7 +50,8 @@ class Step:
 class Profile:
     """The steps of every program that is built while it is active, by graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
+        self.clock = clock
         self.programs: list[tuple[str, list[Step]]] = []
         self.texts: list[str] = []
         self.active = False
@@ -69,9 +73,9 @@ class Profile:
             def run(*args: Any, **kwargs: Any) -> Any:
                 if not self.active:
                     return fn(*args, **kwargs)
-                start = time.perf_counter()
+                start = self.clock()
                 got = fn(*args, **kwargs)
-                steps[at[0] % len(steps)].seconds.append(time.perf_counter() - start)
+                steps[at[0] % len(steps)].seconds.append(self.clock() - start)
                 at[0] += 1
                 return got
 
@@ -111,17 +115,17 @@ def _what(node: Node) -> str:
     return f"{words} -> {' '.join(types)}"
 
 
-def profile(fn: Callable[[], Any], calls: int) -> tuple[Profile, float]:
+def profile(fn: Callable[[], Any], calls: int, clock: Clock = time.perf_counter) -> tuple[Profile, float]:
     """The steps of what ``fn`` compiles at its first call, and the median seconds of a call, timing included."""
-    with Profile() as seen:
+    with Profile(clock) as seen:
         for _ in range(3):
             fn()
     seen.active = True
     whole = []
     for _ in range(calls):
-        start = time.perf_counter()
+        start = clock()
         fn()
-        whole.append(time.perf_counter() - start)
+        whole.append(clock() - start)
     return seen, statistics.median(whole)
 
 
@@ -142,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=20)
     parser.add_argument("--top", type=int, default=25)
     parser.add_argument("--each", action="store_true", help="every launch on a line of its own")
+    parser.add_argument("--busy", action="store_true", help="time of this thread, not of the clock on the wall")
     parser.add_argument("--host", help="file for the text of the host programs")
     given = parser.parse_args(arguments)
     quiet()
@@ -151,10 +156,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     import tessel
 
+    clock = time.thread_time if given.busy else time.perf_counter
     with torch.no_grad():
         case = load(name, getattr(torch, given.dtype))()
         compiled = tessel.compile(case.fn, target="cpu")
-        seen, whole = profile(lambda: compiled(*case.args, **case.kwargs), given.calls)
+        seen, whole = profile(lambda: compiled(*case.args, **case.kwargs), given.calls, clock)
     if given.host:
         with open(given.host, "w", encoding="utf-8") as f:
             f.write("\n".join(seen.texts))
