@@ -25,7 +25,7 @@ __all__ = ["Resources", "coefficients", "estimate", "nearest_path", "programs_pe
 
 PROGRAMS_PER_UNIT = 32  # resident blocks an SM; 24 on sm_89 (CUDA programming guide, technical specifications)
 RESERVED = 1024  # bytes of shared memory that the driver keeps for each block (CUDA programming guide)
-_AFTER = 10  # registers beside sums and values in an epilogue, as compiled for sm_90
+_AFTER = {"sm_100": 32}  # registers beside sums and values in an epilogue, as compiled; 10 elsewhere
 _GRANULE = 8  # registers are handed to a thread in eights
 _FILE = Path(__file__).with_name("resources.json")
 
@@ -141,6 +141,9 @@ def _allocated(path: LoadPath, measured: bool, family: str, target: Target, valu
         like = values.get("loads", 1) == 1
     if family == "matmul" and not values.get("aligned", 1):  # operands pass through registers, two halves in one
         registers = registers + (values["a_part"] + values["b_part"]) * values["itemsize"] / 4
+    if family == "attention" and values.get("score_bytes"):  # a mask or a bias beside the scores
+        registers = registers + values["scores"] * values["score_bytes"] / 4
+        like = False
     limit = evaluate(path.register_limit, values)
     if target.vendor == "amd" and path.archs[0].startswith("sm_"):  # half of AMD's file holds accumulators
         limit = np.minimum(512, 2048 // values["num_warps"])
@@ -154,7 +157,8 @@ def _allocated(path: LoadPath, measured: bool, family: str, target: Target, valu
     if family == "matmul" and values.get("point_weight"):
         # After the loop: the sums, and for each of a piece what is loaded and computed there.
         here = np.asarray(values.get("SPLIT", 1)) == 1  # of a split product the epilogue is in the second kernel
-        after = here * (_AFTER + values["acc"] * (1 + values["point_weight"] / values.get("PIECES", 1)))
+        each = 1 + values["point_weight"] / values.get("PIECES", 1)
+        after = here * (_AFTER.get(target.arch, 10) + values["acc"] * each)
         registers, spills = np.maximum(registers, after), spills | (after > limit)
     return registers, limit, spills, columns * (1 + (np.asarray(values.get("PERSIST", 0)) > 0))
 
