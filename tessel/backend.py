@@ -18,7 +18,7 @@ from torch import fx
 from .config import Options
 from .driver import Session, compile_graph, resolve_target
 from .errors import TesselError, check
-from .frontend import scan_trace
+from .frontend import recorded, scan_trace
 from .frontend.capture import GraphInfo, aot
 from .frontend.dynamo import current_compilation
 from .frontend.importer import Imported
@@ -41,7 +41,10 @@ class Backend:
         if before and now.again:
             session.report.recompiles.append(Recompile(now.function, before, now.reason))
 
+        note = recorded.noted(len(example_inputs))
+
         def compile_one(imported: Imported, info: GraphInfo) -> Callable[[list[Any]], list[Any]]:
+            note(imported, info)
             return compile_graph(imported, info, session)
 
         try:

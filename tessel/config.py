@@ -13,6 +13,7 @@ Environment variables:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -22,7 +23,16 @@ from typing import Any, Literal
 
 from .errors import TesselError, check, did_you_mean
 
-__all__ = ["Options", "cache_dir", "child_environment", "cxx", "debug_level", "target_file", "tile_entries"]
+__all__ = [
+    "Options",
+    "cache_dir",
+    "child_environment",
+    "cxx",
+    "debug_level",
+    "environment_digest",
+    "target_file",
+    "tile_entries",
+]
 
 _DEBUG_MAX = 4
 # Annotation text (annotations are strings here) -> the types a value may have.
@@ -92,6 +102,18 @@ def child_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
     return {k: v for k, v in env.items() if k not in changes or changes[k] is not None}
 
 
+# Variables that differ from one shell to the next and decide nothing.
+_OF_A_SHELL = frozenset(
+    "_ COLUMNS DISPLAY LINES LS_COLORS OLDPWD PS1 PWD PYTEST_CURRENT_TEST SHLVL TERM TMPDIR WINDOWID".split()
+)
+
+
+def environment_digest() -> str:
+    """A digest of all environment variables but those that are a shell's own."""
+    own = sorted((k, v) for k, v in os.environ.items() if k not in _OF_A_SHELL and not k.startswith(("SSH_", "XDG_SE")))
+    return hashlib.sha256(repr(own).encode("utf-8", "backslashreplace")).hexdigest()
+
+
 def _dump_dir() -> str | None:
     return os.environ.get("TESSEL_DUMP") or None
 
@@ -138,6 +160,10 @@ class Options:
     rng: Literal["eager"] = _choice("eager")
     """Where random numbers come from. ``"eager"``, the only value now: dropout and the like are library
     calls drawn in eager's order, so that the same seed gives eager's bits."""
+
+    capture_cache: bool = True
+    """Keep captures of inference graphs between processes, and skip tracing where code, modules, shapes and
+    surroundings are the same. False traces in every process."""
 
     debug: int = field(default_factory=debug_level)
     """0 to 4, what to print while compiling; see :func:`debug_level`. Default: ``TESSEL_DEBUG``."""

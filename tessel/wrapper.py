@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .backend import Backend, name_of
+from .capture_cache import Calling, first_call
 from .config import Options
 from .driver import Session
 from .errors import TesselError
@@ -85,15 +86,17 @@ def _guarded(made: Callable[..., Any], fn: Callable[..., Any], session: Session,
         )
         session.report.notes.append(said[-1])
 
+    listening, calling = dynamo.limit_listener(limit), Calling(session)
+
     def call(*args: Any, **kwargs: Any) -> Any:
         undo = patch()
         try:
-            with dynamo.limit_listener(limit):
+            with listening, calling:
                 if session.report.compilations:
                     result = made(*args, **kwargs)
                 else:  # it compiles
                     with fewer_collections():
-                        result = made(*args, **kwargs)
+                        result = first_call(made, fn, session, args, kwargs)
             if said:
                 warnings.warn(said.pop(), RecompileLimit, stacklevel=2)
             return result

@@ -30,11 +30,13 @@ class GraphInfo:
         kind: ``inference``, ``forward`` (it saves tensors for the backward) or ``backward``.
         static_inputs: positions of inputs whose storage stays the same from call to call.
         fake_inputs: the example inputs, fake tensors and symbolic sizes.
+        order: for each input, which argument of the Dynamo graph it is; None where that is not known.
     """
 
     kind: str
     static_inputs: tuple[int, ...] = ()
     fake_inputs: tuple[Any, ...] = ()
+    order: tuple[int | None, ...] = ()
 
     @property
     def is_inference(self) -> bool:
@@ -69,7 +71,8 @@ def aot(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Compil
             static = _static_positions(graph, kind)
             roles = _roles(graph, names, static)
             imported = import_graph(graph, name=kind, roles=roles)
-            info = GraphInfo(kind, static, tuple(inputs))
+            order = tuple(_captured_position(n) for n in _placeholders(graph))
+            info = GraphInfo(kind, static, tuple(inputs), order)
             return compat.boxed(compile_graph(imported, info))
 
         return compile_fx
