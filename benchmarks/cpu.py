@@ -1,6 +1,6 @@
 """Tessel against eager and torch.compile on the CPU: models, micro-cases, starts, training, memory.
 
-    python benchmarks/cpu.py [models micro cold warm training memory] [--dtype float32] [--only NAME] [--seconds S]
+    python benchmarks/cpu.py [models micro bandwidth cold warm training memory] [--dtype float32] [--only NAME]
 
 Every case runs in a process of its own with a time limit, and in it eager, torch.compile, torch.compile with
 freezing and Tessel take turns, so that a disturbance hits all of them. "times" is the better of the two torch.compile
@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from common import RESULTS, machine, table, today
-from cpu_cases import MICRO, MODELS, TRAINING
+from cpu_cases import BOUND, MICRO, MODELS, TRAINING
 
-PARTS = ("models", "micro", "cold", "warm", "training", "memory")
+PARTS = ("models", "micro", "bandwidth", "cold", "warm", "training", "memory")
 DTYPES = ("float32", "bfloat16")
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 # Seconds until a process is given up, and until one compilation in it is. Dynamo unrolls Mamba's loop over tokens.
@@ -48,6 +48,8 @@ def child(given: argparse.Namespace) -> Row:
         return m.inference(given.only, dtype, given.seconds, PATIENCE)
     if given.child == "training":
         return m.training(given.only, dtype, given.seconds, PATIENCE)
+    if given.child == "bandwidth":
+        return m.bandwidth(given.only, dtype, given.seconds)
     if given.child == "memory":
         return m.memory(given.way, given.only, dtype)
     return {"s": round(m.startup(given.way, given.only, dtype), 3)}
@@ -130,6 +132,9 @@ def run(parts: Sequence[str], dtypes: Sequence[str], only: str | None, seconds: 
         if "micro" in parts and (dtype == "float32" or len(dtypes) == 1):
             for name in wanted(MICRO):
                 add("micro", name, dtype, in_a_process("micro", name, dtype, seconds / 4))
+        if "bandwidth" in parts:
+            for name in wanted(BOUND):
+                add("bandwidth", name, dtype, in_a_process("bandwidth", name, dtype, seconds / 4))
         if "training" in parts:
             for name in wanted(TRAINING):
                 add("training", name, dtype, in_a_process("training", name, dtype, seconds))
@@ -145,7 +150,9 @@ def run(parts: Sequence[str], dtypes: Sequence[str], only: str | None, seconds: 
 def brief(row: Row) -> str:
     if "failed" in row:
         return f"FAILED, {row['failed']}"
-    keys = [k for k in row if k == "ratio" or k.endswith(("_ms", "_s", "_peak", "_failed", "part", "same_bits"))]
+    keys = [
+        k for k in row if k == "ratio" or k.endswith(("_ms", "_s", "_peak", "_failed", "part", "same_bits", "gb_s"))
+    ]
     return ", ".join(f"{k} {row[k]}" for k in keys)
 
 
@@ -231,6 +238,17 @@ def memory_table(rows: list[Row]) -> str:
     )
 
 
+def bandwidth_table(rows: list[Row]) -> str:
+    head = ["case", "GB/s", "streaming copy, GB/s", "part"]
+    lines = []
+    for r in rows:
+        rates = [
+            f"{r[f'{w}_gb_s']:.1f} ±{r[f'{w}_iqr'] / 2:.0%}" if "part" in r else "failed" for w in ("kernel", "copy")
+        ]
+        lines.append([f"{r['case']} {SHORT[r['dtype']]}", *rates, _number(r, "part")])
+    return table(head, lines)
+
+
 def report(found: dict[str, list[Row]], kinds: Sequence[str] = ("cold", "warm")) -> tuple[str, dict[str, Any]]:
     """Every table as text, and the figures of each group."""
     text: list[str] = [f"{machine()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}"]
@@ -247,6 +265,13 @@ def report(found: dict[str, list[Row]], kinds: Sequence[str] = ("cold", "warm"))
             for dtype in DTYPES:
                 if some := [r for r in rows if r["dtype"] == dtype]:
                     group(some, f"{part} {SHORT[dtype]}", "ratio")
+    if rows := found.get("bandwidth"):
+        text.append(
+            f"\nbandwidth of kernels on arrays that no cache holds, and of a copy in turns\n\n{bandwidth_table(rows)}\n"
+        )
+        for dtype in DTYPES:
+            if some := [r for r in rows if r["dtype"] == dtype]:
+                group(some, f"bandwidth {SHORT[dtype]}", "part")
     if rows := found.get("starts"):
         text.append(f"\nseconds to the first result in a fresh process\n\n{starts_table(rows, kinds)}\n")
         for kind in kinds:

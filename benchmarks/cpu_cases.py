@@ -91,8 +91,8 @@ def load(name: str, dtype: torch.dtype) -> Callable[[], Case]:
     """Build a case: random numbers are drawn in float32 from one seed and then cast, whatever the type."""
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
-    if name in MICRO:
-        fn, make = MICRO[name]
+    if name in MICRO or name in BOUND:
+        fn, make = (MICRO if name in MICRO else BOUND)[name]
         args = tuple(_cast(x, dtype) for x in make())
         return lambda: Case(fn, args)
     kind, size = MODELS[name]
@@ -173,4 +173,18 @@ MICRO: dict[str, tuple[Callable[..., Any], Callable[[], tuple[torch.Tensor, ...]
         lambda: (torch.randint(0, 8192, (4, 256)), _r(8192, 768), _r(256, 768)),
     ),
     "attention causal 4x12x256x64": (_attention, lambda: tuple(_r(4, 12, 256, 64) for _ in range(3))),
+}
+
+# Memory-bound kernels on arrays that no cache holds, 128 MiB or more in float32.
+BOUND: dict[str, tuple[Callable[..., Any], Callable[[], tuple[torch.Tensor, ...]]]] = {
+    "relu and add 32768x1024": (lambda a, b: F.relu(a) + b, lambda: (_r(32768, 1024), _r(32768, 1024))),
+    "silu * gate 32768x1024": (lambda a, b: F.silu(a) * b, lambda: (_r(32768, 1024), _r(32768, 1024))),
+    "rms_norm 32768x1024": (_rms, lambda: (_r(32768, 1024), _r(1024))),
+    "sum over rows 65536x1024": (lambda x: (x * x).sum(0), lambda: (_r(65536, 1024),)),
+    "sum over columns 65536x1024": (lambda x: (x * x).sum(1), lambda: (_r(65536, 1024),)),
+    "sum of all 65536x1024": (lambda x: (x - 1).abs().sum(), lambda: (_r(65536, 1024),)),
+    "embedding sum 32768x1024": (
+        lambda i, w, p: w[i] + p,
+        lambda: (torch.randperm(32768).view(64, 512), _r(32768, 1024), _r(512, 1024)),
+    ),
 }

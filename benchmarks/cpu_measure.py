@@ -228,6 +228,34 @@ def memory(way: str, name: str, dtype: torch.dtype) -> dict[str, int]:
         return measure(runner(way, load(name, dtype)()))
 
 
+def bandwidth(name: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+    """Bytes a second of a memory-bound kernel, and of a copy with non-temporal stores that takes turns with it.
+
+    Counted are the bytes of the arguments and of the result, each once; the copy's arrays are as large as the result
+    or the largest argument, and its figure is, as in ``tessel targets --show cpu``, bytes read plus written.
+    """
+    from tessel.runtime.host_rates import copy_rate
+
+    with torch.no_grad():
+        case = load(name, dtype)()
+        run = runner("tessel", case)
+        moved = sum(t.nbytes for t in (*case.args, run()))
+        largest = max(t.nbytes for t in case.args)
+        rates: dict[str, list[float]] = {"kernel": [], "copy": []}
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(rates["copy"]) < 7:
+            run()
+            start = time.perf_counter()
+            run()
+            rates["kernel"].append(moved / (time.perf_counter() - start) / 1e9)
+            rates["copy"].append(copy_rate(largest, torch.get_num_threads(), 0.05) / 1e9)
+    out: dict[str, Any] = {"bytes": moved, "runs": len(rates["copy"])}
+    for who, found in rates.items():
+        low, mid, high = statistics.quantiles(found, n=4)
+        out |= {f"{who}_gb_s": round(mid, 2), f"{who}_iqr": round((high - low) / mid, 4)}
+    return out | {"part": round(out["kernel_gb_s"] / out["copy_gb_s"], 4)}
+
+
 def quiet() -> None:
     """Warnings of other packages are no part of a result."""
     warnings.filterwarnings("ignore")

@@ -25,6 +25,7 @@ from kernels import (
 )
 
 import tessel
+from tessel.codegen import cpp_vector
 from tessel.codegen.cpp import CppSource, header, render, translation_unit
 from tessel.codegen.cpp_space import space_of
 from tessel.errors import TesselError
@@ -229,6 +230,22 @@ def test_what_lies_across_is_turned_in_squares(size: tuple[int, int], dtype: tor
     source = run(p.kernel("turned"), [x.t(), y, out])
     assert torch.equal(out, torch.maximum(x.t(), y))
     assert "turn_square(" in source.body
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.bool], ids=str)
+def test_results_that_no_cache_holds_are_stored_past_the_caches(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpp_vector, "last_cache", lambda: 1000)
+    x = rand(700, 131).to(dtype)  # rows that begin anywhere
+    p = Program("pointwise", x0=700, x1=130)
+    a, o = p.param((700, 130), dtype, (131, 1)), p.param((700, 130), dtype, (131, 1), out=True)
+    p.store(o, ("x0", "x1"), p.op("maximum", p.load(a, "x0", "x1"), p.load(a, "x0", "x1")))
+    out = torch.zeros_like(x)
+    source = run(p.kernel("past"), [x[:, :130], out[:, :130]])
+    assert torch.equal(out[:, :130], x[:, :130])
+    assert not out[:, 130].any()
+    assert "put_past_" in source.body
 
 
 def test_bfloat16_is_rounded_to_even_and_copied_bit_by_bit() -> None:

@@ -27,7 +27,7 @@ from .cpp_reduce import reduction
 from .cpp_scan import scan
 from .cpp_space import Space, space_of
 from .cpp_text import SQUARE, coordinates, items, simd, squares, steps
-from .cpp_vector import Along
+from .cpp_vector import Along, too_large
 from .cpp_words import memory_type, size_text
 
 __all__ = ["CppSource", "header", "headers", "render", "translation_unit"]
@@ -134,6 +134,7 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
     check(not space.rs, lambda: f"{kernel.name}: a pointwise kernel has no reduced axes")
     outer, lane = (space.xs[:-1], space.xs[-1]) if space.xs else ((), None)
     e = Emitter(kernel, space)
+    e.past = too_large(kernel)
     copies = _copies(e, outer[-1].name, lane.name) if space.turned and lane else []
     wide = lane is not None and _wide(kernel, e, lane)
     e.nest([a.name for a in outer], [lane.name] if lane else [], wide)

@@ -63,6 +63,7 @@ class Emitter:
         self.lane: str | None = None  # the loop whose values are vectors
         self.copies: dict[str, str] = {}  # elements of memory that lie in a local copy, by text
         self.read: set[int] = set()  # values that are elements of memory, at most converted
+        self.past: frozenset[int] = frozenset()  # parameters that are too large for any cache
 
     def nest(self, outer: Iterable[str], loops: Sequence[str], wide: bool = False) -> None:
         """Start a nest of loops over the variables ``loops``; those in ``outer`` have a value already.
@@ -225,7 +226,8 @@ class Emitter:
             text = text if self.wide(more) else f"all({text})"
             text = wide_cast(text, stmt.dtype, compute_dtype(dtype))
             near = "near_" if dtype == torch.bfloat16 and self._computed(stmt.arg) else ""
-            put = f"put_{near}{KINDS[dtype]}({self.pointer(stmt.access)[0]}, {text}, n);"
+            past = "past_" if stmt.access.param in self.past else ""
+            put = f"put_{past}{near}{KINDS[dtype]}({self.pointer(stmt.access)[0]}, {text}, n);"
             self.line(f"{guard}{put}", dims | more | last)
             return
         if stmt.dtype != dtype:

@@ -23,7 +23,7 @@ from .cpp_expr import Dims, Emitter
 from .cpp_onehot import only_place
 from .cpp_space import Space
 from .cpp_text import BLOCK, coordinates, items, points, simd, steps
-from .cpp_vector import FOLDS, KINDS, Along, fold_step, unroll
+from .cpp_vector import FOLDS, KINDS, Along, fold_step, too_large, unroll
 from .cpp_words import cast, identity, size_text, value_type
 from .dialect import compute_dtype
 
@@ -103,6 +103,7 @@ class _Writer:
     def __init__(self, kernel: Kernel, space: Space) -> None:
         self.kernel, self.space = kernel, space
         self.e = Emitter(kernel, space)
+        self.e.past = too_large(kernel)
         self.segments = kernel.segments()
         self.outer: tuple[Axis, ...] = space.xs
         folded = [a for a in kernel.axes if a.kind == "r"]

@@ -1,8 +1,8 @@
 """The loops of a C++ kernel: a tile program's axes split, merged and ordered so that addresses are affine.
 
-    x0 over 4, x1 over 8, both contiguous      becomes   one loop x over 32
-    x over 64, read at x // 8 and x % 8        becomes   two loops x over 8 and 8
-    x0 over 8, x1 over 4, memory lies x1, x0   becomes   the loops x1, x0
+x0 over 4, x1 over 8, both contiguous      becomes   one loop x over 32
+x over 64, read at x // 8 and x % 8        becomes   two loops x over 8 and 8
+x0 over 8, x1 over 4, memory lies x1, x0   becomes   the loops x1, x0
 """
 
 from __future__ import annotations
@@ -200,4 +200,3 @@ def _lies_across(space: Space, votes: dict[str, int]) -> bool:
     if _short(r.extent):  # a vector along it would be mostly empty, whatever memory lies along it
         return votes.get(x.name, 0) > 0
     return votes.get(x.name, 0) > votes.get(r.name, 0)
-

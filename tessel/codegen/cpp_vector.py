@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from ..ir.types import Dim
+from ..ir.types import Dim, product
 from ..ops import OPS
+from ..targets import get_target
 from ..tiles.index import Cond, Index
 from ..tiles.kernel import Check, Compute, IndexOf, Kernel, Load, Reduce, Ref, Scan, Stmt, Store, Test, refs
 from .cpp_space import Space
 
-__all__ = ["FOLDS", "KINDS", "Along", "fold_step", "unroll", "wide_cast"]
+__all__ = ["FOLDS", "KINDS", "Along", "fold_step", "last_cache", "too_large", "unroll", "wide_cast"]
 
 KINDS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16", torch.bool: "bool"}
 _FUNCTIONS = """abs sign maximum minimum relu exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal sin cos tanh
@@ -118,6 +120,22 @@ class Along:
             power = s.args[1]
             return not isinstance(power, Ref) and power in (0.0, 0.5, -0.5, 1.0, -1.0, 2.0, -2.0, 3.0)
         return s.op in (_OF_BOOL if s.arg_dtype == torch.bool and s.op != "where" else _OPS)
+
+
+@cache
+def last_cache() -> int:
+    """Bytes of this machine's last cache, 0 where the system does not tell."""
+    return max((level.capacity_bytes for level in get_target("cpu").levels if level.name != "memory"), default=0)
+
+
+def too_large(kernel: Kernel) -> frozenset[int]:
+    """The results that the last cache does not hold: they are best stored past the caches.
+
+    Half as much again is wanted, since results of about its size may stay in part for whoever reads them next.
+    """
+    least = last_cache() * 3 // 2 or 1 << 62
+    sizes = {i: product((*p.type.shape, p.type.dtype.itemsize)) for i, p in enumerate(kernel.params) if p.out}
+    return frozenset(i for i, n in sizes.items() if isinstance(n, int) and n >= least)
 
 
 def wide_cast(text: str, source: torch.dtype, to: torch.dtype) -> str:

@@ -63,6 +63,9 @@ INLINE int parallel(i64 items, i64 work, i64 threads, F f) {
     i64 all = 1, mine = 0;
 #endif
     bad |= f(items * mine / all, items * (mine + 1) / all, mine);
+#if defined(__x86_64__)
+    asm volatile("sfence" ::: "memory");  // what was stored past the caches is seen by all
+#endif
   }
   return bad;
 }
@@ -764,6 +767,26 @@ template <class K> INLINE void put_bf16(u16* p, vf v, K k) { put(p, to_bf16(v), 
 template <class K> INLINE void put_near_bf16(u16* p, vf v, K k) { put(p, near_bf16(v), k); }
 template <class K> INLINE void put_f16(u16* p, vf v, K k) { put(p, to_f16(v), k); }
 template <class K> INLINE void put_bool(u8* p, vi v, K k) { put(p, bytes_of(v & 1), k); }
+
+// The same past the caches, for results that no cache holds anyway: lines are not read before they are written.
+// Only whole vectors at an address that is a multiple of their size.
+template <class V, class T, class K> INLINE void put_past(T* p, V v, K k) { put(p, v, k); }
+#ifdef __AVX__
+template <class V, class T> INLINE void put_past(T* p, V v, Full k) {
+  if constexpr (sizeof(V) >= 16) {
+    if ((u64)p % sizeof(V) == 0) {
+      asm volatile("vmovntps %1, %0" : "=m"(*(V*)p) : "v"(v));
+      return;
+    }
+  }
+  put(p, v, k);
+}
+#endif
+template <class K> INLINE void put_past_float(float* p, vf v, K k) { put_past(p, v, k); }
+template <class K> INLINE void put_past_bf16(u16* p, vf v, K k) { put_past(p, to_bf16(v), k); }
+template <class K> INLINE void put_past_near_bf16(u16* p, vf v, K k) { put_past(p, near_bf16(v), k); }
+template <class K> INLINE void put_past_f16(u16* p, vf v, K k) { put_past(p, to_f16(v), k); }
+template <class K> INLINE void put_past_bool(u8* p, vi v, K k) { put_past(p, bytes_of(v & 1), k); }
 
 // ---------------------------------------------------------------- conversions
 
