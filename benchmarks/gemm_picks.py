@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +46,12 @@ SHAPES: tuple[tuple[str, int, int, int, str], ...] = (
 )
 
 
+def _tile_text(v: Mapping[str, int]) -> str:
+    """Sides, and the variants that are not plain: descriptors, programs that stay, parts of k."""
+    text = f"{v['BM']}×{v['BN']}×{v['BK']}" + ", TMA" * v.get("TMA", 0) + ", stays" * (v.get("PERSIST", 0) > 0)
+    return text + (f", k in {v['SPLIT']} parts" if v.get("SPLIT", 1) > 1 else "")
+
+
 def picks(target: Target) -> str:
     """The table."""
     lines = [
@@ -67,7 +74,7 @@ def picks(target: Target) -> str:
         cells = [
             what + (f", {dtype}" if dtype != "bf16" else ""),
             f"{m} × {n} × {k}",
-            f"{v['BM']}×{v['BN']}×{v['BK']}" + ", TMA" * v.get("TMA", 0) + ", stays" * (v.get("PERSIST", 0) > 0),
+            _tile_text(v),
             v["GROUP"],
             v["num_warps"],
             v["num_stages"],
