@@ -22,7 +22,8 @@ an exhaustive search is the finding of Origami (AMD's tritonBLAS) and nvMatmulHe
     combine  partial sums of a k in parts, read and added by a second kernel
 
 A program of few warps cannot use all four schedulers of a unit, so matrix and vector take longer until ``resident ×
-warps`` reaches four. A persistent grid begins and fills once; descriptors take no instructions to copy. The first ``stages − 1`` steps find their tiles asked for, and wait for no latency but fill's.
+warps`` reaches four. The first ``stages − 1`` steps find their tiles asked for, and wait for no latency but fill's.
+A persistent grid begins and fills once; descriptors take no instructions to copy.
 
 Constants are in ``targets/calibration.py``, each with its source. Everything is computed on numpy arrays, all
 tiles at once; ``Time`` is one of them, in words.
