@@ -2,10 +2,10 @@
 
     c[m, n] = epilogue(sum over k of a[m, k] * b[k, n])
 
-An operand that lies in memory as the tiles want it is read or packed from there; any other is computed, the right
-one while it is packed, the left one into rows of its own first. The epilogue runs on a row of a finished tile, which
-is still in the first cache. Few rows (or few columns) of operands that both lie along k are dot products: every
-element of the larger operand is then read once and nothing is packed.
+An operand that lies in memory as the tiles want it is read or packed from there, a left one that lies along m is
+turned; any other is computed, the right one while it is packed, the left one into rows of its own first. The epilogue
+runs on a row of a finished tile, which is still in the first cache. Few rows (or few columns) of operands that both
+lie along k are dot products: every element of the larger operand is then read once and nothing is packed.
 """
 
 from __future__ import annotations
@@ -116,6 +116,9 @@ class _Writer:
         )
         m, n, k = (self.loops[x].extent for x in "mnk")
         left = self._direct("a", "k", "m", self.kind)
+        turned = None
+        if left is None and self.dtype == torch.float32:
+            turned = self._direct("a", "m", "k", self.kind)
         right = self._direct("b", "k", "n", self.dtype)
         along_k = right is not None
         right = right or self._direct("b", "n", "k", self.dtype)
@@ -129,10 +132,11 @@ class _Writer:
         return {
             "element": "u16" if self.half else "float",
             "where": self.where,
-            "a": left or self._computed("a", "k", "m"),
+            "a": left or turned or self._computed("a", "k", "m"),
             "b": right or (self._computed("b", "k", "n") if order == "nk" else self._computed("b", "n", "k")),
             "b_element": memory_type(self.dtype),
             "a_direct": left is not None,
+            "a_turned": turned is not None,
             "b_direct": right is not None,
             "pack": f"pack_{pack}_{order}",
             "order": order,
