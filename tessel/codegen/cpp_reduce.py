@@ -48,13 +48,17 @@ _CLAUSES = {"sum": "+", "prod": "*", "any": "|", "all": "&", "amax": "amax", "am
 
 @dataclass
 class Fold:
-    """One accumulator: its name, type and start, and for the arg forms where the best was found."""
+    """One accumulator: its name, type and start, and for the arg forms where the best was found.
+
+    Sums of blocks are added up in double, or a row of millions would lose digits.
+    """
 
     stmt: Reduce
     op: str
     name: str
     type: str
     start: str
+    part: str = ""  # the type of a block's sum, where it is another
 
     @property
     def at(self) -> str | None:
@@ -139,6 +143,8 @@ class _Writer:
         """Make the folded value known."""
         stmt = f.stmt
         text = at if at is not None else f"({acc} != 0)" if f.type == "int" and f.op in ("any", "all") else acc
+        if f.part:
+            text = f"({f.part}){text}"
         if at is not None and stmt.dtype != torch.int64:
             text = cast(text, torch.int64, stmt.dtype)
         self.e.values[stmt.out] = text, dims, stmt.dtype
@@ -276,6 +282,8 @@ class _Rows(_Writer):
         for stmt in self.loops[number]:
             if isinstance(stmt, Reduce):
                 f, text, dims = self.fold(stmt)
+                if partial and f.op == "sum" and f.type == "float":
+                    f.type, f.part = "double", "float"
                 folds.append(f)
                 if f.at is not None:
                     plain = False
@@ -341,8 +349,8 @@ class _Rows(_Writer):
     ) -> list[str]:
         """The loops over r, the innermost left to the compiler's vectorizer."""
         if lane is None:
-            return [*(f"{f.type} {f.name}_part = 0;" for f in sums), *blocks[0], *_joins(sums)]
-        body = [f"{f.type} {f.name}_part = 0;" for f in sums]
+            return [*(f"{f.part or f.type} {f.name}_part = 0;" for f in sums), *blocks[0], *_joins(sums)]
+        body = [f"{f.part or f.type} {f.name}_part = 0;" for f in sums]
         body += [pragma] if pragma else []
         body.append(f"for (i64 {lane.name} = begin; {lane.name} < end; ++{lane.name}) {{")
         body += [*_indented(blocks[-1], 1), "}", *_joins(sums)]
