@@ -125,6 +125,6 @@ def _reshaped(v: Value, t: TensorType, users: dict[Value, list[Node]]) -> bool:
                 if now and not then:
                     return True
             assert node.op.infer is not None
-            (seen,) = node.op.infer(*map_values(node.args, lambda w, t=t, v=v: t if w == v else w.type), **node.attrs)
+            (seen,) = node.op.infer(t, *node.args[1:], **node.attrs)  # a view has one operand, its first argument
             stack.append((node.out, seen))
     return False

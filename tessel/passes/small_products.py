@@ -1,10 +1,13 @@
-"""Open products too small for a library: what is left is pointwise work and sums, which fuse with what is around.
+"""Open products that have a better form: most become pointwise work and sums, which fuse with what is around.
 
     %2 = matmul(%0, %1)         becomes      %3 = mul(%0, permute(%1))      (a batch, one column)
                                              %2 = sum(%3, dims=(2,))
 
     %2 = convolution(%0, %1)    becomes      %2 = mul(%0 moved by 1, %1[0]) + mul(%0, %1[1]) + ...
                                              (as many groups as channels, few taps)
+
+    %2 = convolution(%0, %1)    becomes      %2 = matmul(patches of %0, %1)     (windows side by side: each place
+                                                                               is read by one window)
 
 A matrix that a kernel makes for one product is then never stored. Halves are multiplied and summed in f32.
 """
@@ -34,7 +37,9 @@ def run(graph: Graph) -> Graph:
     convolutions = {c.node: c for n in graph.nodes if (c := _depthwise(n, graph, uses)) is not None}
     replaced = {c.result for c in convolutions.values()}
     columns = {n for n in graph.nodes if _one_column(n, uses)}
-    if not convolutions and not columns:
+    patches = {n for n in graph.nodes if _side_by_side(n)} - convolutions.keys()
+    patches -= {n for n in patches if _leaves(n.out, graph)}
+    if not convolutions and not columns and not patches:
         return graph
     by_result = {c.result: c for c in convolutions.values()}
     builder = Builder(graph.inputs)
@@ -47,9 +52,15 @@ def run(graph: Graph) -> Graph:
         if old.types and old.out in replaced:
             new[old.out] = _taps(Emit(builder), by_result[old.out], new)
             continue
+        if old in patches:
+            new[old.out] = _patches(Emit(builder), map_values(old.args, new.__getitem__), old.type)
+            continue
         if old in convolutions:  # only a part of it is read
             continue
         args = map_values(old.args, new.__getitem__)
+        if old.op.kind == "view" and args != old.args:  # of what may lie otherwise now
+            new[old.out] = builder.add(old.op, *args, **old.attrs)
+            continue
         node = old if args == old.args else old.replace(args=args)
         new.update(zip(old.outs, builder.append(node).outs, strict=True))
     return builder.finish(
@@ -151,3 +162,50 @@ def _moved(e: Emit, x: Value, offsets: Sequence[int], sizes: Sequence[int]) -> V
             x = e("slice", x, dim=d, start=first + offset, size=last - first, step=1)
         low[d], high[d] = first, size - last
     return e("pad", x, low=tuple(low), high=tuple(high), value=0.0) if any((*low, *high)) else x
+
+
+# ---------------------------------------------------------------- convolutions whose windows do not overlap
+
+
+def _side_by_side(node: Node) -> bool:
+    if node.op.name != "convolution":
+        return False
+    x, w, _, stride, padding, dilation, transposed, _, groups = node.args
+    sizes = (*x.shape, *w.shape, *stride, *padding, *dilation)
+    if transposed or groups != 1 or not all(isinstance(n, int) for n in sizes):
+        return False
+    if product(window := tuple(stride)) == 1:  # a product over channels, which lie apart: the library knows better
+        return False
+    if any(padding) or any(d != 1 for d in dilation) or window != tuple(w.shape[2:]):
+        return False
+    return bool(x.dtype.is_floating_point and x.type.device is None and product(node.type.shape) > 0)
+
+
+def _leaves(v: Value, graph: Graph) -> bool:
+    """Whether a value or a view of it is a result, whose layout is not ours to choose."""
+    for r in graph.results():
+        while r.op.kind == "view" and r != v:
+            r = r.node.operands[0]
+        if r == v:
+            return True
+    return False
+
+
+def _patches(e: Emit, args: tuple, t: TensorType) -> Value:
+    """Every window a row of a matrix, the result seen with its channels as the second dim."""
+    x, w, bias, window, *_ = args
+    count = t.shape[2:]
+    rank = len(window)
+    for d, (n, size) in enumerate(zip(count, window, strict=True), 2):
+        if x.shape[d] != n * size:
+            x = e("slice", x, dim=d, start=0, size=n * size, step=1)
+    split = (*x.shape[:2], *(m for pair in zip(count, window, strict=True) for m in pair))
+    x = e("reshape", x, shape=split)
+    x = e("permute", x, dims=(0, *(2 + 2 * d for d in range(rank)), 1, *(3 + 2 * d for d in range(rank))))
+    row = product(w.shape[1:])
+    x = e("reshape", x, shape=(product((t.shape[0], *count)), row))
+    y = e("matmul", x, e("permute", e("reshape", w, shape=(t.shape[1], row)), dims=(1, 0)))
+    if bias is not None:
+        y = e("add", y, bias)
+    y = e("reshape", y, shape=(t.shape[0], *count, t.shape[1]))
+    return e("permute", y, dims=(0, 1 + rank, *range(1, 1 + rank)))
