@@ -10,11 +10,11 @@ import pytest
 import torch
 from kernels import check, interpret, poisoned, product_kernel, rand
 
-from tessel.codegen.descriptors import descriptors
 from tessel.codegen.offline import offline_compile
 from tessel.codegen.triton import render
 from tessel.runtime.launch import Launcher, load
 from tessel.targets import get_target
+from tessel.tiles.descriptors import descriptors
 from tessel.tiles.kernel import Kernel
 
 BF16, F32 = torch.bfloat16, torch.float32

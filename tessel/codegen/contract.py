@@ -11,8 +11,9 @@ import torch
 from ..errors import check
 from ..ir.types import product
 from ..tiles.default import batch_axes, head_widths, plain_dot
+from ..tiles.descriptors import descriptors
 from ..tiles.kernel import ACC, LSE, Compute, Kernel, Load, Ref, Stmt, refs
-from .descriptors import descriptors
+from .descriptors import load_lines, making_lines
 from .dialect import compute_dtype, literal, narrow, rounded, size_text, triton_dtype
 from .expr import Emitter
 from .families import divides, flat_axes, names_for
@@ -119,9 +120,9 @@ def matmul(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str, A
     epilogue = _emitter(kernel, names, ("m", "m", over["m"]), ("n", "n", over["n"]), ("BM", columns), interpret)
     described = descriptors(kernel) if knobs.get("TMA") else {}
     scalar = Emitter(kernel, names, flat_axes(batch_axes(kernel), "x"), {"x": Lane("x_at", NONE)}, ("1", "1"), False)
-    made = [line for d in described.values() for line in d.made(scalar)]
-    a_before, a_loop = described["a"].lines(left) if "a" in described else _part(left, "a", "k")
-    b_before, b_loop = described["b"].lines(right) if "b" in described else _part(right, "b", "k")
+    made = [line for d in described.values() for line in making_lines(d, scalar)]
+    a_before, a_loop = ([], load_lines(described["a"], left)) if "a" in described else _part(left, "a", "k")
+    b_before, b_loop = ([], load_lines(described["b"], right)) if "b" in described else _part(right, "b", "k")
     a, dtype = operand(left, "a", (1, "ka_ok" if over["k"] else None), padded="a" in described)
     b, other = operand(right, "b", (0, "kb_ok" if over["k"] else None), padded="b" in described)
     check(dtype == other, lambda: f"{kernel.name}: a product of {dtype} and {other}; cast one operand first")

@@ -1,125 +1,35 @@
-"""Operands of a product that tensor descriptors (TMA) can load, and the lines that do it.
-
-A descriptor says base, sizes, strides and block of a matrix once; a load then names two coordinates, the hardware
-computes the addresses and fills what overhangs with zeros. It asks for a matrix that lies in memory as it is:
-contiguous along one axis, everything else at multiples of 16 bytes. Wider elements than 16 bits are left out: in
-full precision they do not feed matrix instructions from shared memory, and the compiler spills.
-"""
+"""The lines that load an operand of a product by a tensor descriptor (``tiles/descriptors.py`` says which can)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-
-from ..ir.types import Dim
-from ..tiles.index import Index
-from ..tiles.kernel import Kernel, Load, Ref
+from ..tiles.descriptors import OPERAND_AXES, Descriptor
 from .dialect import size_text, widen
 from .expr import Emitter
 
-__all__ = ["Descriptor", "descriptors"]
+__all__ = ["load_lines", "making_lines"]
 
-ALIGN_BYTES = 16  # of the base and of every stride but the last: CUDA C++ programming guide, tensor maps
-_AXES = {"a": ("m", "k"), "b": ("k", "n")}
 _BLOCK = {"m": ("BM", "tile_m * BM"), "n": ("BN", "tile_n * BN"), "k": ("BK", "k_start")}
 
 
-@dataclass(frozen=True)
-class Descriptor:
-    """How one operand is loaded.
-
-    Attributes:
-        part: ``a`` or ``b``.
-        load: the statement it stands for.
-        param: the tensor's position among the kernel's parameters.
-        outer, inner: the axis with the large stride, and the contiguous one.
-        stride: elements from one ``outer`` to the next.
-        base: offset in elements of the matrix, an index over the batch axes.
-        sizes: extents of ``outer`` and ``inner``.
-        made: lines that make the descriptor.
-    """
-
-    part: str
-    load: Load
-    param: int
-    outer: str
-    inner: str
-    stride: int
-    base: Index
-    sizes: tuple[Dim, Dim]
-    name: str
-
-    def made(self, e: Emitter) -> list[str]:
-        """The lines that make the descriptor; ``e`` writes scalars, of a batch its index."""
-        text, _ = e.index(self.base)
-        ahead = e.take()
-        pointer = f"{self.name}_ptr" if text == "0" else f"{self.name}_ptr + ({text})"
-        sizes = ", ".join(size_text(d) for d in self.sizes)
-        block = ", ".join(_BLOCK[axis][0] for axis in (self.outer, self.inner))
-        return [
-            *ahead,
-            f"{self.part}_tma = tl.make_tensor_descriptor({pointer}, [{sizes}], [{self.stride}, 1], [{block}])",
-        ]
-
-    def lines(self, e: Emitter) -> tuple[list[str], list[str]]:
-        """Lines ahead of the loop over k (none) and in it; the emitter then knows the value."""
-        at = ", ".join(_BLOCK[axis][1] for axis in (self.outer, self.inner))
-        text = f"{self.part}_tma.load([{at}])"
-        if (self.outer, self.inner) != _AXES[self.part]:
-            text += ".T"
-        dtype = e.kernel.params[self.param].type.dtype
-        if e.interpret:
-            text = widen(text, dtype, True)
-        else:
-            e.raw.add(self.load.out)
-        e.assign(self.load.out, self.name, text, frozenset({0, 1}), self.load.dtype)
-        return [], e.take()
+def making_lines(d: Descriptor, e: Emitter) -> list[str]:
+    """The lines that make a descriptor; ``e`` writes scalars, of a batch its index."""
+    text, _ = e.index(d.base)
+    pointer = f"{d.name}_ptr" if text == "0" else f"{d.name}_ptr + ({text})"
+    sizes = ", ".join(size_text(s) for s in d.sizes)
+    block = ", ".join(_BLOCK[axis][0] for axis in (d.outer, d.inner))
+    made = f"{d.part}_tma = tl.make_tensor_descriptor({pointer}, [{sizes}], [{d.stride}, 1], [{block}])"
+    return [*e.take(), made]
 
 
-def descriptors(kernel: Kernel) -> dict[str, Descriptor]:
-    """The operands of a product that descriptors can load, by part."""
-    found = {}
-    for part, axes in _AXES.items():
-        got = _descriptor(kernel, part, axes)
-        if got is not None:
-            found[part] = got
-    return found
-
-
-def _descriptor(kernel: Kernel, part: str, axes: tuple[str, str]) -> Descriptor | None:
-    provided, stmts = kernel.provides[part], kernel.parts[part]
-    if len(stmts) != 1 or not isinstance(stmts[0], Load) or provided != Ref(stmts[0].out):
-        return None
-    load = stmts[0]
-    param = kernel.params[load.access.param]
-    dtype = param.type.dtype
-    if load.access.mask or load.dtype != dtype or not dtype.is_floating_point or dtype.itemsize > 2:
-        return None
-    strides: dict[str, int] = {}
-    rest = []
-    address = load.access.address(param)
-    for atom, factor in address.terms:
-        if atom.kind == "var" and atom.name in axes:
-            if not isinstance(factor, int) or factor <= 0:
-                return None
-            strides[atom.name] = factor
-        elif any(a.kind != "var" or a.name in axes for a in (atom.arg.atoms() if atom.arg is not None else [atom])):
-            return None  # a gather, or rows that are taken apart
-        elif not _aligned(factor, dtype):
-            return None
-        else:
-            rest.append((atom, factor))
-    inner = next((axis for axis in axes if strides.get(axis) == 1), None)
-    if inner is None or not _aligned(address.const, dtype):
-        return None
-    outer = axes[0] if inner == axes[1] else axes[1]
-    if outer not in strides or not _aligned(strides[outer], dtype):
-        return None
-    base = Index(tuple(rest), address.const)
-    sizes = (kernel.axis(outer).extent, kernel.axis(inner).extent)
-    return Descriptor(part, load, load.access.param, outer, inner, strides[outer], base, sizes, param.name)
-
-
-def _aligned(elements: object, dtype: torch.dtype) -> bool:
-    return isinstance(elements, int) and elements * dtype.itemsize % ALIGN_BYTES == 0
+def load_lines(d: Descriptor, e: Emitter) -> list[str]:
+    """The lines in the loop over k; the emitter then knows the value."""
+    at = ", ".join(_BLOCK[axis][1] for axis in (d.outer, d.inner))
+    text = f"{d.part}_tma.load([{at}])"
+    if (d.outer, d.inner) != OPERAND_AXES[d.part]:
+        text += ".T"
+    if e.interpret:
+        text = widen(text, e.kernel.params[d.param].type.dtype, True)
+    else:
+        e.raw.add(d.load.out)
+    e.assign(d.load.out, d.name, text, frozenset({0, 1}), d.load.dtype)
+    return e.take()

@@ -17,7 +17,8 @@ from ..ir.types import Dim, product
 from ..targets import Target
 from ..tiles.cost import stored_bytes
 from ..tiles.default import batch_axes, formula_values, head_widths, of_kind, plain_dot, reads_across, score_bytes
-from ..tiles.kernel import Compute, Kernel, Load, Reduce, Ref, Stmt, Store, axes_read
+from ..tiles.descriptors import descriptors
+from ..tiles.kernel import Compute, Kernel, Load, Reduce, Stmt, Store, axes_read
 from ..tiles.split import splittable
 
 __all__ = ["Problem", "problem_of"]
@@ -234,7 +235,7 @@ def _matmul(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, Any]:
         "a_along_k": _along(kernel, "a") == "k",
         "b_along_k": _along(kernel, "b") == "k",
         "aligned": _aligned(kernel, ("a", "b")),
-        "described": sum(_described(kernel, part) for part in ("a", "b")),
+        "described": len(descriptors(kernel)),
         "splits": splittable(kernel),
         "point_bytes": _bytes(kernel.body, Load, frozenset({"m", "n"})),
         **_counts(kernel.body),
@@ -315,19 +316,6 @@ def _aligned(kernel: Kernel, parts: Iterable[str]) -> bool:
             if any(not isinstance(c, int) or c * s.dtype.itemsize % 16 for c in steps):
                 return False
     return True
-
-
-def _described(kernel: Kernel, part: str) -> bool:
-    """Whether a part is one load without a mask of narrow floats from a matrix, see ``Problem.described``."""
-    stmts = kernel.parts[part]
-    if len(stmts) != 1 or not isinstance(stmts[0], Load) or kernel.provides[part] != Ref(stmts[0].out):
-        return False
-    load, axes = stmts[0], ("m", "k") if part == "a" else ("k", "n")
-    address = load.access.address(kernel.params[load.access.param])
-    steps = {atom.name: c for atom, c in address.terms if atom.kind == "var"}
-    plain = not load.access.mask and load.dtype.is_floating_point and load.dtype.itemsize <= 2
-    whole = len(steps) == len(address.terms) and all(isinstance(steps.get(a), int) for a in axes)
-    return plain and whole and any(steps[a] == 1 for a in axes) and _aligned(kernel, (part,))
 
 
 def _dtype(kernel: Kernel, part: str) -> str:
