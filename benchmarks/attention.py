@@ -1,14 +1,15 @@
 """Attention on the CPU: Tessel's kernel beside torch's scaled_dot_product_attention, in turns, medians.
 
-    python benchmarks/attention.py [--only NAME] [--dtype float32] [--seconds S] [--threads N] [--way template]
+    python benchmarks/attention.py [--only NAME] [--dtype float32] [--seconds S] [--threads N] [--clock cpu]
 
 q, k and v are seen as [batch, heads, length, width]; they are laid out [batch, length, heads, width] as projections
 leave them, but a cache in decoding is [batch, heads, length, width] as transformers keep it. torch gets masks
 ready-made; where a case says "from indices", Tessel is given the comparison that makes the mask.
 
 "fast ones" is the ratio of the fastest tenths: it says more than that of the medians where other work runs on the
-machine. The GFLOP/s count the products of the keys that a row may see, so that they compare across cases. "error" is
-the largest absolute difference from the same operands in float64, Tessel's and torch's.
+machine. On a busy machine one thread's time on the CPU (--threads 1 --clock cpu) says still more. The GFLOP/s count
+the products of the keys that a row may see, so that they compare across cases. "error" is the largest absolute
+difference from the same operands in float64, Tessel's and torch's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from cpu_measure import interleaved, quiet, spread
 
 F = torch.nn.functional
 Attend = Callable[..., torch.Tensor]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def seen_pairs(case: Case) -> int:
     return b * h * int(seen.sum())
 
 
-def measure(name: str, dtype: torch.dtype, seconds: float, way: str) -> dict[str, Any]:
+def measure(name: str, dtype: torch.dtype, seconds: float, way: str, clock: str = "wall") -> dict[str, Any]:
     """One case: milliseconds of both, their ratio (torch over Tessel), rates, errors."""
     import tessel
 
@@ -131,7 +134,8 @@ def measure(name: str, dtype: torch.dtype, seconds: float, way: str) -> dict[str
         wide = [t.double() if t.is_floating_point() else t for t in ins]
         want = plain(*wide)
         errors = {w: float((f(*ins).double() - want).abs().max()) for w, f in (("tessel", fast), ("torch", plain))}
-        times = interleaved({"torch": lambda: plain(*ins), "tessel": lambda: fast(*ins)}, seconds, most=2001)
+        runners = {"torch": lambda: plain(*ins), "tessel": lambda: fast(*ins)}
+        times = interleaved(runners, seconds, most=2001, clock=CLOCKS[clock])
     out: dict[str, Any] = {"case": name, "dtype": str(dtype).removeprefix("torch.")}
     for w, found in times.items():
         out |= {f"{w}_{k}": v for k, v in spread(found).items()}
@@ -164,9 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing, a case")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--way", default="auto", help="options.attention: auto, template or library")
     parser.add_argument("--out", type=Path, help="where the figures go; results/attention-<date>.json if all are run")
     given = parser.parse_args(arguments)
+    if given.clock == "cpu" and given.threads != 1:
+        parser.error("--clock cpu counts one thread: it needs --threads 1")
     quiet()
     torch.set_num_threads(given.threads)
     rows = []
@@ -174,17 +181,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for dtype in given.dtype:
         for name in CASES:
             if given.only.lower() in name.lower():
-                rows.append(measure(name, getattr(torch, dtype), given.seconds, given.way))
+                rows.append(measure(name, getattr(torch, dtype), given.seconds, given.way, given.clock))
                 print(" | ".join(row(rows[-1])), flush=True)
     print(f"\n{table(head, map(row, rows))}")
     whole = not given.only and len(given.dtype) == 2 and given.way == "auto"
     if given.out:
         given.out.write_text(
-            json.dumps({"machine": machine(), "threads": given.threads, "cases": rows}, indent=1) + "\n",
+            json.dumps({"machine": machine(), "threads": given.threads, "clock": given.clock, "cases": rows}, indent=1)
+            + "\n",
             encoding="utf-8",
         )
     elif whole:
-        print(write_result("attention", {"threads": given.threads, "cases": rows}))
+        print(write_result("attention", {"threads": given.threads, "clock": given.clock, "cases": rows}))
 
 
 if __name__ == "__main__":

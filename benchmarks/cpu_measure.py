@@ -62,8 +62,14 @@ def spread(times: Sequence[float]) -> dict[str, float]:
     return {"ms": round(mid * 1e3, 4), "iqr": round((high - low) / mid, 4), "runs": len(times)}
 
 
-def interleaved(runners: dict[str, Runner], seconds: float, least: int = 9, most: int = 201) -> dict[str, list[float]]:
-    """Seconds of every call: the runners take turns, another one first in every round.
+def interleaved(
+    runners: dict[str, Runner],
+    seconds: float,
+    least: int = 9,
+    most: int = 201,
+    clock: Runner = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of every call by ``clock``: the runners take turns, another one first in every round.
 
     Short calls are made twice in a turn and the second one counts. The first pays for what the runner before it left:
     where eager frees its intermediate results, the C library gives their pages back to the system, and whoever
@@ -82,9 +88,9 @@ def interleaved(runners: dict[str, Runner], seconds: float, least: int = 9, most
         for way in names[i % len(names) :] + names[: i % len(names)]:
             if short:
                 runners[way]()
-            start = time.perf_counter()
+            start = clock()
             runners[way]()
-            times[way].append(time.perf_counter() - start)
+            times[way].append(clock() - start)
         i += 1
     return times
 
