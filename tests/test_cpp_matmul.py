@@ -241,9 +241,9 @@ def test_refusals() -> None:
         matmul(Kernel("k", "matmul", p.params, p.axes, p.body, p.parts, {"a": 0, "b": 0}))
 
 
-def node(dtype: str) -> Node:
+def node(dtype: str, m: int = 3) -> Node:
     text = f"""graph "g"
-  %a: {dtype}[3,5] = input "a"
+  %a: {dtype}[{m},5] = input "a"
   %b: {dtype}[5,7] = input "b"
   %p = matmul(%a, %b)
   return %p
@@ -255,6 +255,7 @@ def test_who_multiplies() -> None:
     wide = ("avx512f", "avx512_bf16")
     assert by_library(node("f32"), wide) is None and by_library(node("bf16"), wide) is None
     assert by_library(node("f32"), ("avx2", "fma")) is None
+    assert by_library(node("f16"), wide) is None and "one row" in str(by_library(node("f16", 1), wide))
     assert "AVX" in str(by_library(node("f32"), ("avx2",)))
     assert "AMX" in str(by_library(node("bf16"), (*wide, "amx_bf16")))
     assert "widen" in str(by_library(node("bf16"), ("avx512f",)))
