@@ -33,6 +33,7 @@ LANES = 512  # results side by side that a thread works on, in the form ``across
 _FEW = 16
 _LONG = 32768
 _STACK = 8192  # elements of a row buffer that may lie on the stack
+_PAGE = 512  # elements from one row to the next, from which on the next row is asked for early
 _KEEP = 4  # a value that costs more than this to compute again is kept
 
 _STEPS = {
@@ -307,6 +308,9 @@ class _Rows(_Writer):
                 else:
                     e.line(f"{name}[{place}] = {text};", inner)
                 self.buffer[stmt.out] = name
+        if wide and only is None:
+            for line in self._ahead(number, lane):
+                e.line(line, inner)
         if e.flags:
             clauses.setdefault("|", []).append("bad")
         sums = [f for f in folds if f.op == "sum" and partial]
@@ -328,6 +332,26 @@ class _Rows(_Writer):
         if few:
             return Part(body, folds, shared=True)
         return Part([*starts, "{", *_indented(body, 1), "}"])
+
+    def _ahead(self, number: int, lane: Axis | None) -> list[str]:
+        """In the last of several passes over a row, what the first pass reads of the next row is asked for.
+
+        The CPU's own prefetching ends at a page, which is as long as many a row: each row would begin with a wait.
+        """
+        first, last = min(self.loops), max(self.loops)
+        if number != last or first == last or lane is None or not self.outer:
+            return []
+        lines: list[str] = []
+        for stmt in self.loops[first]:
+            if not isinstance(stmt, Load) or stmt.access.mask:
+                continue
+            param = self.e.kernel.params[stmt.access.param]
+            index = self.space.at(stmt.access.address(param))
+            steps = {atom.name: c for atom, c in index.terms if atom.kind == "var"}
+            row = steps.get(self.outer[-1].name)
+            if len(steps) == len(index.terms) and steps.get(lane.name) == 1 and isinstance(row, int) and row >= _PAGE:
+                lines.append(f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {size_text(row)});")
+        return list(dict.fromkeys(lines))
 
     def _vectors(self, block: list[str], lane: Axis, folds: Sequence[Fold], copies: int) -> list[str]:
         """The innermost loop in steps of a vector, from ``begin`` to ``end``."""
