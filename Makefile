@@ -56,6 +56,7 @@ bench: setup
 
 gpu:
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_tiles.py
 
 setup: $(STAMP)
 
