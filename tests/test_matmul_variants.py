@@ -12,7 +12,9 @@ from kernels import check, interpret, poisoned, product_kernel, rand
 
 from tessel.codegen.offline import offline_compile
 from tessel.codegen.triton import render
+from tessel.errors import TesselError
 from tessel.runtime.launch import Launcher, load
+from tessel.solve import tile as tile_of_kernel
 from tessel.targets import get_target
 from tessel.tiles.descriptors import descriptors
 from tessel.tiles.kernel import Kernel
@@ -89,6 +91,23 @@ def test_variants_compile_within_what_the_header_says(target: str) -> None:
         assert got.shared_bytes is not None and got.shared_bytes <= source.smem_bytes, dict(source.knobs)
         assert not got.spills
     assert sources[-1].grid_for({}) == (min(5 * 3, record.units),)
+
+
+@pytest.mark.slow
+def test_warps_of_their_own_for_loads_and_when_they_are_silently_left_out() -> None:
+    record = get_target("h100")
+    tile = {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "num_stages": 3, "PERSIST": 0, "PIECES": 1, "SPLIT": 1}
+    sources = [
+        render(product(512, 512, 512), record, tile | {"TMA": t, "num_warps": w, "SPECIALIZE": 1})
+        for t, w in ((1, 4), (1, 8), (0, 4))
+    ]
+    kept, ignored, without = offline_compile(sources, record.arch)
+    assert kept.ok and kept.shared_bytes is not None and kept.shared_bytes <= sources[0].smem_bytes
+    assert not ignored.ok and "no ttg.warp_specialize in its TTGIR" in ignored.error
+    assert not without.ok
+    with pytest.raises(TesselError, match="need descriptors and 4 warps, not TMA=1 and 8"):
+        tile_of_kernel(product(512, 512, 512), record, given={"SPECIALIZE": 1, "num_warps": 8, "TMA": 1})
+    assert tile_of_kernel(product(512, 512, 512), record, given={"SPECIALIZE": 1}).knobs["num_warps"] == 4
 
 
 def test_unaligned_tensors_go_to_the_twin_without_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

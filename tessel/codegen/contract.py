@@ -143,12 +143,18 @@ def matmul(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str, A
         "ahead": [] if batched else made,
         "before": (made if batched else []) + a_before + b_before,
         "loop": a_loop + b_loop,
+        "steps": _steps(size_text(extents["k"]), bool(knobs.get("SPECIALIZE"))),
         "loop_indices": len(described) < 2,
         "pieces": _pieces(pieces, over["n"], size_text(extents["n"])),
         "acc_dtype": triton_dtype(acc_dtype),
         "product": dot(a, b, "acc", dtype, plain_dot(kernel, vendor), kernel.attrs.get("precision", "ieee")),
         "body": epilogue.take(),
     }
+
+
+def _steps(k: str, specialize: bool) -> str:
+    """The steps along k; with warps of their own for the loads if asked for."""
+    return f"tl.range(0, {k}, BK, warp_specialize=True)" if specialize else f"range(0, {k}, BK)"
 
 
 def _programs(kernel: Kernel, interpret: bool) -> str:

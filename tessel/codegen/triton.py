@@ -149,6 +149,7 @@ def job_for(source: Source) -> dict[str, Any]:
         "tiles": tiles,
         "index": "int64" if source.always_wide else "int32",
         "options": options,
+        "features": ["ttg.warp_specialize"] if source.knobs.get("SPECIALIZE") else [],
     }
 
 
@@ -183,6 +184,11 @@ def compile_job(path: str, job: Mapping[str, Any], gpu: tuple[str, int | str, in
     with contextlib.redirect_stdout(log):
         source = ASTSource(fn, signature, constexprs, aligned)
         got = triton.compile(source, target=GPUTarget(*gpu), options=dict(job["options"]))
+    lost = [f for f in job["features"] if f not in str(got.asm.get("ttgir", ""))]
+    if lost:
+        raise RuntimeError(
+            f"the compiler has left out what was asked for, without a word: no {', '.join(lost)} in its TTGIR"
+        )
     found: dict[str, Any] = {"shared": got.metadata.shared, "registers": None, "spills": None}
     found["binary"] = got.asm[BINARY[gpu[0]]]
     text = got.asm.get("amdgcn", "") if gpu[0] == "hip" else log.getvalue()

@@ -238,6 +238,16 @@ def _variants(problem: Problem, target: Target) -> list[Constraint]:
             ),
         ),
         Constraint(
+            "specialization",
+            True,
+            lambda v: v["SPECIALIZE"],
+            lambda v: (v["TMA"] > 0) * (v["num_warps"] == 4) * here,
+            lambda v, n, m: (
+                f"warps of their own for loads need descriptors and 4 warps, not TMA={v['TMA']} and {v['num_warps']}: "
+                "else the compiler leaves them out without a word"
+            ),
+        ),
+        Constraint(
             "split",
             True,
             lambda v: (v["SPLIT"] > 1) * (1 - problem.splits * (problem.k % (v["SPLIT"] * SPLIT_DEPTH) == 0)),

@@ -25,6 +25,7 @@ from .time import Time, predict, row
 
 __all__ = ["Candidate", "Table", "solve_table"]
 
+ASKED_FOR = frozenset({"SPECIALIZE"})  # variants that no prediction tells apart: only for those who ask
 _VARIED = 48  # tiles whose variants are tried
 _FEW_POINTS = 128 * 128  # outputs a unit below which cutting k may pay
 
@@ -189,7 +190,7 @@ def solve_table(
     parts = tuple(
         v for v in variants.get("SPLIT", ()) if v == 1 or (problem.splits and problem.k % (v * SPLIT_DEPTH) == 0)
     )
-    free = {n: values for n, values in variants.items() if n not in given}
+    free = {n: values for n, values in variants.items() if n not in given and n not in ASKED_FOR}
     first_of = {"TMA": bool(problem.described) and target.arch in DESCRIPTORS, "PIECES": problem.point_weight > 0}
     more = {n: (values[0], values[-1]) for n, values in free.items() if first_of.get(n)}
     first = Table(problem, target, given, learned, more)
