@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 
@@ -18,3 +20,23 @@ def pytest_configure(config: pytest.Config) -> None:
     from tessel import capture_cache
 
     capture_cache.WORTH = float("inf")
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache directory of the module's own: nothing built before is found."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("TESSEL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def same_start() -> Iterator[None]:
+    """The same random numbers and the same number of threads for every test; nothing traced before."""
+    import torch
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

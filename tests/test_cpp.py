@@ -37,15 +37,10 @@ from tessel.runtime.native import NativeKernel, build
 from tessel.tiles.index import Cond, floordiv, mod, scale
 from tessel.tiles.kernel import Kernel
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64, torch.uint8, torch.int8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("TESSEL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def compiled(kernels: Sequence[Kernel]) -> list[NativeKernel]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -27,24 +27,12 @@ SIZES = (1, 2, 17, 31, 33, 64, 65, 129, 257)
 WIDTHS = ((1, 1), (8, 8), (40, 17), (64, 64), (80, 80), (96, 128), (128, 40))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-pytestmark = pytest.mark.skipif(
-    refusal(torch.float32, get_target("cpu").features) is not None, reason="no attention kernel for this CPU"
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("TESSEL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("own_cache", "same_start"),
+    pytest.mark.skipif(
+        refusal(torch.float32, get_target("cpu").features) is not None, reason="no attention kernel for this CPU"
+    ),
+]
 
 
 def program(

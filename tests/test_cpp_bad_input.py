@@ -26,23 +26,9 @@ from tessel.codegen.cpp import header
 from tessel.config import child_environment
 from tessel.runtime import modules, native
 
+pytestmark = pytest.mark.usefixtures("own_cache", "same_start")
+
 N = 2**31 + 64 * 1000 + 7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("TESSEL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -26,24 +26,11 @@ from tessel.runtime.native import NativeKernel, build
 from tessel.targets import get_target
 from tessel.tiles.kernel import ACC, Kernel, Ref
 
+pytestmark = pytest.mark.usefixtures("own_cache", "same_start")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (1, 2, 5, 9, 16, 17, 129)
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("TESSEL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def program(

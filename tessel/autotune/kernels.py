@@ -95,7 +95,7 @@ def _add(graph: Graph, options: Options, found: dict[Any, Found]) -> None:
             kernel = lower(node)
         except TesselError:  # runs operator by operator: there is no tile
             continue
-        content = _content(kernel)
+        content = kernel.content()
         known = found.setdefault(content, Found(kernel, (), node.regions[0]))
         found[content] = dataclasses.replace(known, places=(*known.places, node.loc.short))
 
@@ -119,9 +119,3 @@ def _where(e: Exception) -> str:
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-
-
-def _content(kernel: Kernel) -> Any:
-    """Equal for kernels that differ only in name and notes."""
-    maps = (tuple(m.items()) for m in (kernel.parts, kernel.provides, kernel.attrs))
-    return (kernel.family, kernel.params, kernel.axes, kernel.body, *maps)

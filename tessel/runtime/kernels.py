@@ -70,7 +70,7 @@ class Kernels:
                 continue
             try:
                 kernel = lower(node)
-                same = _program_key(kernel)
+                same = kernel.content()
                 if same not in by_program:
                     parts = self.parts(kernel)
                     by_program[same] = parts, tuple(self._named(k, by_body) for k in _steps(kernel, parts)[0])
@@ -155,19 +155,6 @@ def _steps(kernel: Kernel, parts: int) -> tuple[tuple[Kernel, ...], TensorType |
 def _place_of(param: Param) -> tuple[str, int]:
     """Where a launch finds a parameter: an operand, a result, or the memory between two kernels."""
     return ("buffer", -1) if param.slot < 0 else ("out" if param.out else "in", param.slot)
-
-
-def _program_key(kernel: Kernel) -> Any:
-    """Equal for kernels that differ only in name and notes."""
-    return (
-        kernel.family,
-        kernel.params,
-        kernel.axes,
-        kernel.body,
-        tuple(kernel.parts.items()),
-        tuple(kernel.provides.items()),
-        tuple(kernel.attrs.items()),
-    )
 
 
 def _line(text: str) -> str:

@@ -258,6 +258,11 @@ class Kernel:
                 total = total * a.extent
         return total
 
+    def content(self) -> Any:
+        """What it computes, hashable: equal for kernels that differ only in name and notes."""
+        maps = (tuple(m.items()) for m in (self.parts, self.provides, self.attrs))
+        return (self.family, self.params, self.axes, self.body, *maps)
+
     def axis(self, name: str) -> Axis:
         return next(a for a in self.axes if a.name == name)
 
