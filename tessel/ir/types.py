@@ -84,6 +84,20 @@ def dim_equal(a: Dim, b: Dim) -> bool:
     return a is b or a == b or sympy.expand(a - b) == 0
 
 
+def try_divide(a: Dim, b: Dim) -> Dim | None:
+    """The exact quotient of two sizes, ``None`` where ``b`` is not known to divide ``a``."""
+    if isinstance(a, int) and isinstance(b, int):
+        return (a // b if a % b == 0 else None) if b != 0 else None
+    if b == 1:
+        return a
+    if dim_equal(a, b):
+        return 1
+    quotient = simplify_dim(sympy.cancel(sympy.sympify(a) / b))
+    if isinstance(quotient, int) or quotient.is_integer:
+        return quotient
+    return None
+
+
 def product(dims: Iterable[Dim]) -> Dim:
     """The product of sizes, an int where all are ints."""
     return simplify_dim(prod(dims))
@@ -253,5 +267,6 @@ __all__ = [
     "substitute",
     "symbol",
     "symbols_of",
+    "try_divide",
     "unbacked",
 ]

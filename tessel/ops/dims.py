@@ -42,11 +42,9 @@ from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-import sympy
-
 from ..errors import TesselError, check
 from ..ir.node import Node
-from ..ir.types import Dim, TensorType, dim_equal, product, simplify_dim
+from ..ir.types import Dim, TensorType, dim_equal, product, try_divide
 
 KIND_MARKS = {"map": "", "reduce": "+", "whole": "*", "window": "^"}
 MARK_KINDS = {mark: kind for kind, mark in KIND_MARKS.items()}
@@ -278,20 +276,6 @@ def divide(a: Dim, b: Dim, node: Node | None = None) -> Dim:
     if got is None:
         raise TesselError(f"{node.op.name if node else 'dims'}: size {a} is not a multiple of {b}")
     return got
-
-
-def try_divide(a: Dim, b: Dim) -> Dim | None:
-    """The exact quotient of two sizes, ``None`` where ``b`` is not known to divide ``a``."""
-    if isinstance(a, int) and isinstance(b, int):
-        return (a // b if a % b == 0 else None) if b != 0 else None
-    if b == 1:
-        return a
-    if dim_equal(a, b):
-        return 1
-    quotient = simplify_dim(sympy.cancel(sympy.sympify(a) / b))
-    if isinstance(quotient, int) or quotient.is_integer:
-        return quotient
-    return None
 
 
 def piece_shape(node: Node, factor: str, size: Dim, result: int = 0) -> tuple[Dim, ...]:
