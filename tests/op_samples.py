@@ -198,13 +198,24 @@ def contractions() -> Iterator[Case]:
     yield "attention", (q, k[:, :2], v[:, :2], masked), {}
     yield "attention", (q, k[:, :2], v[:, :2], real(5, 7)), {"causal": True}
     yield "attention", (q, k, v, flags(6, 5, 1)), {}
-    for heads, mask, attrs in (
-        (6, None, {"causal": True}),
-        (3, masked, {}),
-        (1, real(6, 5, 7), {"scale": 0.3}),
+    sink = real(6)
+    yield "attention", (q, k, v), {"window": 2}
+    yield "attention", (q, k, v, masked), {"causal": True, "window": 3, "offset": 1, "softcap": 0.8}
+    yield "attention", (q, k[:, :3], v[:, :3], None, sink), {"causal": True, "offset": -2}
+    yield "attention", (q, k[:, :1], v[:, :1], masked, sink), {"window": 3, "offset": 2}
+    for heads, mask, given, attrs in (
+        (6, None, None, {"causal": True}),
+        (3, masked, None, {}),
+        (1, real(6, 5, 7), None, {"scale": 0.3}),
+        (6, None, None, {"causal": True, "window": 2, "offset": 1, "softcap": 0.7}),
+        (3, real(2, 1, 5, 7), None, {"mask_grad": True, "window": 3}),
+        (2, real(6, 1, 7), None, {"mask_grad": True}),
+        (1, real(5, 7), None, {"mask_grad": True, "softcap": 1.5}),
+        (3, masked, sink, {"window": 2}),
+        (6, real(2, 6, 5, 7), sink, {"mask_grad": True}),
     ):
-        args = (q, k[:, :heads], v[:, :heads], mask)
-        out, lse = OPS["attention"].ref(*args, **attrs)
+        args = (q, k[:, :heads], v[:, :heads], mask, given)
+        out, lse = OPS["attention"].ref(*args, **{n: x for n, x in attrs.items() if n != "mask_grad"})
         yield "attention_backward", (real(*out.shape), *args, out, lse), attrs
     ends = torch.tensor([2, 2, 7], dtype=torch.int32)
     yield "grouped_mm", (real(9, 4), real(3, 4, 5), ends), {}
@@ -239,6 +250,16 @@ def norms() -> Iterator[Case]:
     target[2] = -100
     for reduction in ("none", "mean", "sum"):
         yield "cross_entropy", (real(7, 5), target), {"ignore_index": -100, "reduction": reduction}
+    for operands, attrs in (
+        ((real(7, 4), real(5, 4), None, target), {}),
+        ((real(7, 4), real(5, 4), real(5), target), {"label_smoothing": 0.2, "softcap": 2.0, "chunk": 3}),
+        ((real(7, 4), real(5, 4), real(5), target.clamp(min=0)), {"ignore_index": 3}),
+    ):
+        yield "linear_cross_entropy", operands, attrs
+        _, lse = OPS["linear_cross_entropy"].ref(*operands, **attrs)
+        yield "linear_cross_entropy_backward", (real(7), *operands, lse), attrs
+        some = {**attrs, "wanted": (False, True, False)}
+        yield "linear_cross_entropy_backward", (real(7), *operands, lse), some
 
 
 def libraries() -> Iterator[Case]:

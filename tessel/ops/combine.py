@@ -51,6 +51,15 @@ def _softmax_merge(parts: Sequence[Part], attrs: Mapping[str, Any], i: int) -> t
     return torch.stack([p.results[0] * w[..., None] for p, w in zip(parts, weights, strict=True)]).sum(0)
 
 
+def _nll_merge(parts: Sequence[Part], attrs: Mapping[str, Any], i: int) -> torch.Tensor:
+    """Results (loss, lse) of pieces of the classes: what each piece took off its lse is taken off the whole."""
+    lse = torch.logsumexp(torch.stack([p.results[1] for p in parts]), 0)
+    if i == 1:
+        return lse
+    counted = parts[0].operands[-1] != attrs.get("ignore_index", -100)  # the last operand is the target
+    return torch.where(counted, lse - torch.stack([p.results[1] - p.results[0] for p in parts]).sum(0), 0)
+
+
 def _arg(best: Callable[..., torch.Tensor], place: Callable[..., torch.Tensor]) -> Combine:
     """The place in the piece that has the best value, moved by where the piece starts; the first wins."""
 
@@ -73,6 +82,7 @@ COMBINES: dict[str, Combine] = {
     "mean": _mean,
     "logsumexp": _fold(lambda x: torch.logsumexp(x, 0)),
     "softmax-merge": _softmax_merge,
+    "nll-merge": _nll_merge,
     "argmax": _arg(torch.amax, torch.argmax),
     "argmin": _arg(torch.amin, torch.argmin),
 }

@@ -48,7 +48,7 @@ from ..ir.types import Dim, TensorType, dim_equal, product, try_divide
 
 KIND_MARKS = {"map": "", "reduce": "+", "whole": "*", "window": "^"}
 MARK_KINDS = {mark: kind for kind, mark in KIND_MARKS.items()}
-COMBINE_NAMES = frozenset("sum prod max min any all mean logsumexp softmax-merge argmax argmin scan".split())
+COMBINE_NAMES = frozenset("sum prod max min any all mean logsumexp softmax-merge nll-merge argmax argmin scan".split())
 
 
 @dataclass(frozen=True, slots=True)
