@@ -265,6 +265,7 @@ def norms() -> Iterator[Case]:
 def libraries() -> Iterator[Case]:
     yield "linear_scan", (real(3, 7, 5), real(3, 7, 5)), {"dim": 1}
     yield "linear_scan", (real(6), real(6)), {"dim": -1}
+    yield "linear_scan", (real(3, 7, 5), real(3, 7, 5)), {"dim": 1, "reverse": True}
     conv = "convolution"
     # x, weight, bias, stride, padding, dilation, transposed, output padding, groups
     yield conv, (real(3, 4, 11), real(5, 4, 3), None, (1,), (0,), (1,), False, (0,), 1), {}

@@ -47,6 +47,7 @@ class _Writer:
         self.kernel, self.space = kernel, space
         self.e = Emitter(kernel, space)
         self.step = next((a for a in kernel.axes if a.kind == "s"), Axis("s", 1, "s"))
+        self.reverse = any(s.reverse for s in kernel.body if isinstance(s, Scan))
         self.folds = bool(space.rs)
         self.loops: tuple[Axis, ...] = space.rs if self.folds else space.xs[-1:]
         self.outer: tuple[Axis, ...] = space.xs if self.folds else space.xs[:-1]
@@ -75,6 +76,7 @@ class _Writer:
             "before": self.before,
             "step": self.step.name,
             "steps": size_text(self.step.extent),
+            "reverse": self.reverse,
             "body": self.body,
         }
 
@@ -144,9 +146,14 @@ class _Writer:
         inner = self._inner()
         old = f"get_float({state} + {place}, n)" if wide else f"{state}[{place}]"
         new = f"fma({a}, {old}, {b})" if type_ == "float" else f"{a} * {old} + {b}"
-        e.line(f"const {'vf' if wide else type_} {name} = {self.step.name} ? {new} : {b};", inner)
+        e.line(f"const {'vf' if wide else type_} {name} = {self.later()} ? {new} : {b};", inner)
         e.line(f"put_float({state} + {place}, {name}, n);" if wide else f"{state}[{place}] = {name};", inner)
         e.values[stmt.out] = name, inner, stmt.dtype
+
+    def later(self) -> str:
+        """Whether there was a step before this one, as C++."""
+        name = self.step.name
+        return f"{name} != {size_text(self.step.extent)} - 1" if self.reverse else name
 
     def row(self) -> tuple[str, str]:
         """The place in the row along the reduced axes, and its length."""

@@ -7,11 +7,16 @@ decomposition table of ``decomp.py`` then leaves the operator whole by itself.
 
 from __future__ import annotations
 
-from . import aten_index, aten_norm, aten_pointwise, aten_reduce, aten_view
+from . import aten_fused, aten_index, aten_norm, aten_pointwise, aten_reduce, aten_scan, aten_view
 from .lower import Table, merge
 
 TABLE: Table = merge(
-    aten_pointwise.TABLE, aten_view.TABLE, aten_reduce.TABLE, aten_norm.TABLE, aten_index.TABLE
+    aten_pointwise.TABLE,
+    aten_view.TABLE,
+    aten_reduce.TABLE,
+    aten_norm.TABLE,
+    aten_index.TABLE,
+    aten_scan.TABLE,
 )
 
 __all__ = ["TABLE"]

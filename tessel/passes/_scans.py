@@ -32,6 +32,8 @@ def scan_problem(nodes: Iterable[Node], axes: Axes) -> str | None:
     along = {scan_axis(n, axes) for n in scans}
     if len(along) != 1 or None in along:
         return "recurrences along different loops"
+    if len({bool(n.attrs.get("reverse", False)) for n in scans}) != 1:
+        return "recurrences in opposite directions"
     (step,) = along
     if step in axes.reduced:
         return "the steps of a recurrence would be folded"

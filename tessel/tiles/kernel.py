@@ -138,12 +138,16 @@ class Reduce:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """``out = a * (out of the step before) + b`` along the axis of kind ``s``; the first step gives ``b``."""
+    """``out = a * (out of the step before) + b`` along the axis of kind ``s``; the first step gives ``b``.
+
+    With ``reverse`` the steps go from the axis' end to its beginning; all scans of a kernel go the same way.
+    """
 
     out: int
     a: Ref
     b: Ref
     dtype: torch.dtype
+    reverse: bool = False
 
 
 @dataclass(frozen=True, slots=True)

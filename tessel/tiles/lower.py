@@ -211,7 +211,7 @@ class Lowering:
             arg = yield (x, mine, ())
             args.append(arg if isinstance(arg, Ref) else self.compute("copy", (arg,), x.dtype, x.dtype))
         a, b = args
-        return self.new(lambda out: Scan(out, a, b, node.type.dtype))
+        return self.new(lambda out: Scan(out, a, b, node.type.dtype, bool(node.attrs.get("reverse", False))))
 
     # ------------------------------------------------------------------ results
 

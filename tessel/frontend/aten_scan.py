@@ -1,0 +1,17 @@
+"""The recurrences of ``scan_op`` as IR operators."""
+
+from __future__ import annotations
+
+from ..ir.node import Value
+from .lower import Lowering, Table, axis, register
+
+TABLE: Table = {}
+
+
+@register(TABLE, "tessel.linear_scan.default")
+def _linear_scan(c: Lowering, a: Value, b: Value, dim: int, reverse: bool) -> Value:
+    more = {"reverse": True} if reverse else {}
+    return c("linear_scan", a, b, dim=axis(dim, len(a.shape)), **more)
+
+
+__all__ = ["TABLE"]
