@@ -204,6 +204,7 @@ def _compile(
     place = place or place_for(session.target, device)
     record.target = place.target.name
     record.passes.append(Pass("import", 0.0, len(imported.graph.nodes), imported.graph))
+    record.notes.extend(info.notes)
     record.fallbacks = [Call(f.target, f.loc.short, f.reason) for f in imported.fallbacks]
     if options.cuda_graphs and info.is_inference:
         check_replayable(imported.graph, device)

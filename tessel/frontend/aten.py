@@ -17,6 +17,7 @@ TABLE: Table = merge(
     aten_norm.TABLE,
     aten_index.TABLE,
     aten_scan.TABLE,
+    aten_fused.TABLE,
 )
 
 __all__ = ["TABLE"]

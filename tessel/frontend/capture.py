@@ -20,6 +20,7 @@ from .composites import keep_composites
 from .decomp import decompositions, for_export
 from .importer import Imported, import_graph
 from .locs import qualified_name
+from .losses import join_losses
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class GraphInfo:
         static_inputs: positions of inputs whose storage stays the same from call to call.
         fake_inputs: the example inputs, fake tensors and symbolic sizes.
         order: for each input, which argument of the Dynamo graph it is; None where that is not known.
+        notes: what the rewrites of the Dynamo graph left alone, and why.
     """
 
     kind: str
     static_inputs: tuple[int, ...] = ()
     fake_inputs: tuple[Any, ...] = ()
     order: tuple[int | None, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def is_inference(self) -> bool:
@@ -64,6 +67,7 @@ def aot(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Compil
         What a Dynamo backend has to return.
     """
     keep_composites(gm)
+    _, notes = join_losses(gm)
     names = _input_names(gm)
 
     def compiler(kind: str) -> Callable[..., Any]:
@@ -72,7 +76,7 @@ def aot(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Compil
             roles = _roles(graph, names, static)
             imported = import_graph(graph, name=kind, roles=roles)
             order = tuple(_captured_position(n) for n in _placeholders(graph))
-            info = GraphInfo(kind, static, tuple(inputs), order)
+            info = GraphInfo(kind, static, tuple(inputs), order, () if kind == "backward" else tuple(notes))
             return compat.boxed(compile_graph(imported, info))
 
         return compile_fx

@@ -1,0 +1,53 @@
+"""What Tessel's own torch operators become in the IR: those that stand for several calls (losses, experts)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..ir.node import Value
+from .loss_op import linear_cross_entropy  # noqa: F401  (defines the operators)
+from .lower import Lowering, Table, register
+
+TABLE: Table = {}
+
+
+@register(TABLE, "tessel.linear_cross_entropy.default")
+def _linear_cross_entropy(
+    c: Lowering,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    target: Value,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+) -> tuple[Value, ...]:
+    attrs: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "softcap": softcap,
+    }
+    return c.many("linear_cross_entropy", x, weight, bias, target, **attrs)
+
+
+@register(TABLE, "tessel.linear_cross_entropy_backward.default")
+def _linear_cross_entropy_backward(
+    c: Lowering,
+    grad: Value,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    target: Value,
+    lse: Value,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    wanted: tuple[bool, ...],
+) -> tuple[Value, ...]:
+    attrs: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "softcap": softcap,
+        "wanted": wanted,
+    }
+    return c.many("linear_cross_entropy_backward", grad, x, weight, bias, target, lse, **attrs)
