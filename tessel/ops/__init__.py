@@ -9,6 +9,7 @@ from __future__ import annotations
 from .activation import ACTIVATION
 from .attention import ATTENTION
 from .backward import BACKWARD
+from .collective import COLLECTIVE
 from .common import table
 from .dims import Dims, Factor, Piece, Window, dims_of, factor_sizes
 from .effect import EFFECT
@@ -44,6 +45,7 @@ OPS = table(
     BACKWARD.values(),
     RANDOM.values(),
     EFFECT.values(),
+    COLLECTIVE.values(),
 )
 
 __all__ = ["OPS", "Dims", "Factor", "Piece", "Window", "dims_of", "factor_sizes"]

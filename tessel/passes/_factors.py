@@ -1,0 +1,111 @@
+"""A node's axes seen from the mesh: which mesh axes split which factor of its dims string.
+
+Propagation and partition both work on factors: a dimension of a tensor is one factor or several
+(``(a b)``, the first the outermost), and mesh axes that split a dimension split its outer factor first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias
+
+from ..errors import TesselError
+from ..ir.node import Node, Value
+from ..ir.sharding import Sharding
+from ..ir.types import TensorType
+from ..ops.dims import Dims, Term, dims_of, factor_sizes
+
+Axes: TypeAlias = "tuple[str, ...]"
+Split: TypeAlias = "dict[str, Axes]"
+"""Factor -> the mesh axes that split it, major to minor."""
+
+# How the pieces of a reduced axis are put together by a collective, by the combine of the dims string.
+COMBINED = {"sum": "sum", "max": "max", "min": "min", "any": "max", "all": "min"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a node's dims string says, with sizes.
+
+    Attributes:
+        dims: the parsed string.
+        sizes: the size of every factor.
+        operands, results: the tensor values that the string speaks of, in its order.
+    """
+
+    dims: Dims
+    sizes: Mapping[str, int]
+    operands: tuple[Value, ...]
+    results: tuple[Value, ...]
+
+    def may_split(self, factor: str) -> bool:
+        """Whether pieces of the factor can be joined or combined by what there is here."""
+        f = self.dims.factors[factor]
+        return self.sizes[factor] > 1 and (f.kind == "map" or (f.kind == "reduce" and f.combine in COMBINED))
+
+    def combine(self, factor: str) -> str | None:
+        """What combines the pieces of a reduced factor."""
+        f = self.dims.factors[factor]
+        return COMBINED.get(f.combine) if f.kind == "reduce" else None
+
+
+def rule_of(node: Node) -> Rule:
+    """The rule of a node.
+
+    Raises:
+        TesselError: a size is not a number; a mesh splits numbers.
+    """
+    dims = dims_of(node)
+    sizes = factor_sizes(node, dims)
+    for name, size in sizes.items():
+        if not isinstance(size, int):
+            raise TesselError(f"{node.op.name} at {node.loc}: axis {name} has size {size}; to split it, fix the sizes")
+    operands = tuple(v for v in node.operands if isinstance(v.type, TensorType))
+    results = tuple(v for v in node.outs if isinstance(v.type, TensorType))
+    return Rule(dims, sizes, operands, results)  # type: ignore[arg-type]
+
+
+def project(term: Term, axes: Axes, sizes: Mapping[str, int], mesh: Mapping[str, int]) -> tuple[Split, int]:
+    """Which factors of a dimension its axes split, and how many of the axes that explains (from the first)."""
+    found: Split = {}
+    at = 0
+    for factor in term:
+        left = sizes[factor.name]
+        taken: list[str] = []
+        while at < len(axes) and left > 1 and left % mesh[axes[at]] == 0:
+            taken.append(axes[at])
+            left //= mesh[axes[at]]
+            at += 1
+        if taken:
+            found[factor.name] = tuple(taken)
+        if left > 1:
+            break  # an inner factor is only split once the outer ones are split to the end
+    return found, at
+
+
+def compose(term: Term, split: Mapping[str, Axes], sizes: Mapping[str, int], mesh: Mapping[str, int]) -> Axes | None:
+    """The axes of a dimension whose factors are split so; ``None`` where no sharding says it."""
+    found: Axes = ()
+    whole = True
+    for factor in term:
+        axes = split.get(factor.name, ())
+        size = sizes[factor.name]
+        if axes and not whole:
+            return None
+        parts = prod(mesh[a] for a in axes)
+        if size % parts:
+            return None
+        found += axes
+        whole = whole and parts == size
+    return found
+
+
+def layout(shape: tuple[Term, ...], split: Mapping[str, Axes], rule: Rule, mesh: Mapping[str, int]) -> Sharding | None:
+    """The sharding of a tensor of a node whose factors are split so; ``None`` where none says it."""
+    dims = tuple(compose(term, split, rule.sizes, mesh) for term in shape)
+    return None if None in dims else Sharding(dims)  # type: ignore[arg-type]
+
+
+__all__ = ["COMBINED", "Axes", "Rule", "Split", "compose", "layout", "project", "rule_of"]
