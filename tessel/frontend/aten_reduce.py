@@ -255,21 +255,38 @@ def _addmv(c: Lowering, bias: Value, a: Value, b: Value, *, beta: Any = 1, alpha
 
 
 def attend(
-    c: Lowering, q: Value, k: Value, v: Value, mask: Value | None, causal: bool, scale: float | None
+    c: Lowering,
+    q: Value,
+    k: Value,
+    v: Value,
+    mask: Value | None,
+    causal: bool,
+    scale: float | None,
+    sink: Value | None = None,
+    offset: Any = 0,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Value, ...]:
     """The attention operator on rank-4 operands."""
     if isinstance(scale, float) and not math.isfinite(scale):
         raise Opaque("an attention scale that is not finite")
     if try_divide(q.shape[1], k.shape[1]) is None:
         raise Opaque("attention whose query heads are not known to share key heads evenly")
-    return c.many("attention", q, k, v, mask, causal=causal, scale=scale)
+    edits = _edits(offset, window, softcap)
+    more = () if sink is None else (sink,)
+    return c.many("attention", q, k, v, mask, *more, causal=causal, scale=scale, **edits)
+
+
+def _edits(offset: Any, window: int | None, softcap: float | None) -> dict[str, Any]:
+    """The attributes that most attention has not, left out where they change nothing."""
+    plain = isinstance(offset, int) and offset == 0
+    given = {"offset": None if plain else offset, "window": window, "softcap": softcap}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 @register(TABLE, "tessel.attention.default")
-def _attention(
-    c: Lowering, q: Value, k: Value, v: Value, mask: Value | None, causal: bool, scale: float | None
-) -> tuple[Value, ...]:
-    return attend(c, q, k, v, mask, causal, scale)
+def _attention(c: Lowering, *args: Any) -> tuple[Value, ...]:
+    return attend(c, *args)
 
 
 @register(TABLE, "aten.scaled_dot_product_attention.default")
@@ -297,13 +314,19 @@ def _attention_backward(
     k: Value,
     v: Value,
     mask: Value | None,
+    sink: Value | None,
     out: Value,
     lse: Value,
     causal: bool,
     scale: float | None,
+    offset: Any,
+    window: int | None,
+    softcap: float | None,
     mask_grad: bool,
 ) -> tuple[Value, ...]:
-    if mask_grad:
-        raise Opaque("the gradient of an attention mask")
-    grads = c.many("attention_backward", grad, q, k, v, mask, out, lse, causal=causal, scale=scale)
-    return *grads, c.full((0,), 0, c.types[3].dtype)
+    attrs = {"causal": causal, "scale": scale, **_edits(offset, window, softcap)}
+    attrs |= {"mask_grad": True} if mask_grad else {}
+    dq, dk, dv, *rest = c.many("attention_backward", grad, q, k, v, mask, sink, out, lse, **attrs)
+    dsink = rest.pop() if sink is not None else c.full((0,), 0, c.types[4].dtype)
+    dmask = rest.pop() if mask_grad else c.full((0,), 0, c.types[3].dtype)
+    return dq, dk, dv, dmask, dsink

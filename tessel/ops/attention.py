@@ -1,4 +1,21 @@
-"""Scaled dot-product attention, kept whole: its axes say how heads, queries and keys may be split."""
+"""Scaled dot-product attention, forward and backward, whole: its axes say how heads, queries and keys may be split.
+
+The score of query ``i`` and key ``j``:
+
+    s = scale * (q[i] . k[j])
+    s = softcap * tanh(s / softcap)              where softcap is given
+    s = s + mask[i, j]                           a float mask; -inf where a boolean one is false
+    s = -inf                                     where the attributes hide the key
+
+``causal`` shows ``j <= i + offset``. ``window`` shows the last ``window`` keys of those, ``j > i + offset - window``;
+without ``causal`` it reaches equally far to both sides, ``|i + offset - j| < window``. A ``sink`` is one more score a
+head, without a key or a value: it takes part in the sum of exponentials only.
+
+    lse = log(sum_j exp(s[j]) + exp(sink))       out = sum_j exp(s[j] - lse) v[j]
+
+Rows that see nothing and have no sink give zeros and an lse of -inf. Results of parts of the keys are put together
+by ``merge_attention`` in ``combine.py``; a sink counts once, so with one the keys stay whole.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +27,18 @@ import torch
 from ..errors import check
 from ..ir.node import Node, Op
 from ..ir.types import Dim, TensorType, dim_equal, product
-from .common import arg_types, is_one, need_tensor, operand_types, result, table, words
+from .common import arg_types, is_one, need_tensor, result, table, words
 from .dims import Piece, try_divide
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What scores and the log-sum-exp are computed in: f32, and f64 for the float64 oracle."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_edits(what: str, window: int | None, softcap: float | None) -> None:
+    check(window is None or window >= 1, lambda: f"{what}: window={window} shows no key; give 1 or more, or None")
+    check(softcap is None or softcap > 0, lambda: f"{what}: softcap={softcap} must be positive, or None")
 
 
 def _infer(
@@ -19,10 +46,14 @@ def _infer(
     k: Any,
     v: Any,
     mask: Any = None,
+    sink: Any = None,
     causal: bool = False,
     scale: float | None = None,
     offset: Any = 0,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[TensorType, ...]:
+    _check_edits("attention", window, softcap)
     need_tensor("attention", q, k, v)
     check(
         q.rank == k.rank == v.rank == 4,
@@ -31,9 +62,7 @@ def _infer(
     check(q.dtype == k.dtype == v.dtype, lambda: f"attention: dtypes of {q}, {k} and {v} differ; cast them")
     b, heads, sq, width = q.shape
     same = [(k.shape[0], b), (k.shape[3], width), *((v.shape[d], k.shape[d]) for d in range(3))]
-    check(
-        all(dim_equal(*p) for p in same), lambda: f"attention: shapes of {q}, {k} and {v} do not fit together"
-    )
+    check(all(dim_equal(*p) for p in same), lambda: f"attention: shapes of {q}, {k} and {v} do not fit together")
     check(
         try_divide(heads, k.shape[1]) is not None,
         lambda: f"attention: {heads} query heads are not a multiple of {k.shape[1]} key heads",
@@ -49,9 +78,59 @@ def _infer(
             mask.dtype == torch.bool or mask.dtype.is_floating_point,
             lambda: f"attention: mask {mask} must be b1 (true: attend) or floating (added)",
         )
-    # The log-sum-exp of halves is kept in f32; a float64 oracle keeps its own.
-    lse = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return result((b, heads, sq, v.shape[3]), q.dtype, q), result((b, heads, sq), lse, q)
+    if sink is not None:
+        need_tensor("attention", sink)
+        check(
+            sink.rank == 1 and dim_equal(sink.shape[0], heads) and sink.dtype.is_floating_point,
+            lambda: f"attention: sink {sink} must be one floating score for each of {heads} heads",
+        )
+    return result((b, heads, sq, v.shape[3]), q.dtype, q), result((b, heads, sq), _wide(q.dtype), q)
+
+
+def visible(
+    queries: int, keys: int, causal: bool, offset: int, window: int | None, device: Any = None
+) -> torch.Tensor | None:
+    """``[queries, keys]``: which keys the attributes show, None where they hide nothing.
+
+    >>> visible(2, 4, True, 1, 2)
+    tensor([[ True,  True, False, False],
+            [False,  True,  True, False]])
+    """
+    if not causal and window is None:
+        return None
+    last = torch.arange(queries, device=device)[:, None] + offset
+    j = torch.arange(keys, device=device)
+    shown = j <= last if causal else j < last + window
+    return shown if window is None else shown & (j > last - window)
+
+
+def _whole_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Keys or values with each head repeated for the query heads that share it."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // max(x.shape[1], 1), 1)
+
+
+def _scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+    offset: int,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Edited scores ``[b, h, sq, sk]`` in the wide dtype, and what a soft cap multiplies their gradient by."""
+    wide = _wide(q.dtype)
+    scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
+    scores = (q.to(wide) @ _whole_heads(k, q.shape[1]).to(wide).transpose(-1, -2)) * scale
+    slope = None
+    if softcap is not None:
+        capped = torch.tanh(scores / softcap)
+        scores, slope = capped * softcap, 1 - capped * capped
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(wide)
+    shown = visible(q.shape[2], k.shape[2], causal, offset, window, q.device)
+    return scores if shown is None else scores.masked_fill(~shown, -math.inf), slope
 
 
 def attention_ref(
@@ -59,58 +138,70 @@ def attention_ref(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
     offset: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by its definition; halves are computed in f32.
+    """Attention by its definition (the module's head); halves are computed in f32.
 
-    Query ``i`` sees key ``j`` of a causal attention if ``j <= i + offset``. Rows that see no key
-    give zeros and a log-sum-exp of -inf.
+    Returns:
+        ``out [b, h, sq, e]`` in q's dtype and ``lse [b, h, sq]`` in f32 (f64 for f64).
     """
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    repeat = q.shape[1] // max(k.shape[1], 1)
-    kw, vw = (t.to(wide).repeat_interleave(repeat, 1) for t in (k, v))
-    scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
-    scores = (q.to(wide) @ kw.transpose(-1, -2)) * scale
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -math.inf)
-    elif mask is not None:
-        scores = scores + mask.to(wide)
-    if causal:
-        rows = torch.arange(q.shape[2], device=q.device)[:, None] + offset
-        scores = scores.masked_fill(torch.arange(k.shape[2], device=q.device) > rows, -math.inf)
-    if k.shape[2] == 0:
-        return q.new_zeros((*q.shape[:3], v.shape[3])), scores.new_full(q.shape[:3], -math.inf)
-    top = scores.amax(-1, keepdim=True)
-    weights = torch.exp(scores - top.masked_fill(top == -math.inf, 0))
-    total = weights.sum(-1, keepdim=True)
-    out = (weights @ vw) / total.masked_fill(total == 0, 1)
-    return out.to(q.dtype), (top + total.log()).squeeze(-1)
+    wide = _wide(q.dtype)
+    scores, _ = _scores(q, k, mask, causal, scale, offset, window, softcap)
+    if sink is not None:
+        column = sink.to(wide)[:, None, None].expand(*scores.shape[:3], 1)
+        lse = torch.logsumexp(torch.cat([scores, column], -1), -1)
+    elif k.shape[2] == 0:
+        lse = scores.new_full(q.shape[:3], -math.inf)
+    else:
+        lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0)[..., None])
+    return (weights @ _whole_heads(v, q.shape[1]).to(wide)).to(q.dtype), lse
+
+
+def _key_axis(sink: Any) -> str:
+    """A sink counts once in the sum of exponentials: the keys beside it stay whole."""
+    return "t*" if sink is not None else "t+softmax-merge"
+
+
+def _mask_words(mask: TensorType, names: list[str]) -> list[str]:
+    """A mask dimension of size 1 stays the same for every piece, whatever the axis' own size is."""
+    return ["1" if is_one(n) else w for w, n in zip(names[4 - mask.rank :], mask.shape, strict=True)]
 
 
 def _dims(node: Node) -> str:
-    q, k, *rest = operand_types(node)
+    q, k, _, mask, sink = _args(node, 5)
     if dim_equal(q.shape[1], k.shape[1]):
         heads, kv = "h", "h"
     elif is_one(k.shape[1]):
         heads, kv = "h", "1"
     else:
         heads, kv = "(g r)", "g"
-    keys = "t+softmax-merge"
+    keys = _key_axis(sink)
     operands = [["b", heads, "s", "d*"], ["b", kv, keys, "d*"], ["b", kv, keys, "e"]]
-    if len(rest) > 1:
-        names = ["b", heads, "s", keys][4 - rest[1].rank :]
-        operands.append(["1" if is_one(n) else w for w, n in zip(names, rest[1].shape, strict=True)])
-    # A mask dimension of size 1 stays the same for every piece, whatever the axis' own size is.
+    if mask is not None:
+        operands.append(_mask_words(mask, ["b", heads, "s", keys]))
+    if sink is not None:
+        operands.append([heads])
     return words(operands, [["b", heads, "s", "e"], ["b", heads, "s"]])
+
+
+def _args(node: Node, count: int) -> list[Any]:
+    """The types of the first ``count`` arguments, None for what is not given."""
+    types = arg_types(node)[:count]
+    return [*types, *[None] * (count - len(types))]
 
 
 def split_attention(node: Node, factor: str, start: Any, size: Any) -> Piece:
     """A piece of the queries sees keys further right, a piece of the keys sees queries further left."""
     scale = node.attrs.get("scale")
     attrs: dict[str, Any] = {}
-    if node.attrs.get("causal") and factor in "st":
+    placed = node.attrs.get("causal") or node.attrs.get("window") is not None
+    if placed and factor in "st":
         attrs["offset"] = node.attrs.get("offset", 0) + (start if factor == "s" else -start)
     return Piece(attrs | ({} if scale is None else {"scale": scale}))
 
@@ -120,6 +211,111 @@ def _flops(node: Node) -> Dim:
     b, h, sq, d = q.shape
     full = product((2, b, h, sq, k.shape[2], d + v.shape[3]))
     return full  # causal attention does about half of it; what is skipped depends on the tile
+
+
+# ---------------------------------------------------------------- backward
+
+
+def _backward_infer(
+    grad: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    sink: Any,
+    out: Any,
+    lse: Any,
+    causal: bool = False,
+    scale: float | None = None,
+    offset: Any = 0,
+    window: int | None = None,
+    softcap: float | None = None,
+    mask_grad: bool = False,
+) -> tuple[TensorType, ...]:
+    need_tensor("attention_backward", grad, q, k, v, out, lse)
+    _check_edits("attention_backward", window, softcap)
+    check(
+        not mask_grad or (mask is not None and mask.dtype.is_floating_point),
+        lambda: f"attention_backward: mask_grad asks for the gradient of {mask}, which has none",
+    )
+    given = (q, k, v, *((mask,) if mask_grad else ()), *(() if sink is None else (sink,)))
+    return tuple(result(t.shape, t.dtype, t) for t in given)
+
+
+def attention_backward_ref(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    sink: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool = False,
+    scale: float | None = None,
+    offset: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
+    mask_grad: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients ``(dq, dk, dv[, dmask][, dsink])`` from the saved result and log-sum-exp.
+
+    ``p = exp(s - lse)``, ``delta = sum_e grad * out``, ``ds = p * (grad . v - delta)``; then ``dmask = ds`` summed over
+    what the mask repeats, ``dsink = -sum exp(sink - lse) * delta``, ``dv = p^T grad``, and through cap and scale
+    ``dq = ds k``, ``dk = ds^T q``, summed over the query heads that share a key head. (Dao et al., FlashAttention,
+    2022, appendix B.) ``dmask`` is there with ``mask_grad``, ``dsink`` with a sink.
+    """
+    wide = _wide(q.dtype)
+    groups, heads = max(k.shape[1], 1), q.shape[1]
+    factor = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
+    gw, qw, ow = (t.to(wide) for t in (grad, q, out))
+    kw, vw = (_whole_heads(t, heads).to(wide) for t in (k, v))
+    scores, slope = _scores(q, k, mask, causal, scale, offset, window, softcap)
+    row = lse.to(wide)[..., None]
+    row = row.masked_fill(row == -math.inf, 0)
+    weights = torch.exp(scores - row)
+    delta = (gw * ow).sum(-1, keepdim=True)
+    edited = weights * (gw @ vw.transpose(-1, -2) - delta)
+    inner = edited if slope is None else edited * slope
+    dq = inner @ kw * factor
+    dk = inner.transpose(-1, -2) @ qw * factor
+    dv = weights.transpose(-1, -2) @ gw
+    dk, dv = (t.unflatten(1, (groups, -1)).sum(2) if heads else t[:, :groups] for t in (dk, dv))
+    grads = [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)]
+    if mask_grad:
+        assert mask is not None
+        grads.append(edited.sum_to_size(mask.shape).to(mask.dtype))
+    if sink is not None:
+        share = torch.exp(sink.to(wide)[:, None, None] - row)
+        grads.append(-(share * delta).sum((0, 2, 3)).to(sink.dtype))
+    return tuple(grads)
+
+
+def _backward_dims(node: Node) -> str:
+    q, k, _, mask, sink = _args(node, 6)[1:]
+    shared = not is_one(k.shape[1]) and q.shape[1] != k.shape[1]
+    alone = is_one(k.shape[1]) and not is_one(q.shape[1])
+    heads, kv = ("(g r+)", "g") if shared else ("r+", "1") if alone else ("g", "g")
+    batch, keys = "b", "t+"
+    mask_grad = node.attrs.get("mask_grad", False)
+    if mask_grad:  # what the mask repeats is summed
+        over = [True] * (4 - mask.rank) + [is_one(n) for n in mask.shape]
+        batch = "b+" if over[0] else batch
+        heads, kv = (heads.replace("g", "g+"), kv.replace("g", "g+")) if over[1] else (heads, kv)
+    if sink is not None:
+        batch, keys = "b+", "t*"
+    queries = [[batch, heads, "s+", "d*"], [batch, kv, keys, "d*"], [batch, kv, keys, "e*"]]
+    wide = [batch, heads, "s+", "e*"]
+    masks = [] if mask is None else [_mask_words(mask, [batch, heads, "s+", keys])]
+    sinks = [] if sink is None else [[heads]]
+    operands = [wide, *queries, *masks, *sinks, wide, [batch, heads, "s+"]]
+    return words(operands, [*queries, *(masks if mask_grad else []), *sinks])
+
+
+def _backward_flops(node: Node) -> Dim:
+    b, h, sq, d = node.type.shape
+    k, v = arg_types(node)[2:4]
+    return product((2, b, h, sq, k.shape[2], 3 * d + 2 * v.shape[3]))
 
 
 ATTENTION = table(
@@ -132,6 +328,21 @@ ATTENTION = table(
         flops=_flops,
         split=split_attention,
         cost=1000,
-        doc="attention(q, k, v, mask|None, causal=, scale=, offset=0) -> (out, lse f32)",
-    )
+        doc="attention(q, k, v, mask|None, sink|None, causal=, scale=, offset=0, window=None, softcap=None) "
+        "-> (out, lse f32)",
+    ),
+    Op(
+        "attention_backward",
+        "library",
+        dims=_backward_dims,
+        ref=attention_backward_ref,
+        infer=_backward_infer,
+        flops=_backward_flops,
+        split=split_attention,
+        cost=1000,
+        doc="attention_backward(grad, q, k, v, mask|None, sink|None, out, lse, ..., mask_grad=False) "
+        "-> (dq, dk, dv[, dmask][, dsink])",
+    ),
 )
+
+__all__ = ["ATTENTION", "attention_backward_ref", "attention_ref", "split_attention", "visible"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -41,14 +41,50 @@ def _mean(parts: Sequence[Part], attrs: Mapping[str, Any], i: int) -> torch.Tens
     return torch.stack([p.results[i] * (p.size / total) for p in parts]).sum(0)
 
 
-def _softmax_merge(parts: Sequence[Part], attrs: Mapping[str, Any], i: int) -> torch.Tensor:
-    """Results (out, lse): outs weighted by exp(lse), rows that saw nothing (-inf) by zero."""
-    lse = torch.stack([p.results[1] for p in parts])
+# Attention over some of the keys: its output [.., s, e] and the log of its sum of exponentials [.., s].
+Partial: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
+
+def merge_attention(*parts: Partial) -> Partial:
+    """Attention over all keys from attention over parts of them (ring attention, split keys in decoding).
+
+    Associative and commutative up to rounding; ``(zeros, -inf)`` is neutral, so a part that sees nothing
+    changes nothing. The sum that a step of a ring keeps is the pair itself. (Liu et al., Ring Attention, 2023;
+    the merge is Milakov and Gimelshein's online softmax, 2018.)
+
+    Args:
+        parts: pairs ``(out [.., s, e], lse [.., s])``, the results of the ``attention`` operator without a sink.
+
+    Returns:
+        ``(out, lse)`` in the dtypes of the first part.
+
+    >>> one = torch.ones(1, 2), torch.zeros(1)
+    >>> merge_attention(one, (3 * torch.ones(1, 2), torch.zeros(1)))
+    (tensor([[2., 2.]]), tensor([0.6931]))
+    """
+    check(bool(parts), lambda: "merge_attention: no partial results were given")
+    lse = torch.stack([part[1] for part in parts])
     merged = torch.logsumexp(lse, 0)
-    if i == 1:
-        return merged
     weights = torch.exp(lse - merged.masked_fill(merged == -torch.inf, 0))
-    return torch.stack([p.results[0] * w[..., None] for p, w in zip(parts, weights, strict=True)]).sum(0)
+    out = torch.stack([part[0].to(w.dtype) * w[..., None] for part, w in zip(parts, weights, strict=True)]).sum(0)
+    return out.to(parts[0][0].dtype), merged
+
+
+def add_sink(part: Partial, sink: torch.Tensor) -> Partial:
+    """Attention with a sink, once, from the merged result without one.
+
+    Args:
+        part: ``(out [b, h, s, e], lse [b, h, s])`` over all keys.
+        sink: ``[h]``, a score of each head that has no value.
+    """
+    out, lse = part
+    column = sink.to(lse.dtype)[:, None].expand_as(lse)
+    return merge_attention(part, (torch.zeros_like(out), column))
+
+
+def _softmax_merge(parts: Sequence[Part], attrs: Mapping[str, Any], i: int) -> torch.Tensor:
+    """Results (out, lse) of parts of the keys."""
+    return merge_attention(*((p.results[0], p.results[1]) for p in parts))[i]
 
 
 def _nll_merge(parts: Sequence[Part], attrs: Mapping[str, Any], i: int) -> torch.Tensor:
@@ -113,4 +149,4 @@ def join_scan(pieces: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     return torch.cat(done, dim)
 
 
-__all__ = ["COMBINES", "Part", "combine", "join_scan"]
+__all__ = ["COMBINES", "Part", "Partial", "add_sink", "combine", "join_scan", "merge_attention"]

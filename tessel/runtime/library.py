@@ -14,11 +14,10 @@ import torch
 
 from ..codegen.host import Called
 from ..ir.node import Node
-from ..ops.attention import attention_ref
 from ..ops.inplace import INPLACE
 from ..ops.library import torch_op
 
-__all__ = ["called", "fast_attention"]
+__all__ = ["called", "fast_attention", "fast_attention_backward"]
 
 # Operators whose reference returns (a view of) its argument in some case.
 _SHARING = frozenset(
@@ -50,8 +49,8 @@ def called(
         return Called(f"op_{name}", _IN_PLACE.get(name) or torch_op(f"aten.{name}"), dict(node.attrs))
     if product is not None and name in ("matmul", "mm", "addmm") and node.type.rank == 2:
         return Called(name, product, owned=True)
-    if name == "attention" and attention != "template":
-        return Called("attention", fast_attention, dict(node.attrs), owned=True)
+    if name in _ATTENTION and attention != "template":
+        return Called(name, _ATTENTION[name], dict(node.attrs), owned=True)
     attrs = dict(node.attrs)
     if node.op.kind == "generate" and attrs.get("device") is None:
         attrs["device"] = device
@@ -114,18 +113,46 @@ def fast_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
     offset: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by torch's own kernel, with its log-sum-exp; by definition where it has none for the case."""
-    if offset:
-        return attention_ref(q, k, v, mask, causal=causal, scale=scale, offset=offset)
     half = q.dtype in (torch.float16, torch.bfloat16)
-    if q.device.type == "cuda" and half and mask is None and q.numel() and k.numel() and q.shape[-1] == v.shape[-1]:
+    plain = (mask, sink, offset, window, softcap) == (None, None, 0, None, None)
+    if q.device.type == "cuda" and half and plain and q.numel() and k.numel() and q.shape[-1] == v.shape[-1]:
         repeat = q.shape[1] // k.shape[1]
         if repeat > 1:
             k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
         flash = torch.ops.aten._scaled_dot_product_flash_attention.default
         return flash(q, k, v, 0.0, causal, False, scale=scale)[:2]  # type: ignore[no-any-return]
-    return torch.ops.tessel.attention.default(q, k, v, mask, causal, scale)  # type: ignore[no-any-return]
+    edits = (sink, offset, window, softcap)
+    return torch.ops.tessel.attention.default(q, k, v, mask, causal, scale, *edits)  # type: ignore[no-any-return]
+
+
+def fast_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    sink: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool = False,
+    scale: float | None = None,
+    offset: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
+    mask_grad: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of attention by torch's own kernel; by definition where it has none for the case."""
+    how = (causal, scale, offset, window, softcap, mask_grad)
+    *grads, dmask, dsink = torch.ops.tessel.attention_backward.default(grad, q, k, v, mask, sink, out, lse, *how)
+    return *grads, *((dmask,) if mask_grad else ()), *(() if sink is None else (dsink,))
+
+
+_ATTENTION: dict[str, Callable[..., Any]] = {"attention": fast_attention, "attention_backward": fast_attention_backward}
