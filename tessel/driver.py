@@ -38,6 +38,7 @@ from .runtime.matmul_cpu import Product, by_library, grouped
 from .runtime.native_kernels import NativeKernels
 from .runtime.program import build
 from .runtime.replay import Replayed, check_replayable
+from .runtime.whole import WHOLE, whole
 from .solve.forced import forced_knobs, unused_entries
 from .targets import TARGETS, Target, get_target, match_device
 from .tiles.cost import base_values, bytes_moved, node_bytes
@@ -233,6 +234,8 @@ def _compile(
             return by_torch(node, call, options.source_dir(), device)
         if node.op.name == "grouped_mm" and (own := _grouped(node, place, options)[0]) is not None:
             return Called("grouped_mm", own, dict(node.attrs), owned=True)
+        if node.op.name in WHOLE and (own := _whole(node, place, options)[0]) is not None:
+            return Called(node.op.name, own, dict(node.attrs), owned=True, flat=True)
         return called(node, options.attention, device, product)
 
     _describe(graph, kernels, place, options, imported, record)
@@ -311,6 +314,13 @@ def _grouped(node: Node, place: Place, options: Options) -> tuple[Any, str]:
     if place.how != "native" or options.matmul == "library":
         return None, f"options.matmul is {options.matmul!r}: one library call a group"
     return grouped(node, place.target.features, wanted=options.matmul == "template")
+
+
+def _whole(node: Node, place: Place, options: Options) -> tuple[Any, str]:
+    """What runs an operator of several products that stays whole (None: its reference), and why."""
+    if options.matmul == "library":
+        return None, "options.matmul is 'library': its reference in torch, a chunk at a time"
+    return whole(node, place.how, place.target.features, wanted=options.matmul == "template")
 
 
 def _run_passes(imported: Imported, options: Options, place: Place, record: Compilation, stage: list[str]) -> Graph:
@@ -405,6 +415,8 @@ def _why_torch(node: Node, place: Place, options: Options) -> str:
         return _library_product(node, place, options) or refusal(node) or "the vendor's library"
     if node.op.name == "grouped_mm":
         return _grouped(node, place, options)[1]
+    if node.op.name in WHOLE:
+        return _whole(node, place, options)[1]
     if node.op.kind == "contract":
         return (
             f"options.matmul is {options.matmul!r}: the vendor's library" if not refusal(node) else str(refusal(node))

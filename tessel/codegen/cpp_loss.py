@@ -1,0 +1,58 @@
+"""C++ units of the kernels that are made of several matrix products, around the templates of the same names.
+
+text = loss_unit()      # linear_cross_entropy and its backward, for f32 and for bf16 where the CPU multiplies it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ..targets import get_target
+from ..tiles.header import TEMPLATES
+from . import cpp_matmul
+from .cpp_gemm import multiplies_bf16
+
+__all__ = ["headers", "loss_unit"]
+
+_EXTERN = 'extern "C" __attribute__((visibility("default")))'
+
+
+def headers(name: str) -> dict[str, str]:
+    """The headers that a unit includes, by file name: all of products, and ``<name>.hpp``."""
+    own = {f: (TEMPLATES / f).read_text(encoding="utf-8") for f in ("tessel.hpp", "products.hpp", f"{name}.hpp")}
+    return {**own, **cpp_matmul.headers()}
+
+
+def unit(name: str, lines: Collection[str]) -> str:
+    """A file of functions that include the headers of ``name``."""
+    files = ("tessel.hpp", "gemm.hpp", "products.hpp", f"{name}.hpp")
+    return "\n".join([*(f'#include "{f}"' for f in files), "using namespace tessel;", *lines]) + "\n"
+
+
+def element_types() -> list[tuple[str, str]]:
+    """Names and C++ types of what these kernels multiply on this CPU."""
+    half = multiplies_bf16(get_target("cpu").features)
+    return [("f32", "float"), *([("bf16", "u16")] if half else [])]
+
+
+def loss_unit() -> str:
+    """``loss_<type>`` and ``loss_backward_<type>``: ``int f(const i64* args, const double* numbers, i64 threads)``.
+
+    The arguments are addresses and sizes in the order of ``loss::forward`` and ``loss::backward``, then offset, total,
+    ignored target, and the address where a wrong target is put; the numbers are smoothing and soft cap.
+    """
+    lines = []
+    for name, t in element_types():
+        lines += [
+            f"{_EXTERN} int loss_{name}(const i64* a, const double* f, i64 threads) {{",
+            f"  return loss::forward<{t}>((const {t}*)a[0], a[1], (const {t}*)a[2], a[3], (const {t}*)a[4],",
+            "      (const i64*)a[5], (float*)a[6], (float*)a[7], a[8], a[9], a[10],",
+            "      {a[11], a[12], a[13], (float)f[0], (float)f[1]}, (i64*)a[14], threads);",
+            "}",
+            f"{_EXTERN} int loss_backward_{name}(const i64* a, const double* f, i64 threads) {{",
+            f"  return loss::backward<{t}>((const float*)a[0], (const {t}*)a[1], a[2], (const {t}*)a[3], a[4],",
+            f"      (const {t}*)a[5], (const i64*)a[6], (const float*)a[7], ({t}*)a[8], ({t}*)a[9], ({t}*)a[10],",
+            "      a[11], a[12], a[13], {a[14], a[15], a[16], (float)f[0], (float)f[1]}, (i64*)a[17], threads);",
+            "}",
+        ]
+    return unit("loss", lines)

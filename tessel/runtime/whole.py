@@ -1,0 +1,49 @@
+"""Operators that are made of several matrix products and have a kernel of their own, outside the tile programs.
+
+    run, why = whole(node, "native", target.features)
+
+``run`` takes what the operator's reference takes; ``None``: the reference runs, for the reason in ``why``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+
+from ..ir.node import Node
+from .loss_cpu import loss_kernels
+from .matmul_cpu import by_library
+
+__all__ = ["WHOLE", "whole"]
+
+WHOLE = frozenset({"linear_cross_entropy", "linear_cross_entropy_backward"})
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def whole(
+    node: Node, how: str, features: Collection[str], wanted: bool = False
+) -> tuple[Callable[..., Any] | None, str]:
+    """What runs a node of ``WHOLE``, and why.
+
+    Args:
+        node: one of these operators.
+        how: ``Place.how``.
+        features: of the CPU.
+        wanted: the kernel is asked for wherever there is one.
+    """
+    if how != "native":
+        return None, "its reference in torch, a chunk at a time"
+    dtype = node.operands[1].dtype
+    why = None
+    if dtype not in _CPU_DTYPES or (dtype == torch.bfloat16 and "avx512_bf16" not in features):
+        why = f"{str(dtype).removeprefix('torch.')} has no kernel on this CPU"
+    why = why or by_library(node, features, wanted)
+    if why is None:
+        kernels = loss_kernels()
+        if not isinstance(kernels, str):
+            backward = node.op.name.endswith("_backward")
+            return (kernels.backward if backward else kernels.forward), "Tessel's kernel: logits are never written"
+        why = kernels
+    return None, f"its reference in torch, a chunk at a time: {why}"
