@@ -96,12 +96,11 @@ def visible(
     tensor([[ True,  True, False, False],
             [False,  True,  True, False]])
     """
-    if not causal and window is None:
-        return None
     last = torch.arange(queries, device=device)[:, None] + offset
     j = torch.arange(keys, device=device)
-    shown = j <= last if causal else j < last + window
-    return shown if window is None else shown & (j > last - window)
+    if window is None:
+        return j <= last if causal else None
+    return (j > last - window) & (j <= last if causal else j < last + window)
 
 
 def _whole_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -14,13 +14,12 @@ import torch
 
 from ..errors import TesselError, check
 from ..ir.node import Graph, Node, Value
-from ..ir.types import Dim, TensorType, dim_equal, product, simplify_dim
+from ..ir.types import Dim, TensorType, product, simplify_dim
+from . import attention
 from .axes import Layout, parse_layout
-from .index import Cond, Index, constant, delinearize, exact_div, scale, var
-from .index import floordiv as index_div
+from .index import Cond, Index, constant, delinearize, scale, var
 from .kernel import (
     ACC,
-    LSE,
     Access,
     Axis,
     Compute,
@@ -48,7 +47,8 @@ def lower(node: Node) -> Kernel:
     """
     check(node.op.name == "kernel", lambda: f"{node.op.name} is not a kernel node")
     family = node.attrs["family"]
-    maker = {"matmul": _matmul, "attention": _attention}.get(family, _plain)
+    makers = {"matmul": _matmul, "attention": attention.forward, "attention_backward": attention.backward}
+    maker = makers.get(family, _plain)
     return maker(Lowering(node))
 
 
@@ -293,54 +293,6 @@ def _matmul(low: Lowering) -> Kernel:
     )
     flops = 2 * product((*(low.axes[i].extent for i in batch_axes), m_size, n_size, k_size))
     return low.kernel(axes, low.take(), parts=parts, provides=provides, flops=flops)
-
-
-def _attention(low: Lowering) -> Kernel:
-    """Rows m of the queries, columns n of the keys, head widths d and e; a mask edits the score."""
-    (node,) = (n for n in low.region.nodes if n.op.kind == "attention")
-    q, k, v, mask, *_ = (*node.args, None)
-    heads, kv_heads = q.shape[-3], k.shape[-3]
-    group = heads if dim_equal(heads, kv_heads) else exact_div(heads, kv_heads)
-    batch = [var(f"x{i}", size) for i, size in enumerate(q.shape[:-2])]
-    m, n = var("m", q.shape[-2]), var("n", k.shape[-2])
-    d, e = var("d", q.shape[-1]), var("e", v.shape[-1])
-    shared = batch[-1] if dim_equal(heads, kv_heads) else index_div(batch[-1], group)
-    parts: dict[str, tuple[Stmt, ...]] = {}
-    provides: dict[str, Operand] = {}
-    kv = (*batch[:-1], shared)
-    for name, x, coords in (("q", q, (*batch, m, d)), ("k", k, (*kv, n, d)), ("v", v, (*kv, n, e))):
-        provides[name] = low.at(x, coords)
-        parts[name] = low.take()
-    score: Operand = Ref(ACC)
-    if mask is not None:
-        got = low.at(mask, broadcast(mask.type, (*batch, m, n)))
-        if mask.dtype == torch.bool:
-            score = low.compute("where", (got, Ref(ACC), float("-inf")), torch.float32, torch.float32)
-        else:
-            wide = low.compute("cast", (got,), torch.float32, mask.dtype)
-            score = low.compute("add", (Ref(ACC), wide), torch.float32, torch.float32)
-    provides["score"] = score
-    parts["score"] = low.take()
-    scale_ = node.attrs["scale"]
-    first = len(low.region.inputs)
-    for i, out in enumerate(low.region.outputs):
-        is_lse = out.index == 1
-        where = (*batch, m) if is_lse else (*batch, m, e)
-        low.stmts.append(Store(Access(first + i, where), Ref(LSE if is_lse else ACC), out.dtype))
-    axes = (
-        *(Axis(f"x{i}", size, "x") for i, size in enumerate(q.shape[:-2])),
-        Axis("m", q.shape[-2], "x"),
-        Axis("n", k.shape[-2], "r"),
-        Axis("d", q.shape[-1], "r"),
-        Axis("e", v.shape[-1], "x"),
-    )
-    flops = 2 * product((*q.shape[:-1], k.shape[-2])) * (q.shape[-1] + v.shape[-1])
-    attrs = {
-        "causal": node.attrs["causal"],
-        "scale": scale_ if scale_ is not None else float(q.shape[-1]) ** -0.5,
-        "offset": node.attrs.get("offset", 0),
-    }
-    return low.kernel(axes, low.take(), parts=parts, provides=provides, attrs=attrs, flops=flops)
 
 
 __all__ = ["lower", "reshape_coords"]
