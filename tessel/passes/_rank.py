@@ -1,0 +1,214 @@
+"""Writes down the program of one rank: the graph of its shares, from what ``partition`` decided for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+
+from ..errors import TesselError
+from ..ir.node import Builder, Graph, Node, Value, make_input, map_values
+from ..ir.sharding import Sharding
+from ..ir.types import TensorType, Type
+from ..ir.verify import same_type
+from ..ops import OPS, Piece
+from ..targets.mesh import Mesh
+from ._factors import Axes, Rule, rule_of
+from ._reshard import Step, sources
+
+
+@dataclass(frozen=True)
+class Move:
+    """A value brought from one sharding to another, and for whom."""
+
+    value: Value
+    steps: tuple[Step, ...]
+    why: str
+
+    @property
+    def before(self) -> Sharding:
+        return self.steps[0].before
+
+    @property
+    def after(self) -> Sharding:
+        return self.steps[-1].after
+
+
+@dataclass(frozen=True)
+class Local:
+    """A node computed on each device's share.
+
+    Attributes:
+        node: of the whole graph.
+        split: its factors and the mesh axes that split each.
+        reads: the sharding in which each tensor operand is read, in order.
+        results: the sharding of each tensor result.
+    """
+
+    node: Node
+    split: Mapping[str, Axes]
+    reads: tuple[Sharding, ...]
+    results: tuple[Sharding, ...]
+
+
+Action: TypeAlias = "Move | Local"
+
+
+def write_rank(
+    graph: Graph,
+    mesh: Mesh,
+    rank: int,
+    actions: Sequence[Action],
+    inputs: Sequence[Sharding | None],
+    outputs: Sequence[Sharding | None],
+    effects: Sequence[Sharding],
+) -> Graph:
+    """The graph that a rank runs: the same nodes in the same order on every rank, with its own offsets."""
+    return _Writer(graph, mesh, rank).write(actions, inputs, outputs, effects)
+
+
+class _Writer:
+    def __init__(self, graph: Graph, mesh: Mesh, rank: int) -> None:
+        self.graph, self.mesh, self.rank = graph, mesh, rank
+        self.coordinates = mesh.coordinates(rank)
+        self.builder = Builder()
+        self.env: dict[tuple[Value, Sharding], Value] = {}
+        self.plain: dict[Value, Value] = {}  # host numbers
+
+    def write(
+        self,
+        actions: Sequence[Action],
+        inputs: Sequence[Sharding | None],
+        outputs: Sequence[Sharding | None],
+        effects: Sequence[Sharding],
+    ) -> Graph:
+        graph = self.graph
+        made: dict[Node, Node] = {}
+        for node, sharding in zip(graph.inputs, inputs, strict=True):
+            t: Type = node.types[0]
+            if sharding is not None and isinstance(t, TensorType):
+                t = TensorType(sharding.local_shape(t.shape, self.mesh), t.dtype, None, t.device)
+            new = make_input(node.attrs["name"], t, node.attrs["role"], node.loc)
+            self.builder.inputs.append(new)
+            made[node] = new
+            if sharding is None:
+                self.plain[node.out] = new.out
+            else:
+                self.env[node.out, sharding] = new.out
+        for action in actions:
+            if isinstance(action, Move):
+                self.move(action)
+            else:
+                self.local(action)
+
+        def leaving(out: Any, sharding: Sharding | None) -> Any:
+            return self.env[out, sharding] if sharding is not None else map_values(out, self.plain.__getitem__)
+
+        return self.builder.finish(
+            [leaving(o, s) for o, s in zip(graph.outputs, outputs, strict=True)],
+            tuple((made[n], self.env[v, s]) for (n, v), s in zip(graph.effects, effects, strict=True)),
+            graph.name,
+        )
+
+    # ------------------------------------------------------------ moves
+
+    def move(self, move: Move) -> None:
+        x = self.env[move.value, move.before]
+        self.builder.loc = move.value.node.loc
+        for step in move.steps:
+            x = self.step(x, step)
+        self.env[move.value, move.after] = x
+
+    def step(self, x: Value, step: Step) -> Value:
+        parts = prod(self.mesh[a] for a in step.axes)
+        if step.kind == "slice":
+            size = x.shape[step.dim] // parts
+            start = self.mesh.index(self.rank, step.axes) * size
+            return self.builder.add(OPS["slice"], x, dim=step.dim, start=start, size=size, step=1)
+        attrs: dict[str, Any] = {"axes": step.axes, "parts": parts}
+        if step.kind == "all_to_all":
+            attrs |= {"split": step.split, "join": step.dim}
+        elif step.kind == "collective_permute":
+            attrs["sources"] = sources(step.before, step.after, step.axes, self.mesh)
+        elif step.kind != "all_reduce":
+            attrs["dim"] = step.dim
+        if step.combine:
+            attrs["combine"] = step.combine
+        return self.builder.add(OPS[step.kind], x, **attrs)
+
+    # ------------------------------------------------------------ nodes
+
+    def local(self, action: Local) -> None:
+        node, rule = action.node, rule_of(action.node)
+        self.builder.loc = node.loc
+        reads = iter(action.reads)
+        pieces = [self.piece(node, rule, f, axes) for f, axes in action.split.items()]
+        # zeros where only the first piece of a factor may count an operand
+        once = {i for first, p in pieces if not first for i in p.once}
+        count = iter(range(len(rule.operands)))
+
+        def share(v: Value) -> Value:
+            if not isinstance(v.type, TensorType):
+                return self.plain[v]
+            x = self.env[v, next(reads)]
+            if next(count) in once:
+                zero = False if x.dtype == torch.bool else 0
+                return self.builder.add(OPS["full"], shape=x.shape, value=zero, dtype=x.dtype)
+            return x
+
+        args = [map_values(a, share) for a in node.args]
+        for _, p in pieces:
+            for place, literal in p.args.items():
+                args[place] = literal
+        local = [s.local_shape(v.shape, self.mesh) for v, s in zip(rule.results, action.results, strict=True)]
+        attrs = self.attrs(node, [p for _, p in pieces], local)
+        types = self.types(node, rule, local)
+        if node.op.infer is not None:
+            inferred = node.op.infer(*(map_values(a, lambda v: v.type) for a in args), **attrs)
+            if not all(map(same_type, inferred, types)) or len(inferred) != len(types):
+                raise TesselError(
+                    f"{node.op.name} at {node.loc}: split as {dict(action.split)} its share would be "
+                    f"{', '.join(map(str, types))}, its types say {', '.join(map(str, inferred))}"
+                )
+            types = inferred
+        new = self.builder.append(Node(node.op, tuple(args), attrs, types, node.regions, node.loc))
+        mine = iter(action.results)
+        for old, got in zip(node.outs, new.outs, strict=True):
+            if isinstance(old.type, TensorType):
+                self.env[old, next(mine)] = got
+            else:
+                self.plain[old] = got
+
+    def piece(self, node: Node, rule: Rule, factor: str, axes: Axes) -> tuple[bool, Piece]:
+        """Whether this rank has the first piece of a factor, and what its piece needs."""
+        size = rule.sizes[factor] // prod(self.mesh[a] for a in axes)
+        index = self.mesh.index(self.rank, axes)
+        return index == 0, node.op.split(node, factor, index * size, size) if node.op.split else Piece()
+
+    def attrs(self, node: Node, pieces: list[Piece], local: list[tuple[Any, ...]]) -> dict[str, Any]:
+        """The attributes of the share: each piece's changes, added up where several change one."""
+        attrs = dict(node.attrs)
+        for key in dict.fromkeys(k for p in pieces for k in p.attrs):
+            if key == "shape":
+                attrs[key] = local[0]
+                continue
+            old = node.attrs.get(key)
+            changed = [p.attrs[key] for p in pieces if key in p.attrs and p.attrs[key] != old]
+            if len(changed) > 1 and not all(isinstance(c, int) for c in changed):
+                raise TesselError(f"{node.op.name} at {node.loc}: two split axes change {key}; split one of them")
+            attrs[key] = changed[0] if len(changed) == 1 else (old or 0) + sum(c - (old or 0) for c in changed)
+            if not changed:
+                attrs[key] = pieces[0].attrs.get(key, old)
+        return attrs
+
+    def types(self, node: Node, rule: Rule, local: list[tuple[Any, ...]]) -> tuple[Type, ...]:
+        shapes = iter(local)
+        return tuple(
+            TensorType(next(shapes), t.dtype, None, t.device) if isinstance(t, TensorType) else t for t in node.types
+        )
+
+
+__all__ = ["Action", "Local", "Move", "write_rank"]
