@@ -22,6 +22,7 @@ from ..tiles.header import TEMPLATES, environment
 from ..tiles.index import Index, substitute
 from ..tiles.kernel import Axis, Compute, Kernel, Load, Store
 from . import cpp_attention, cpp_matmul
+from .cpp_attention_backward import attention_backward
 from .cpp_expr import Emitter
 from .cpp_reduce import reduction
 from .cpp_scan import scan
@@ -72,7 +73,9 @@ def headers(sources: Iterable[CppSource]) -> dict[str, str]:
     """The headers that the file of these kernels includes, by file name."""
     families = {s.kernel.family for s in sources}
     products = cpp_matmul.headers() if "matmul" in families else {}
-    return {"tessel.hpp": header(), **products, **(cpp_attention.headers() if "attention" in families else {})}
+    backward = "attention_backward" in families
+    attention = cpp_attention.headers(backward) if backward or "attention" in families else {}
+    return {"tessel.hpp": header(), **products, **attention}
 
 
 def render(kernel: Kernel) -> CppSource:
@@ -81,7 +84,14 @@ def render(kernel: Kernel) -> CppSource:
     Raises:
         TesselError: a family without a C++ template, or a value that has no C++ form.
     """
-    makers = {"pointwise": _pointwise, "reduction": reduction, "scan": scan, "matmul": _matmul, "attention": _attention}
+    makers = {
+        "pointwise": _pointwise,
+        "reduction": reduction,
+        "scan": scan,
+        "matmul": _matmul,
+        "attention": _attention,
+        "attention_backward": _attention_backward,
+    }
     if kernel.family not in makers:
         raise TesselError(f"no C++ template for {kernel.family} kernels")
     space = space_of(kernel) if kernel.family in ("pointwise", "reduction", "scan") else Space((), (), {})
@@ -104,7 +114,7 @@ def render(kernel: Kernel) -> CppSource:
 def translation_unit(sources: Iterable[CppSource]) -> str:
     """One file with all kernels; it includes their ``headers``."""
     sources = list(sources)
-    includes = "".join(f'#include "{name}"\n' for name in headers(sources) if not name.startswith("attention_"))
+    includes = "".join(f'#include "{name}"\n' for name in headers(sources) if name != "attention_tiles.hpp")
     return f"{includes}using namespace tessel;\n\n" + "\n".join(s.text for s in sources)
 
 
@@ -127,6 +137,10 @@ def _matmul(kernel: Kernel, space: Space) -> dict[str, Any]:
 
 def _attention(kernel: Kernel, space: Space) -> dict[str, Any]:
     return cpp_attention.attention(kernel)
+
+
+def _attention_backward(kernel: Kernel, space: Space) -> dict[str, Any]:
+    return attention_backward(kernel)
 
 
 def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:

@@ -26,16 +26,17 @@ from ..ir.types import Dim, product
 from ..tiles.default import batch_axes
 from ..tiles.header import TEMPLATES, environment
 from ..tiles.index import Index, exact_div, linearize, var
-from ..tiles.kernel import ACC, LSE, Axis, Compute, Kernel, Load, Ref, Stmt, indices_of, refs
+from ..tiles.kernel import ACC, LSE, Axis, Compute, Kernel, Load, Ref, Stmt, Store, indices_of, refs
 from .cpp_expr import Dims, Emitter
 from .cpp_space import Space
 from .cpp_text import points, simd
 from .cpp_words import cast, literal, size_text, value_type
 
-__all__ = ["attention", "headers", "refusal"]
+__all__ = ["Writer", "attention", "headers", "refusal"]
 
 _ELEMENTS = {torch.float32: "float", torch.float16: "float", torch.bfloat16: "bf16_word"}
 
+_BOUNDS = (("causal", False), ("window", None), ("offset", 0))
 _VECTORS = 32  # a multiple of the lanes of any CPU, twice
 _FEW = 8  # query rows a key head up to which keys and values are read where they lie
 
@@ -59,13 +60,11 @@ def refusal(dtype: torch.dtype, features: Iterable[str]) -> str | None:
 
 
 @cache
-def headers() -> dict[str, str]:
-    """The headers of attention kernels, by file name."""
+def headers(backward: bool = False) -> dict[str, str]:
+    """The headers of attention kernels, by file name; with ``backward`` those of their gradients too."""
+    names = ["attention.hpp", *(["attention_backward.hpp"] if backward else [])]
     tiles = str(environment().get_template("attention_tiles.hpp.j2").render())
-    return {
-        "attention.hpp": (TEMPLATES / "attention.hpp").read_text(encoding="utf-8"),
-        "attention_tiles.hpp": tiles,
-    }
+    return {**{n: (TEMPLATES / n).read_text(encoding="utf-8") for n in names}, "attention_tiles.hpp": tiles}
 
 
 def attention(kernel: Kernel) -> dict[str, Any]:
@@ -74,7 +73,7 @@ def attention(kernel: Kernel) -> dict[str, Any]:
     Raises:
         TesselError: a dtype or a head width that the kernel does not take, or an operand that reads indices.
     """
-    return _Writer(kernel).context()
+    return Writer(kernel).context()
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,10 @@ def _closure(stmts: tuple[Stmt, ...], roots: Iterable[int]) -> tuple[list[Stmt],
     return [s for s in stmts if getattr(s, "out", None) in wanted or s in checks], ACC in wanted
 
 
-class _Writer:
+class Writer:
     """Writes the parts of one kernel."""
+
+    few_rows = True  # whether a handful of queries has a form of its own
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -147,7 +148,7 @@ class _Writer:
         self.known = [a.name for a in self.at.batches]
         self.row = [f"const i64 member = row / {size_text(self.m)}, m = row % {size_text(self.m)};"]
         rows = product((self.at.group, self.m))
-        self.few = rows if isinstance(rows, int) and rows <= _FEW else None
+        self.few = rows if self.few_rows and isinstance(rows, int) and rows <= _FEW else None
         provided = kernel.provides["q"]
         assert isinstance(provided, Ref)
         self.dtype = self._dtype_of("q", provided)
@@ -159,15 +160,32 @@ class _Writer:
         raise TesselError(f"{self.kernel.name}: part {part!r} provides a value that it does not compute")
 
     def context(self) -> dict[str, Any]:
+        """The words of the template."""
+        words = self.common()
+        if words["edit"] is None and not self.scale > 0:  # the greatest product is not the greatest score
+            words |= {"edit": {"where": [], "row": [], "pragma": "", "body": []}, "has_edit": "true"}
+        return {
+            **words,
+            "store": self.stored((Ref(ACC), Ref(LSE)), "e", "member", "m"),
+            "form": f"few<Element, {self.few}, " if self.few else "tiled<Element, ",
+        }
+
+    @property
+    def scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        scale = self.kernel.attrs.get("scale")
+        return 1 / math.sqrt(int(self.kernel.axis("d").extent)) if scale is None else scale  # type: ignore[arg-type]
+
+    def common(self) -> dict[str, Any]:
+        """What forward and backward kernels are both told."""
         kernel = self.kernel
         check(self.dtype in _ELEMENTS, lambda: f"{kernel.name}: no C++ attention of {self.dtype}")
         widths = [kernel.axis(n).extent for n in "de"]
         check(all(isinstance(n, int) for n in widths), lambda: f"{kernel.name}: a head width is not a known number")
         seen, edit, seen_rows = self._scores()
-        scale = kernel.attrs.get("scale")
-        scale = 1 / math.sqrt(int(widths[0])) if scale is None else scale
-        if edit is None and not scale > 0:  # the greatest product is not the greatest score
-            edit = {"where": [], "row": [], "pragma": "", "body": []}
+        sink = self.number("sink") if "sink" in kernel.parts else None
+        causal, window, offset = (kernel.attrs.get(n, default) for n, default in _BOUNDS)
+        wide = 0 if causal or window is None else window - 1  # without causal a window reaches to both sides
         return {
             "element": _ELEMENTS[self.dtype],
             "q": self._operand("q", "d", [*self.batch, *self.row], [*self.known, "member", "m"]),
@@ -175,21 +193,41 @@ class _Writer:
             "v": self._operand("v", "e", self.batch, [*self.known, "n"]),
             "seen": seen,
             "edit": edit,
-            "store": self._store(),
-            "form": f"few<Element, {self.few}, " if self.few else "tiled<Element, ",
+            "sink": sink,
             "batches": size_text(product(a.extent for a in self.at.batches)),
             "group": size_text(self.at.group),
             "m": size_text(self.m),
             "n": size_text(kernel.axis("n").extent),
             "d": widths[0],
             "e": widths[1],
-            "offset": size_text(kernel.attrs.get("offset", 0)),
-            "scale": literal(scale, torch.float32),
-            "causal": _flag(kernel.attrs.get("causal", False)),
+            "left": size_text(offset - window + 1) if window is not None else "0",
+            "right": size_text(offset + wide),
+            "scale": literal(self.scale, torch.float32),
+            "has_right": _flag(causal or window is not None),
+            "has_left": _flag(window is not None),
             "has_seen": _flag(seen),
             "seen_rows": _flag(seen_rows),
             "has_edit": _flag(edit),
+            "has_sink": _flag(sink),
         }
+
+    def number(self, part: str) -> dict[str, Any]:
+        """One float of a row: lines that compute it, and its name."""
+        provided = self.kernel.provides[part]
+        e = Emitter(self.kernel, self.at.space)
+        e.nest([*self.known, "member", "m"], [])
+        for s in self.kernel.parts[part]:
+            e.emit(s)
+        check(not e.flags, lambda: f"{self.kernel.name}: part {part!r} reads indices that must be checked")
+        text, _, dtype = e.values[provided.number]
+        return {"lines": [*self.batch, *self.row, *e.blocks[0]], "value": cast(text, dtype, torch.float32)}
+
+    def whole_rows(self, lane: str) -> str:
+        """When a row of an operand can be read where it lies, past its own elements: a condition in C++."""
+        extent = size_text(self.kernel.axis(lane).extent)
+        if lane == "d":  # rows are read by whole vectors of words
+            return f"words<Element>({extent}) % LANES == 0"
+        return f"{extent} % {'(2 * LANES)' if self.few else 'LANES'} == 0"
 
     def _operand(self, part: str, lane: str, where: list[str], known: list[str]) -> dict[str, Any]:
         """How a row of queries, keys or values is found or computed."""
@@ -203,7 +241,6 @@ class _Writer:
         e.nest(known, [lane])
         for s in stmts:
             e.emit(s)
-        whole = "(2 * LANES)" if self.few else "LANES"
         check(not e.flags, lambda: f"{kernel.name}: part {part!r} reads indices that must be checked")
         text, dims, _ = e.values[provided.number]
         e.line(f"put(to + {lane}, {text});", dims | {lane})
@@ -218,8 +255,7 @@ class _Writer:
             "direct": direct,
             "always": direct and dtype == torch.float32 and int(kernel.axis(lane).extent) % _VECTORS == 0,
             "itemsize": dtype.itemsize,
-            # Rows are read by whole vectors, of words along d.
-            "whole": f"words<Element>({extent}) % LANES == 0" if lane == "d" else f"{extent} % {whole} == 0",
+            "whole": self.whole_rows(lane),
         }
 
     def _direct(self, stmts: tuple[Stmt, ...], provided: Ref, lane: str) -> str:
@@ -241,32 +277,44 @@ class _Writer:
 
     # ------------------------------------------------------------ scores
 
-    def _scores(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None, bool]:
-        """What says which keys are seen, what else edits the scores, and whether the first varies along the rows."""
+    def _peeled(self) -> tuple[list[tuple[int, bool]], Any]:
+        """The conditions around the scores, each with what it must be, and the score where all hold."""
         stmts = self.kernel.parts.get("score", ())
         made = {s.out: s for s in stmts if hasattr(s, "out")}
         value = self.kernel.provides.get("score", Ref(ACC))
         conds: list[tuple[int, bool]] = []
         while isinstance(value, Ref):
-            s = made.get(value.number)
-            peeled = _condition(s, stmts)
+            peeled = _condition(made.get(value.number), stmts)
             if peeled is None:
                 break
             conds.append(peeled[:2])
             value = peeled[2]
-        seen, rows = self._seen(stmts, conds) if conds else (None, False)
+        check(isinstance(value, Ref), lambda: f"{self.kernel.name}: the scores are a constant")
+        return conds, value
+
+    def edits(self) -> tuple[list[Stmt], Any]:
+        """The statements that edit a score, conditions around it left out, and the edited score."""
+        _, value = self._peeled()
+        return _closure(self.kernel.parts.get("score", ()), [value.number])[0], value
+
+    def _scores(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None, bool]:
+        """What says which keys are seen, what else edits the scores, and whether the first varies along the rows."""
+        conds, value = self._peeled()
+        seen, rows = self._seen(self.kernel.parts["score"], conds) if conds else (None, False)
         if value == Ref(ACC):
             return seen, None, rows
-        check(isinstance(value, Ref), lambda: f"{self.kernel.name}: the scores are a constant")
-        needed, _ = _closure(stmts, [value.number])
         e = self._score_emitter()
         e.values[ACC] = "to[n - n0]", frozenset({"n"}), torch.float32
-        for s in needed:
-            e.emit(s)
-        text, dims, dtype = e.values[value.number]
-        text = text if value_type(dtype) == "float" else cast(text, dtype, torch.float32)
+        text, dims = self._written(e, self.edits()[0], value)
         e.line(f"to[n - n0] = {text};", dims | {"n"})
         return seen, self._loop(e), rows
+
+    def _written(self, e: Emitter, stmts: Iterable[Stmt], value: Ref) -> tuple[str, Dims]:
+        """Write statements; a value among them as a float."""
+        for s in stmts:
+            e.emit(s)
+        text, dims, dtype = e.values[value.number]
+        return (text if value_type(dtype) == "float" else cast(text, dtype, torch.float32)), dims
 
     def _seen(self, stmts: tuple[Stmt, ...], conds: list[tuple[int, bool]]) -> tuple[dict[str, Any], bool]:
         e = self._score_emitter()
@@ -295,14 +343,16 @@ class _Writer:
             "pragma": simd({"|": ["bad"]} if e.flags else {}),
         }
 
-    def _store(self) -> dict[str, Any]:
+    def stored(self, values: tuple[Ref, ...], lane: str, *known: str) -> dict[str, Any]:
+        """How a row of a result is stored: those statements of the body that store ``values``."""
         e = Emitter(self.kernel, self.at.space)
-        e.nest([*self.known, "member", "m"], ["e"])
-        e.define(0, "acc", "out[e] * inv", frozenset({"e"}), torch.float32)
-        e.values = {ACC: e.values[0], LSE: ("lse", frozenset(), torch.float32)}
+        e.nest([*self.known, *known], [lane])
+        e.define(0, "acc", f"out[{lane}] * inv", frozenset({lane}), torch.float32)
+        e.values = {**dict.fromkeys((v.number for v in values), e.values[0]), LSE: ("lse", frozenset(), torch.float32)}
         for s in self.kernel.body:
-            e.emit(s)
-        return self._loop(e)
+            if not isinstance(s, Store) or s.arg in values:
+                e.emit(s)
+        return {**self._loop(e), "where": [*self.batch, *(self.row if "m" in known else ())]}
 
 
 def _condition(stmt: Stmt | None, stmts: tuple[Stmt, ...]) -> tuple[int, bool, Any] | None:

@@ -4,6 +4,7 @@
 //     q_row(x, row, to), k_row(x, n, to), v_row(x, n, to)   where the row lies, perhaps written to ``to``
 //     seen(x, row, n0, count, to)     bytes: which keys from n0 on the row may see
 //     edit(x, row, n0, count, s)      the scaled scores, edited in place
+//     sink_of(x, row)                 one more score, of no key
 //     store(x, row, out, inv, lse)    the result times 1 / inv, and the logarithm of the sum of exponentials
 // where x counts (batch, key head). The running maximum and sums follow Milakov and Gimelshein (2018), "Online
 // normalizer calculation for softmax", and the blocking FlashAttention (Dao et al., 2022).
@@ -19,8 +20,10 @@ constexpr i64 BLOCK = 64;              // rows whose scores are held at a time
 constexpr i64 MOST = 512;              // rows that share a packed block of keys
 constexpr float LOG2E = 0x1.715476p+0f, LN2 = 0x1.62e430p-1f;
 
+// Batches of key heads, heads that share one, queries, keys. Where the bounds count, query i sees the keys
+// i + left .. i + right.
 struct Shape {
-  i64 batches, group, m, n, offset;  // batches of key heads, heads that share one, queries, keys; see ``causal``
+  i64 batches, group, m, n, left, right;
 };
 
 template <class T> constexpr i64 words(i64 elements) { return (elements * (i64)sizeof(T) + 3) / 4; }
@@ -66,6 +69,32 @@ template <class T> INLINE void put(T* to, vf x) {
   else put(to, x, Full{});
 }
 
+// Keys of a block that some of a few rows see: ``from`` is a multiple of LANES; ``all``: every row is known to see all.
+struct Span {
+  i64 from, to;
+  bool all;
+};
+
+// Keys of the block from n0 on that some of the rows first .. last may see, by the bounds.
+template <bool RIGHT, bool LEFT> INLINE Span sight(const Shape& shape, i64 first, i64 last, i64 n0, i64 block) {
+  if (!RIGHT && !LEFT) return {0, block, true};
+  const bool one = first / shape.m == last / shape.m;
+  const i64 low = LEFT ? clip((one ? first % shape.m : 0) + shape.left - n0, 0, block) : 0;
+  const i64 high = RIGHT ? clip((one ? last % shape.m : shape.m - 1) + shape.right + 1 - n0, 0, block) : block;
+  return low < high ? Span{low / LANES * LANES, high, true} : Span{0, 0, true};
+}
+// The first key of the block from n0 on that a row sees.
+template <bool LEFT> INLINE i64 first_seen(const Shape& shape, i64 row, i64 n0, i64 block) {
+  return LEFT ? clip(row % shape.m + shape.left - n0, 0, block) : 0;
+}
+
+// The lanes of a vector at ``at`` that lie in from .. to.
+INLINE vi within_lanes(i64 at, i64 from, i64 to) {
+  vi lane;
+  for (i32 l = 0; l < LANES; ++l) lane[l] = l;
+  return (lane >= (i32)(from - at)) & (lane < (i32)(to - at));
+}
+
 // The weights of a row's scores into p, the sums of LANES of them added to ``sums``.
 template <class T> INLINE void weights(const float* s, T* p, i64 count, float scale, float base, float* sums) {
   vf sum = get<vf>(sums, Full{});
@@ -106,10 +135,10 @@ template <class T> INLINE void no_weights(T* p, i64 from, i64 to) {
   for (; from < to; from += LANES) put(p + from, vf{});
 }
 
-// A row's next scores (of ``mine`` keys) into weights; its sums so far fade where a greater score has come.
+// A row's next scores (of ``mine`` keys, the first ``low`` hidden) into weights; its sums so far fade where a greater score has come.
 // Rows of scores and of what may be seen have room for whole vectors.
 template <bool SEEN, bool EDIT, i64 WIDE, class T, class F>
-INLINE int weigh(float* row, T* weight, i64 mine, const u8* may, float scale, float c, float* top, float* sums, float* o, F edit) {
+INLINE int weigh(float* row, T* weight, i64 low, i64 mine, const u8* may, float scale, float c, float* top, float* sums, float* o, F edit) {
   const i64 wide = whole(mine, LANES);
   int bad = 0;
   if (EDIT) {
@@ -119,6 +148,7 @@ INLINE int weigh(float* row, T* weight, i64 mine, const u8* may, float scale, fl
   if (SEEN && may)
     for (i64 j = 0; j < wide; j += LANES)
       put(row + j, widened(may + j) != 0 ? get<vf>(row + j, Full{}) : all(-INF));
+  for (i64 j = 0; j < low; j += LANES) put(row + j, within_lanes(j, low, wide) ? get<vf>(row + j, Full{}) : all(-INF));
   if (mine < wide)
     put(row + wide - LANES, chosen(Part{mine - wide + LANES}, get<vf>(row + wide - LANES, Full{}), all(-INF)));
   const float high = greatest(row, wide), old = *top;
@@ -157,9 +187,9 @@ INLINE void pack_keys(i64 x, i64 n0, i64 count, word* to, word* rows, K k_row) {
 }
 
 // Rows of values cut into panels; two rows of bf16 make one of pairs.
-template <class T, i64 E, class V>
+template <class T, i64 E, i64 MANY = KEYS, class V>
 INLINE void pack_values(i64 x, i64 n0, i64 count, word* to, word* rows, V v_row) {
-  constexpr i64 PER = 4 / sizeof(T), ALL = whole(E, LANES) / LANES, DEPTH = KEYS / PER, WIDE = whole(E, LANES);
+  constexpr i64 PER = 4 / sizeof(T), ALL = whole(E, LANES) / LANES, DEPTH = MANY / PER, WIDE = whole(E, LANES);
   for (i64 k = 0; k < ceil_div(count, PER); ++k) {
     const T* a = v_row(x, n0 + k * PER, (T*)rows);
     const T* b = a;
@@ -178,11 +208,6 @@ INLINE void pack_values(i64 x, i64 n0, i64 count, word* to, word* rows, V v_row)
   }
 }
 
-// Keys of a block that some of a few rows see: ``from`` is a multiple of LANES; ``all``: every row is known to see all.
-struct Span {
-  i64 from, to;
-  bool all;
-};
 INLINE bool some(vb x) {
   u64 w[LANES / 8], all = 0;
   __builtin_memcpy(w, &x, LANES);
@@ -193,7 +218,7 @@ constexpr u8 NO_KEY = 2;  // in the place of a key beyond the last one
 INLINE Span narrowed(Span span, const u8* seen, i64 rows) {
   i64 first = span.to, last = 0;
   vb hidden = {};  // where some row does not see a key
-  for (i64 at = 0; at < span.to; at += LANES) {
+  for (i64 at = span.from; at < span.to; at += LANES) {
     vb any = {};
     for (i64 i = 0; i < rows; ++i) {
       const vb row = get<vb>(seen + i * KEYS + at, Full{});
@@ -224,9 +249,16 @@ INLINE Pieces pieces_of(const Shape& shape, i64 threads) {
   return {rows, ceil_div(all, rows)};
 }
 
-template <class T, i64 D, i64 E, bool CAUSAL, bool SEEN, bool SEEN_ROWS, bool EDIT, class Q, class K, class V, class C,
-          class F, class S>
-INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V v_row, C seen_row, F edit, S store) {
+// What a row's sums start from: nothing, or its sink.
+template <bool SINK, class N> INLINE void start(i64 x, i64 row, float inverse, float* top, float* sums, N sink_of) {
+  *top = SINK ? sink_of(x, row) * inverse : -INF;
+  put(sums, vf{});
+  if (SINK && *top != -INF) sums[0] = 1;
+}
+
+template <class T, i64 D, i64 E, bool RIGHT, bool LEFT, bool SEEN, bool SEEN_ROWS, bool EDIT, bool SINK, class Q, class K, class V,
+          class C, class F, class N, class S>
+INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V v_row, C seen_row, F edit, N sink_of, S store) {
   const Pieces pieces = pieces_of(shape, threads);
   const i64 piece = pieces.rows, each = pieces.each;
   const i64 work = shape.batches * shape.group * shape.m * shape.n * ceil_div(D + E, 32);
@@ -257,43 +289,32 @@ INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, 
     int bad = 0;
     for (i64 item = first; item < last; ++item) {
       const i64 x = item / each, turn = item % each;
-      const i64 begin = (!CAUSAL ? turn : turn % 2 ? each - 1 - turn / 2 : turn / 2) * piece;  // long and short ones
+      const i64 begin = (!RIGHT ? turn : turn % 2 ? each - 1 - turn / 2 : turn / 2) * piece;  // long and short ones
       const i64 count = min(piece, shape.group * shape.m - begin);
       for (i64 i = 0; i < count; ++i) {
         const word* from = (const word*)q_row(x, begin + i, (T*)(q + i * DEPTH));
         if (from != q + i * DEPTH) for (i64 d = 0; d < DEPTH; ++d) q[i * DEPTH + d] = from[d];
-        top[i] = -INF;
+        start<SINK>(x, begin + i, EDIT ? 1.0f : 1 / scale, top + i, sums + i * LANES, sink_of);
       }
       memset(o, 0, whole(count, ROWS) * WIDE * 4);
-      memset(sums, 0, count * LANES * 4);
-      i64 end = shape.n;
-      if (CAUSAL) {
-        const i64 low = begin % shape.m, high = begin / shape.m == (begin + count - 1) / shape.m ? low + count : shape.m;
-        end = clip(high + shape.offset, 0, end);
-      }
-      for (i64 n0 = 0; n0 < end; n0 += KEYS) {
+      const Span keys_seen = sight<RIGHT, LEFT>(shape, begin, begin + count - 1, 0, shape.n);
+      const i64 end = keys_seen.to;
+      for (i64 n0 = keys_seen.from / KEYS * KEYS; n0 < end; n0 += KEYS) {
         const i64 block = min(KEYS, end - n0);
         bool packed = false;
         for (i64 i0 = 0; i0 < count; i0 += BLOCK) {
           const i64 many = min(BLOCK, count - i0);
-          // Keys of the block that some of the rows first .. last may see, but for what ``seen`` says.
-          const auto sight = [=](i64 first, i64 last) {
-            if (!CAUSAL) return block;
-            first += begin + i0, last += begin + i0;
-            return clip((first / shape.m == last / shape.m ? last % shape.m + 1 : shape.m) + shape.offset - n0, 0, block);
-          };
-          const i64 most = sight(0, many - 1);
-          if (most == 0) continue;
           Span spans[BLOCK / ROWS];
           i64 wanted = 0;
           for (i64 g = 0; g * ROWS < many; ++g) {
-            Span span = {0, sight(g * ROWS, min((g + 1) * ROWS, many) - 1), true};
+            const i64 row0 = begin + i0 + g * ROWS;
+            Span span = sight<RIGHT, LEFT>(shape, row0, min(row0 + ROWS, begin + i0 + many) - 1, n0, block);
             if (SEEN) {
               const i64 row = SEEN_ROWS ? g * ROWS : 0, last = SEEN_ROWS ? min(many, row + ROWS) : 1;
               if (SEEN_ROWS || g == 0)
                 for (i64 i = row; i < last; ++i) {
-                  bad |= seen_row(x, begin + i0 + i, n0, most, seen + i * KEYS);
-                  memset(seen + i * KEYS + most, NO_KEY, LANES);
+                  bad |= seen_row(x, begin + i0 + i, n0, block, seen + i * KEYS);
+                  memset(seen + i * KEYS + block, NO_KEY, LANES);
                 }
               span = narrowed(span, seen + row * KEYS, last - row);
             }
@@ -316,11 +337,13 @@ INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, 
           }
           for (i64 i = 0; i < whole(many, ROWS); ++i) {
             const Span span = spans[i / ROWS];
-            const i64 from = span.from, mine = i < many ? max(min(sight(i, i), span.to) - from, 0) : 0, at = i0 + i;
+            const i64 from = span.from, at = i0 + i, to = sight<RIGHT, LEFT>(shape, begin + at, begin + at, n0, block).to;
+            const i64 low = max(first_seen<LEFT>(shape, begin + at, n0, block) - from, 0);
+            const i64 mine = i < many ? max(min(to, span.to) - from, 0) : 0;
             T* weight = p + i * KEYS + from;
             if (mine > 0)
               bad |= weigh<SEEN, EDIT, WIDE>(
-                  s + i * KEYS + from, weight, mine, span.all ? nullptr : seen + (SEEN_ROWS ? i * KEYS : 0) + from, scale, c, top + at,
+                  s + i * KEYS + from, weight, min(low, mine), mine, span.all ? nullptr : seen + (SEEN_ROWS ? i * KEYS : 0) + from, scale, c, top + at,
                   sums + at * LANES, o + at * WIDE,
                   [=](float* row) __attribute__((always_inline)) { return edit(x, begin + at, n0 + from, mine, row); });
             no_weights(weight, whole(mine, LANES), span.to - from);
@@ -381,9 +404,9 @@ INLINE void add_rows(const word* const* values, i64 at, i64 count, const float* 
 
 // Keys and values are read once, where they lie. Ranges of keys are shared out, their number the same for any number
 // of threads, and their results combined in order.
-template <class T, i64 COUNT, i64 D, i64 E, bool CAUSAL, bool SEEN, bool SEEN_ROWS, bool EDIT, class Q, class K, class V,
-          class C, class F, class S>
-INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V v_row, C seen_row, F edit, S store) {
+template <class T, i64 COUNT, i64 D, i64 E, bool RIGHT, bool LEFT, bool SEEN, bool SEEN_ROWS, bool EDIT, bool SINK, class Q, class K,
+          class V, class C, class F, class N, class S>
+INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V v_row, C seen_row, F edit, N sink_of, S store) {
   constexpr i64 DEPTH = whole(words<T>(D), LANES), WIDE = whole(E, 2 * LANES), PER = 4 / sizeof(T), RECORD = WIDE + 16;
   constexpr i64 ROUND = COUNT > 4 ? 8 : COUNT > 2 ? 4 : COUNT;
   const float c = EDIT ? LOG2E : scale * LOG2E;
@@ -410,21 +433,18 @@ INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V 
       for (i64 i = 0; i < COUNT; ++i) {
         const word* row = (const word*)q_row(x, i, (T*)(q + i * DEPTH));
         if (row != q + i * DEPTH) for (i64 d = 0; d < DEPTH; ++d) q[i * DEPTH + d] = row[d];
-        top[i] = -INF;
+        if (item % splits == 0) start<SINK>(x, i, EDIT ? 1.0f : 1 / scale, top + i, sums + i * LANES, sink_of);
+        else start<false>(x, i, 1.0f, top + i, sums + i * LANES, sink_of);
       }
       memset(o, 0, sizeof(o));
-      memset(sums, 0, sizeof(sums));
       for (i64 n0 = from; n0 < to; n0 += RANGE) {
         const i64 block = min(RANGE, to - n0);
-        i64 sight[COUNT], most = 0;
-        for (i64 i = 0; i < COUNT; ++i) {
-          sight[i] = CAUSAL ? clip(i % shape.m + shape.offset + 1 - n0, 0, block) : block;
-          most = max(most, sight[i]);
-        }
-        if (most == 0) break;
+        const Span seen_keys = sight<RIGHT, LEFT>(shape, 0, COUNT - 1, n0, block);
+        const i64 most = seen_keys.to;
+        if (most == 0) continue;
         const i64 steps = ceil_div(most, LANES);
         u8 any[RANGE / LANES];  // whether some row sees some of LANES keys
-        for (i64 g = 0; g < steps; ++g) any[g] = !SEEN;
+        for (i64 g = 0; g < steps; ++g) any[g] = !SEEN && g * LANES >= seen_keys.from;
         if (SEEN) {
           for (i64 i = 0; i < (SEEN_ROWS ? COUNT : 1); ++i) {
             u8* may = seen + i * RANGE;
@@ -445,9 +465,9 @@ INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V 
         }
         for (i64 i = 0; i < COUNT; ++i) {
           float* row = s + i * RANGE;
-          const i64 mine = sight[i];
+          const i64 mine = sight<RIGHT, LEFT>(shape, i, i, n0, block).to, low = min(first_seen<LEFT>(shape, i, n0, block), mine);
           if (mine > 0)
-            bad |= weigh<SEEN, EDIT, WIDE>(row, row, mine, SEEN ? seen + (SEEN_ROWS ? i * RANGE : 0) : nullptr, scale, c, top + i,
+            bad |= weigh<SEEN, EDIT, WIDE>(row, row, low, mine, SEEN ? seen + (SEEN_ROWS ? i * RANGE : 0) : nullptr, scale, c, top + i,
                                            sums + i * LANES, o + i * WIDE,
                                            [=](float* scores) __attribute__((always_inline)) { return edit(x, i, n0, mine, scores); });
           no_weights(row, whole(mine, LANES), steps * LANES);
