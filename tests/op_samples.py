@@ -50,7 +50,7 @@ def flags(*shape: int) -> torch.Tensor:
 def samples() -> Iterator[Sample]:
     """All samples, the same every time."""
     torch.manual_seed(0)
-    for group in (pointwise, reductions, views, indexing, contractions, norms, libraries, draws):
+    for group in (pointwise, reductions, views, indexing, contractions, norms, expert_layers, libraries, draws):
         for name, args, attrs in group():
             yield Sample(OPS[name], args, attrs)
             if name in WRITES:  # the same value
@@ -263,6 +263,24 @@ def norms() -> Iterator[Case]:
         yield "linear_cross_entropy_backward", (real(7), *operands, lse), attrs
         some = {**attrs, "wanted": (False, True, False)}
         yield "linear_cross_entropy_backward", (real(7), *operands, lse), some
+
+
+def expert_layers() -> Iterator[Case]:
+    index = ints(3, 5, 2)
+    limited = {"act": "limited", "interleaved": True, "turned": True, "alpha": 1.7, "limit": 0.7}
+    for operands, attrs in (
+        ((real(5, 4), real(3, 6, 4), None, real(3, 5, 3), None, index, real(5, 2)), {}),
+        ((real(5, 4), real(3, 4, 6), real(3, 6), real(3, 3, 5), real(3, 5), index + 1, real(5, 2)), limited),
+        ((real(5, 4), real(3, 6, 4), None, real(3, 4, 3), real(3, 4), index, real(5, 2)), {"act": "gelu_tanh"}),
+    ):
+        yield "experts", operands, attrs
+        attrs = {**attrs, "keep": True}
+        yield "experts", operands, attrs
+        out, pre = OPS["experts"].ref(*operands, **attrs)
+        del attrs["keep"]
+        yield "experts_backward", (real(*out.shape), *operands, pre), attrs
+        some = {**attrs, "wanted": (True, False, False)}
+        yield "experts_backward", (real(*out.shape), *operands, pre), some
 
 
 def libraries() -> Iterator[Case]:

@@ -14,11 +14,13 @@ from .common import table
 from .dims import Dims, Factor, Piece, Window, dims_of, factor_sizes
 from .effect import EFFECT
 from .elementwise import ELEMENTWISE
+from .experts import EXPERTS
 from .fold import FOLD
 from .generate import GENERATE
 from .index import INDEX
 from .inplace import INPLACE
 from .library import LIBRARY
+from .loop import LOOP
 from .loss import LOSS
 from .matmul import MATMUL
 from .norm import NORM
@@ -39,10 +41,12 @@ OPS = table(
     ACTIVATION.values(),
     FOLD.values(),
     NORM.values(),
+    LOOP.values(),
     LOSS.values(),
     LIBRARY.values(),
     INPLACE.values(),
     BACKWARD.values(),
+    EXPERTS.values(),
     RANDOM.values(),
     EFFECT.values(),
     COLLECTIVE.values(),
