@@ -143,6 +143,7 @@ class Writer:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.at = _rows(kernel)
+        self.heads = batch_axes(kernel)[-1].name if self.at.batches else ""  # the axis of the query heads
         self.m = kernel.axis("m").extent
         self.batch = points(self.at.batches, "x")
         self.known = [a.name for a in self.at.batches]

@@ -9,13 +9,15 @@ Operands, bounds and score edits are written as for the forward; the derivative 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..errors import TesselError, check
+from ..errors import TesselError
 from ..ir.types import product
-from ..tiles.kernel import ACC, DK, DMASK, DQ, DSINK, DV, Axis, Kernel, Ref, Store
+from ..tiles.index import var
+from ..tiles.kernel import ACC, DK, DQ, DSCORE, DSINK, DV, Axis, Kernel, Ref, Store
 from ..tiles.slope import NoSlope, slope
 from .cpp_attention import Writer
 from .cpp_expr import Emitter
@@ -44,9 +46,8 @@ class _Backward(Writer):
         row, rows = [*self.batch, *self.row], [*self.known, "member", "m"]
         words = self.common()
         stores = {s.arg.number: s for s in self.kernel.body if isinstance(s, Store) and isinstance(s.arg, Ref)}
-        missing = [n for n, number in (("dq", DQ), ("dk", DK), ("dv", DV)) if number not in stores]
-        check(not missing, lambda: f"{self.kernel.name}: nothing stores {', '.join(missing)}")
-        mask, sink = stores.get(DMASK), stores.get(DSINK)
+        keys = _KeyHeads(self.kernel)
+        mask, sink = stores.get(DSCORE), stores.get(DSINK)
         return {
             **words,
             **self._slope(words["has_edit"] == "true"),
@@ -54,9 +55,9 @@ class _Backward(Writer):
             "out": self._operand("out", "e", row, rows),
             "lse": self.number("lse"),
             "dq": self.stored((Ref(DQ),), "d", "member", "m"),
-            "dk": self.stored((Ref(DK),), "d", "n"),
-            "dv": self.stored((Ref(DV),), "e", "n"),
-            "dmask": self.stored((Ref(DMASK),), "n", "member", "m") if mask else None,
+            "dk": keys.stored((Ref(DK),), "d", "n"),
+            "dv": keys.stored((Ref(DV),), "e", "n"),
+            "dmask": self.stored((Ref(DSCORE),), "n", "member", "m") if mask else None,
             "dsink": self.stored((Ref(DSINK),), "e", "member", "m") if sink else None,
             "has_sink": "true" if sink else "false",
             "mask_kind": 0 if mask is None else 1 if "n" in self._loops(mask) else 2,
@@ -105,6 +106,19 @@ class _Backward(Writer):
             f"{name}_heads": "true" if "member" in loops else "false",
             f"{name}_rows": "true" if "m" in loops else "false",
         }
+
+
+class _KeyHeads(Writer):
+    """Writes what lies at key heads: there the last batch axis counts those."""
+
+    few_rows = False
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(kernel)
+        if self.at.batches:
+            head = self.at.batches[-1]
+            place = {**self.at.space.place, self.heads: var(head.name, head.extent)}
+            self.at = replace(self.at, space=replace(self.at.space, place=place))
 
 
 def _flat(axes: Sequence[Axis]) -> str:

@@ -20,12 +20,6 @@ Families:
                    is a score at (x..) without a key; ``body`` stores value ``ACC`` (output at (x.., m, e)) and
                    ``LSE`` (at (x.., m)).
     ``attention_backward``  the same parts and ``grad``, ``out``, ``lse``; see ``tiles/attention.py``.
-                   ``parts["sink"]``, if there, is one more score at (x.., m), of no key. Which keys a query
-                   sees is also told by the attributes ``causal``, ``offset`` and ``window`` (ops/attention.py).
-    ``attention_backward``  the parts of attention, and ``parts["grad"]`` and ``parts["out"]`` at (x.., m, e),
-                   ``parts["lse"]`` at (x.., m); ``body`` stores the gradients ``DQ`` at (x.., m, d), ``DK`` at
-                   (x.., n, d), ``DV`` at (x.., n, e), and perhaps ``DMASK`` at (x.., m, n) and ``DSINK`` at (x..),
-                   each summed over the axes that its place does not have.
 """
 
 from __future__ import annotations
@@ -43,7 +37,6 @@ from .index import Cond, Index, linearize
 ACC = -1  # the accumulated product in a matmul's epilogue, a score or an output in attention
 LSE = -2  # the log-sum-exp row of attention
 DQ, DK, DV, DSCORE, DSINK = -3, -4, -5, -6, -7  # what attention's backward stores
-DQ, DK, DV, DMASK, DSINK = -3, -4, -5, -6, -7  # gradients of attention's operands
 
 
 @dataclass(frozen=True, slots=True)
