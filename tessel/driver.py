@@ -34,6 +34,7 @@ from .report import Call, Compilation, Fused, Kernel, Pass, Report, Resource
 from .runtime.kernels import Kernels, Pick, by_torch
 from .runtime.launch import interpreting
 from .runtime.library import called
+from .runtime.loop import Loop
 from .runtime.matmul_cpu import Product, by_library, grouped
 from .runtime.native_kernels import NativeKernels
 from .runtime.program import build
@@ -234,6 +235,8 @@ def _compile(
             return by_torch(node, call, options.source_dir(), device)
         if node.op.name == "grouped_mm" and (own := _grouped(node, place, options)[0]) is not None:
             return Called("grouped_mm", own, dict(node.attrs), owned=True)
+        if node.op.name == "loop":
+            return Called("loop", _loop(node, imported, session, record, stage, place, pick), owned=True)
         if node.op.name in WHOLE and (own := _whole(node, place, options)[0]) is not None:
             return Called(node.op.name, own, dict(node.attrs), owned=True, flat=True)
         return called(node, options.attention, device, product)
@@ -262,6 +265,23 @@ def _compile(
             return Replayed(program.run, info.static_inputs)
         record.notes.append("cuda_graphs: gradients would live in memory that is overwritten; run as it is")
     return program.run
+
+
+def _loop(
+    node: Node,
+    imported: Imported,
+    session: Session,
+    record: Compilation,
+    stage: list[str],
+    place: Place,
+    pick: Pick | None,
+) -> Loop:
+    """A loop with its step compiled, which is recorded with the graph that it stands in."""
+    step = Imported(node.regions[0], {}, (), imported.hints, imported.device)
+    inner = Compilation(f"{record.name}, the step of a loop", record.kind, captured=len(step.graph.nodes))
+    run = _compile(step, GraphInfo("inference"), session, inner, stage, place, False, pick)
+    record.steps.append(inner)
+    return Loop(run)
 
 
 def _pick(place: Place, options: Options, hints: Mapping[str, int]) -> Pick | None:
@@ -415,6 +435,8 @@ def _why_torch(node: Node, place: Place, options: Options) -> str:
         return _library_product(node, place, options) or refusal(node) or "the vendor's library"
     if node.op.name == "grouped_mm":
         return _grouped(node, place, options)[1]
+    if node.op.name == "loop":
+        return "a loop over time: its step is compiled, see below"
     if node.op.name in WHOLE:
         return _whole(node, place, options)[1]
     if node.op.kind == "contract":

@@ -128,6 +128,7 @@ class Compilation:
         bytes_before, bytes_after: distinct inputs and outputs of every operator before fusion, of every
             kernel and library call after it, at the example sizes.
         splits: products whose k is cut into parts, by name, with their number.
+        steps: the steps of loops, each compiled as a graph of its own.
         peak_bytes: most bytes of intermediate values alive at once, at the example sizes.
         host: text of the host program; ``host_file`` where it lies.
         seconds: from the captured graph to the callable.
@@ -151,6 +152,7 @@ class Compilation:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     splits: dict[str, int] = field(default_factory=dict)
+    steps: list[Compilation] = field(default_factory=list)
 
 
 class Report:
@@ -200,7 +202,8 @@ class Report:
         if not self.compilations:
             out.append("Nothing has been compiled yet: call the function once.")
         for c in self.compilations:
-            out += ["", *_compilation_lines(c)]
+            for one in (c, *c.steps):
+                out += ["", *_compilation_lines(one)]
         out += ["", *_recompile_lines(self.recompiles)]
         out += [f"note: {n}" for n in self.notes]
         return "\n".join(out) + "\n"
@@ -216,6 +219,7 @@ def _compilation_dict(c: Compilation) -> dict[str, Any]:
     for name in ("groups", "calls", "fallbacks"):
         out[name] = [vars(x).copy() for x in getattr(c, name)]
     out["notes"], out["splits"] = list(c.notes), dict(c.splits)
+    out["steps"] = [_compilation_dict(s) for s in c.steps]
     return out
 
 

@@ -14,4 +14,9 @@ def _linear_scan(c: Lowering, a: Value, b: Value, dim: int, reverse: bool) -> Va
     return c("linear_scan", a, b, dim=axis(dim, len(a.shape)), **more)
 
 
+@register(TABLE, "aten.detach_copy.default")
+def _detached(c: Lowering, x: Value) -> Value:
+    return c("copy", x)
+
+
 __all__ = ["TABLE"]

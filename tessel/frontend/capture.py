@@ -21,6 +21,7 @@ from .decomp import decompositions, for_export
 from .importer import Imported, import_graph
 from .locs import qualified_name
 from .losses import join_losses
+from .rolled import roll
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def aot(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Compil
     Returns:
         What a Dynamo backend has to return.
     """
+    roll(gm)
     keep_composites(gm)
     _, notes = join_losses(gm)
     names = _input_names(gm)

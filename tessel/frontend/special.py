@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from ..errors import check
-from ..ir.node import Value
+from ..ir.node import Node, Value
+from ..ops.loop import check_loop
 from .compat import unbacked_bindings
 from .lower import VIEWS, nest, target_name
 from .opaque import Fallback, Foreign, opaque_call
@@ -110,6 +111,23 @@ def _inline(importer: Importer, node: fx.Node) -> Any:
     return importer.block(gm)
 
 
+def _scan(importer: Importer, node: fx.Node) -> Any:
+    """A loop over time: its step becomes a region."""
+    gm, init, xs, extras = map(importer.argument, node.args)
+    val = node.meta["val"]
+    types = tuple(map(importer.tensor_type, fake_tensors(val)))
+    step = type(importer)(gm.held, "step", {}).run()
+    given = (tuple(init), tuple(xs), tuple(extras))
+    ordered = any(n.op.random or n.op.kind == "effect" for n in step.graph.nodes)
+    if step.constants or step.graph.effects or ordered or not all(isinstance(v, Value) for p in given for v in p):
+        why = "a loop whose step holds constants, draws random numbers or has effects"
+        return importer.opaque(node, (gm, *given), {}, val, types, why)
+    importer.fallbacks += step.fallbacks
+    made = Node(importer.c.find("loop"), given, {}, types, (step.graph,), importer.builder.loc)
+    check_loop(made)
+    return nest(val, iter(importer.builder.append(made).outs))
+
+
 def _token(importer: Importer, node: fx.Node) -> Any:
     importer.c.types, importer.c.node = (), node
     return importer.c.full((0,), 0, torch.float32)
@@ -128,6 +146,7 @@ SPECIAL: dict[str, Callable[[Importer, fx.Node], Any]] = {
     "aten.copy_.default": _copy_into,
     "higher_order.with_effects": _with_effects,
     "higher_order.invoke_subgraph": _inline,
+    "higher_order.scan": _scan,
     "higher_order.wrap_with_set_grad_enabled": _inline,
     "prims._make_token.default": _token,
     "prims._sink_tokens.default": _drop,
