@@ -42,7 +42,13 @@ _now = threading.local()
 
 
 class Calling:
-    """``with calling:`` around calls of what was compiled in a session; made once, entered at every call."""
+    """``with calling:`` around calls of what was compiled in a session; made once, entered at every call.
+
+    Attributes:
+        matters: whether any capture was put back; before, nobody asks who is calling.
+    """
+
+    matters = False
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -115,6 +121,7 @@ def _found(
     if data is None:
         return False
     made: list[Any] = []
+    Calling.matters = True
 
     def make_run(text: str, held: Mapping[str, Any]) -> Callable[[list[Any]], Any]:
         imported = Imported(parse_graph(text, OPS), held["constants"], held["fallbacks"])

@@ -1,7 +1,7 @@
 """What ``tessel.compile`` returns: torch's own compiled module or function, with Tessel's manners around it.
 
-Around every call: hooks on submodules are guarded (torch skips those guards by default), reaching the
-recompile limit is said, and errors are eager's own.
+Around every compilation: hooks on submodules are guarded (torch skips those guards by default), and reaching the
+recompile limit is said. Around every call: errors are eager's own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,10 +36,11 @@ def compile_function(
 ) -> Callable[..., Any]:
     """``torch.compile`` with Tessel's backend, and Tessel's call around it."""
     scan_trace.register()
-    made = torch.compile(fn, backend=Backend(session), dynamic=dynamic, fullgraph=fullgraph)
+    compiling = _Compiling(session, fullgraph)
+    made = dynamo.optimized(fn, Backend(session), dynamic=dynamic, fullgraph=fullgraph, compiling=compiling)
     if isinstance(made, dynamo.OptimizedModule):
-        return CompiledModule(made._orig_mod, made.dynamo_ctx, session)
-    guarded = _guarded(made, fn, session, fullgraph)
+        return CompiledModule(made._orig_mod, made.dynamo_ctx, compiling, dynamic)
+    guarded = _guarded(made, fn, compiling)
     return functools.wraps(fn, updated=())(guarded) if hasattr(fn, "__name__") else guarded
 
 
@@ -53,57 +55,81 @@ class CompiledModule(dynamo.OptimizedModule):
     """A compiled module: attributes, parameters, ``state_dict`` and modes are those of the module inside,
     as with ``torch.compile``."""
 
-    def __init__(self, module: torch.nn.Module, context: Any, session: Session) -> None:
+    def __init__(self, module: torch.nn.Module, context: Any, compiling: _Compiling, dynamic: bool | None) -> None:
         # Before the parent's __init__, which passes attributes on to the module inside.
-        self.__dict__["_tessel_session"] = session
+        self.__dict__["_tessel_session"] = compiling.session
+        self.__dict__["_tessel_compiling"] = compiling
+        self.__dict__["_tessel_dynamic"] = dynamic
         super().__init__(module, context)
 
     def _initialize(self) -> None:
         super()._initialize()
-        fullgraph = bool(getattr(self.dynamo_ctx, "fullgraph", False))
-        self.forward = _guarded(self.forward, self._orig_mod, self.__dict__["_tessel_session"], fullgraph)
+        self.forward = _guarded(self.forward, self._orig_mod, self.__dict__["_tessel_compiling"])
 
     def __reduce__(self) -> Any:
-        return type(self), (self._orig_mod, self.dynamo_ctx, self.__dict__["_tessel_session"])
+        """A copy is compiled anew, and starts its own record."""
+        session, fullgraph = self.__dict__["_tessel_session"], self.__dict__["_tessel_compiling"].fullgraph
+        return _again, (self._orig_mod, session, self.__dict__["_tessel_dynamic"], fullgraph)
 
 
-def _guarded(made: Callable[..., Any], fn: Callable[..., Any], session: Session, fullgraph: bool) -> Callable[..., Any]:
-    """``made``, called under Tessel's configuration of Dynamo, with eager's errors."""
-    changes: dict[str, Any] = {"skip_nnmodule_hook_guards": False}
-    if session.options.recompile_limit is not None:
-        changes["recompile_limit"] = session.options.recompile_limit
-    patch = dynamo.patcher(**changes)
+def _again(module: torch.nn.Module, session: Session, dynamic: bool | None, fullgraph: bool) -> Callable[..., Any]:
+    return compile_function(module, session, dynamic=dynamic, fullgraph=fullgraph)
 
-    said: list[str] = []
 
-    def limit(function: str, name: str, most: int, reason: str) -> None:
-        if fullgraph:
+class _Compiling:
+    """``with compiling():`` around every compilation of a function: configures Dynamo, and listens for its limit.
+
+    Attributes:
+        said: warnings that the next call passes on.
+    """
+
+    def __init__(self, session: Session, fullgraph: bool) -> None:
+        self.session, self.fullgraph = session, fullgraph
+        limit = session.options.recompile_limit
+        self.patch = dynamo.patcher(**({} if limit is None else {"recompile_limit": limit}))
+        self.listening = dynamo.limit_listener(self._limit)
+        self.said: list[str] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        undo = self.patch()
+        try:
+            with self.listening:
+                yield
+        finally:
+            undo()
+
+    def _limit(self, function: str, name: str, most: int, reason: str) -> None:
+        if self.fullgraph:
             return  # an error follows
-        said.append(
+        self.said.append(
             f"tessel: {function} was compiled {most} times, which is torch's limit ({name}); calls that fit none "
             f"of these run without Tessel. Last reason: {' '.join(reason.split())}. Mark what changes as dynamic "
             "(tessel.compile(dynamic=True)), or allow more: options={'recompile_limit': N}"
         )
-        session.report.notes.append(said[-1])
+        self.session.report.notes.append(self.said[-1])
 
-    listening, calling = dynamo.limit_listener(limit), Calling(session)
+
+def _guarded(made: Callable[..., Any], fn: Callable[..., Any], compiling: _Compiling) -> Callable[..., Any]:
+    """``made`` with eager's errors; the first call looks for a capture that is kept."""
+    session, said = compiling.session, compiling.said
+    calling = Calling(session)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        undo = patch()
         try:
-            with listening, calling:
-                if session.report.compilations:
+            if not session.report.compilations:
+                with compiling(), calling, fewer_collections():
+                    result = first_call(made, fn, session, args, kwargs)
+            elif Calling.matters:
+                with calling:
                     result = made(*args, **kwargs)
-                else:  # it compiles
-                    with fewer_collections():
-                        result = first_call(made, fn, session, args, kwargs)
+            else:
+                result = made(*args, **kwargs)
             if said:
                 warnings.warn(said.pop(), RecompileLimit, stacklevel=2)
             return result
         except dynamo.Caught as e:
             failure = e
-        finally:
-            undo()
         # Outside the handler, so that what is raised here does not drag torch's traceback along.
         return _explained(failure, fn, session, args, kwargs)
 

@@ -106,7 +106,7 @@ folder = tessel.config.cache_dir() / "captures"
 data = (folder / os.listdir(folder)[0]).read_bytes()
 recorded.possible()
 from tessel.frontend import dynamo
-undo_config = dynamo.patcher(skip_nnmodule_hook_guards=False)()  # as in every call of a compiled function
+undo_config = dynamo.patcher()()  # as in the first call of a compiled function
 with torch.no_grad():
     def sub(name, value):
         return lambda model: setattr(model.parts[1], name, value)

@@ -552,3 +552,39 @@ def test_explain_does_not_use_up_the_recompile_limit() -> None:
 
     for n in range(2, 14):
         assert len(tessel.explain(f, torch.ones(n)).compilations) == 1
+
+
+def test_calls_run_under_the_users_configuration() -> None:
+    from torch._dynamo import config
+
+    seen = []
+
+    @torch._dynamo.disable
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(config.skip_nnmodule_hook_guards)
+        return x
+
+    compiled = tessel.compile(lambda x: look(x + 1) * 2, target="cpu")
+    for rows in (3, 3, 4):  # the third compiles again
+        x = torch.randn(rows)
+        assert torch.equal(compiled(x), (x + 1) * 2)
+    assert len(seen) == 3 and seen[1] is config.skip_nnmodule_hook_guards is True
+
+
+@pytest.mark.parametrize(
+    "around", [torch.no_grad, torch.enable_grad, torch.inference_mode, lambda: torch.autocast("cpu")]
+)
+def test_plain_graphs_run_directly_and_right(around: Any) -> None:
+    a, b = torch.randn(5, 7), torch.randn(7, 3)
+
+    def fn(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.mm(a, b), a.sum(1)
+
+    compiled = tessel.compile(fn, target="cpu", options={"matmul": "library"})
+    with around():
+        want = fn(a, b)
+        for _ in range(2):
+            got = compiled(a, b)
+            for x, y in zip(got, want, strict=True):
+                assert x.dtype == y.dtype and x.is_inference() == y.is_inference() and not x.requires_grad
+                torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-2)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import exc
 from torch._dynamo.eval_frame import OptimizedModule
@@ -24,6 +26,7 @@ __all__ = [
     "OptimizedModule",
     "current_compilation",
     "limit_listener",
+    "optimized",
     "patcher",
 ]
 
@@ -64,8 +67,13 @@ def _function() -> str:
     return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
 
 
+# Torch leaves out guards on hooks of submodules, and marks graphs for its profiler, which costs two calls a graph.
+_CONFIG = {"skip_nnmodule_hook_guards": False, "record_runtime_overhead": False}
+
+
 def patcher(**changes: Any) -> Callable[[], Callable[[], None]]:
-    """A cheap way to set Dynamo's configuration around a call: ``undo = patch(); ...; undo()``."""
+    """Dynamo's configuration for compilations of Tessel, and ``changes``: ``undo = patch(); ...; undo()``."""
+    changes = {**{k: v for k, v in _CONFIG.items() if hasattr(dynamo_config, k)}, **changes}
     make = getattr(dynamo_config, "_make_closure_patcher", None)
     if make is not None:
         return make(**changes)  # type: ignore[no-any-return]
@@ -76,6 +84,36 @@ def patcher(**changes: Any) -> Callable[[], Callable[[], None]]:
         return lambda: context.__exit__(None, None, None)
 
     return enter
+
+
+def optimized(
+    fn: Callable[..., Any],
+    backend: Callable[..., Any],
+    *,
+    dynamic: bool | None,
+    fullgraph: bool,
+    compiling: Callable[[], AbstractContextManager[None]],
+) -> Any:
+    """``torch.compile(fn, ...)``, of which every compilation, and no other call, runs in a context.
+
+    Args:
+        fn: a module or a function.
+        backend: what compiles a graph.
+        dynamic, fullgraph: as ``torch.compile`` has them.
+        compiling: makes the context.
+    """
+    context = torch._dynamo.optimize(backend=backend, nopython=fullgraph, dynamic=dynamic)
+    convert = getattr(context, "callback", None)
+    if convert is not None:  # torch.compile is not switched off
+
+        def inside(*args: Any) -> Any:
+            with compiling():
+                return convert(*args)
+
+        # What names the backend: torch counts the steps to it, so this one takes the place of the one it goes around.
+        inside._torchdynamo_orig_backend = convert._torchdynamo_orig_backend  # type: ignore[attr-defined]
+        context.callback = inside  # type: ignore[union-attr]
+    return context(fn)
 
 
 # ---------------------------------------------------------------- the recompile limit
@@ -102,10 +140,7 @@ _filter = _LimitFilter()
 
 
 class limit_listener:
-    """Call a listener if a recompile limit is reached inside: ``with limit_listener(fn): ...``.
-
-    Every call of a compiled function enters one, so it is made once a function and entered cheaply, again and again.
-    """
+    """Call a listener if a recompile limit is reached inside: ``with limit_listener(fn): ...``."""
 
     def __init__(self, listener: Listener) -> None:
         self.listener = listener

@@ -38,7 +38,7 @@ from .capture import GraphInfo
 from .fingerprint import Fingerprints
 from .importer import Imported
 
-__all__ = ["Recording", "noted", "possible", "put_back", "recording"]
+__all__ = ["Recording", "noted", "plain", "possible", "put_back", "recording"]
 
 RELEASES = ("2.13.",)  # of torch, that this was tested with
 
@@ -346,10 +346,16 @@ def _plain_outputs(meta: Any) -> bool:
         return False
     plain = not meta.mutated_inp_runtime_indices and not meta.num_intermediate_bases and not meta.tokens
     plain = plain and not meta.num_graphsafe_rng_states and meta.grad_enabled_mutation is None
+    plain = plain and not meta.is_rng_op_functionalized and not torch._C._is_any_autocast_enabled()
     plain = plain and all(o.output_type.name == "non_alias" for o in meta.output_info)
     plain = plain and all(issubclass(o.raw_type, torch.Tensor) for o in meta.output_info)
     kinds = {type(m).__name__ for m in (*meta.subclass_inp_meta, *meta.subclass_fw_graph_out_meta)}
     return plain and kinds <= {"PlainTensorMeta"}
+
+
+def plain() -> bool:
+    """Whether AOTAutograd does nothing before and after the graph it is compiling; asked inside a backend."""
+    return _plain_outputs(getattr(torch._guards.TracingContext.try_get(), "fw_metadata", None))
 
 
 def _process() -> dict[str, Any]:

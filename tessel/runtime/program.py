@@ -135,11 +135,7 @@ def build(
         buffers = plan_buffers(graph, allocates, owned, hints, places=places.at, block=places.bytes, runs=places.runs)
     source = render_host(graph, once, buffers, about)
     path = place(source.name, source.text, directory)
-    where = torch.device(device)
-
-    def empty(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty_strided(shape, strides, dtype=dtype, device=where)
-
+    empty = results.empty_on(torch.device(device))
     names = {
         "torch": torch,
         "fit": fit,

@@ -25,7 +25,7 @@ from ..ir.types import TensorType
 from .buffers import first_fit, span_bytes
 from .native import NativeKernel, c_int64, stop
 
-__all__ = ["RUNNER", "NativeSequence", "Places", "all_native", "plan_places", "sequences"]
+__all__ = ["RUNNER", "Places", "all_native", "native_sequence", "plan_places", "sequences"]
 
 SMALL = 256 * 2**10  # bytes: no value may be larger
 LEAVING = 2**20  # what leaves the graph is there from the beginning of a run, and may be a bit larger
@@ -118,35 +118,33 @@ def _first_fit(graph: Graph, placed: set[Value]) -> tuple[dict[Value, int], int]
     return at, most
 
 
-class NativeSequence:
+def native_sequence(run: Run, kernels: Mapping[str, NativeKernel]) -> Callable[..., None]:
     """Some kernels as one callable of the tensors they share: ``sequence(*tensors)``.
 
-    Raises:
-        IndexError, RuntimeError: as the kernel that stops the sequence.
+    It raises IndexError, RuntimeError and MemoryError as the kernel does that stops the sequence. A closure: its names
+    are found faster than attributes, and what it does around the foreign call takes longer than a small kernel.
     """
+    words: list[int] = []
+    for name, args in run.steps:
+        kernel = kernels[name]
+        words += [ctypes.cast(kernel.fn, ctypes.c_void_p).value or 0, len(args)]
+        words += [w for arg in args for w in arg]
+    steps, count = struct.pack(f"{len(words)}q", *words), c_int64(len(run.steps))
+    fn = kernels[run.steps[0][0]].library.run_kernels
+    fn.restype = ctypes.c_int  # no argtypes: converting by them takes as long as the call
+    pack, threads = struct.Struct(f"{run.tensors}q").pack, torch.get_num_threads
 
-    def __init__(self, run: Run, kernels: Mapping[str, NativeKernel]) -> None:
-        words: list[int] = []
-        for name, args in run.steps:
-            kernel = kernels[name]
-            words += [ctypes.cast(kernel.fn, ctypes.c_void_p).value or 0, len(args)]
-            words += [w for arg in args for w in arg]
-        self.steps = struct.pack(f"{len(words)}q", *words)
-        self.count = c_int64(len(run.steps))
-        self.fn = kernels[run.steps[0][0]].library.run_kernels
-        self.fn.restype = ctypes.c_int  # no argtypes: converting by them takes as long as the call
-        self.pack = struct.Struct(f"{run.tensors}q").pack
-
-    def __call__(self, *tensors: torch.Tensor) -> None:
-        values, threads = self.pack(*[x.data_ptr() for x in tensors]), c_int64(torch.get_num_threads())
-        bad = self.fn(self.steps, self.count, values, threads)
+    def sequence(*tensors: torch.Tensor) -> None:
+        bad = fn(steps, count, pack(*[x.data_ptr() for x in tensors]), c_int64(threads()))
         if bad:
             stop(bad)
 
+    return sequence
 
-def sequences(runs: Mapping[str, Run], kernels: Mapping[str, Any]) -> dict[str, NativeSequence]:
+
+def sequences(runs: Mapping[str, Run], kernels: Mapping[str, Any]) -> dict[str, Callable[..., None]]:
     """The callables of a host program's runs, by name."""
-    return {name: NativeSequence(run, kernels) for name, run in runs.items()}
+    return {name: native_sequence(run, kernels) for name, run in runs.items()}
 
 
 def all_native(kernels: Mapping[str, Any]) -> bool:
