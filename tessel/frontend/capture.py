@@ -16,6 +16,7 @@ from torch import fx
 
 from ..errors import TesselError, check
 from . import compat
+from .attention_match import join_attention
 from .composites import keep_composites
 from .decomp import decompositions, for_export
 from .importer import Imported, import_graph
@@ -69,7 +70,7 @@ def aot(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Compil
     """
     roll(gm)
     keep_composites(gm)
-    _, notes = join_losses(gm)
+    notes = [*join_attention(gm)[1], *join_losses(gm)[1]]
     names = _input_names(gm)
 
     def compiler(kind: str) -> Callable[..., Any]:
@@ -180,6 +181,7 @@ def export_program(
     module = model if isinstance(model, torch.nn.Module) else _Function(model)
     try:
         program = torch.export.export(module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic, strict=False)
+        join_attention(program.graph_module)
         return program.run_decompositions(for_export())
     except Exception as e:  # export raises everything that the model may raise, and classes of its own
         raise TesselError(f"torch cannot export the model as one graph: {type(e).__name__}: {e}") from e

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .attention_match import whole_groups
 from .attention_op import attention
 
 _SDPA_ARGS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -129,7 +130,7 @@ def _replace_sdpa(node: fx.Node) -> int:
             made.append(new)
             return new
 
-        operands = [a["query"], a["key"], a["value"]]
+        operands = [a["query"], *whole_groups(a["key"], a["value"])]
         if q.dim() == 3:
             # [n, s, d] is one batch of n heads.
             operands = [add("unsqueeze", x, 0, method=True) for x in operands]
