@@ -26,7 +26,7 @@ from .frontend.capture import GraphInfo
 from .frontend.importer import Imported
 from .ir.node import Graph, Node
 from .passes import inplace
-from .passes._groups import refusal
+from .passes._groups import ATTENTION, refusal
 from .passes._products import to_library
 from .passes.pipeline import CPU_ONLY, PASSES, Trace, run_pipeline
 from .passes.pipeline import Pass as PassFunction
@@ -326,7 +326,7 @@ def _library_product(node: Node, place: Place, options: Options) -> str | None:
 
 def _no_attention(node: Node, place: Place) -> str | None:
     """Why the CPU's kernel does not take a node of attention."""
-    return attention_refusal(node.type.dtype, place.target.features) if node.op.kind == "attention" else None
+    return attention_refusal(node.type.dtype, place.target.features) if node.op.kind in ATTENTION else None
 
 
 def _grouped(node: Node, place: Place, options: Options) -> tuple[Any, str]:
@@ -443,7 +443,7 @@ def _why_torch(node: Node, place: Place, options: Options) -> str:
         return (
             f"options.matmul is {options.matmul!r}: the vendor's library" if not refusal(node) else str(refusal(node))
         )
-    if node.op.kind == "attention" and not refusal(node):
+    if node.op.kind in ATTENTION and not refusal(node):
         why = _no_attention(node, place) if place.how == "native" and options.attention == "auto" else None
         return why or f"options.attention is {options.attention!r}: torch's kernel"
     if node.op.random:

@@ -81,6 +81,7 @@ KINDS = frozenset(
         "scan",  # a recurrence along one axis, every other axis apart
         "contract",  # matmul
         "attention",  # scaled dot-product attention
+        "attention_backward",  # its gradients
         "composite",  # kept whole, opened by the decompose pass
         "library",  # a call to torch, opaque to code generation
         "kernel",  # a fused group; its region says what it computes

@@ -332,7 +332,7 @@ ATTENTION = table(
     ),
     Op(
         "attention_backward",
-        "library",
+        "attention_backward",
         dims=_backward_dims,
         ref=attention_backward_ref,
         infer=_backward_infer,

@@ -7,14 +7,14 @@ from ..ir.node import Builder, Graph, Node, Value, map_values
 from ..ir.types import TensorType
 from ..ops import OPS
 from ..ops.view import view_strides
-from ._groups import FREE, refusal
+from ._groups import ATTENTION, FREE, refusal
 
 
 def torch_runs(node: Node, options: Options) -> str | None:
     """Why torch runs a node, ``None`` where a kernel does."""
     if node.op.kind == "contract" and options.matmul == "library":
         return "matrix products go to the library (options.matmul)"
-    if node.op.kind == "attention" and options.attention == "library":
+    if node.op.kind in ATTENTION and options.attention == "library":
         return "attention goes to the library (options.attention)"
     return refusal(node)
 

@@ -15,8 +15,9 @@ MAX_NODES = 48  # of one kernel; longer chains gain nothing and cost registers
 MAX_TENSORS = 24  # tensors a kernel reads and writes
 MAX_INLINE_COST = 4 * CHEAP  # of values computed where they are read, per element
 FREE = frozenset({"view", "generate"})
-TEMPLATED = frozenset({"pointwise", "index", "reduce", "scan", "contract", "attention"})
-FAMILIES = {"reduce": "reduction", "scan": "scan", "contract": "matmul", "attention": "attention"}
+ATTENTION = ("attention", "attention_backward")  # kinds of operators, and the families of their kernels
+TEMPLATED = frozenset({"pointwise", "index", "reduce", "scan", "contract", *ATTENTION})
+FAMILIES = {"reduce": "reduction", "scan": "scan", "contract": "matmul", **{kind: kind for kind in ATTENTION}}
 KERNEL_DTYPES = frozenset(
     {
         torch.float64,
@@ -85,9 +86,9 @@ def refusal(node: Node) -> str | None:
             return f"a tensor lives on {t.device}, not on the graph's device"
         if any(isinstance(n, int) and n == 0 for n in t.shape):
             return "a tensor has no elements"
-    if node.op.kind in ("contract", "attention") and not node.type.dtype.is_floating_point:
+    if node.op.kind in ("contract", *ATTENTION) and not node.type.dtype.is_floating_point:
         return f"{node.op.name} of {node.type.dtype} has no matrix instruction here"
-    if node.op.kind == "attention" and not all(isinstance(v.shape[-1], int) for v in node.operands[:3]):
+    if node.op.kind in ATTENTION and not all(isinstance(v.shape[-1], int) for v in node.operands[:3]):
         return "a head width of attention is not a known number"
     return None
 
@@ -101,7 +102,7 @@ def start(node: Node, place: int, reason: str | None) -> Group:
     free: dict[Node, None] = {}
     for maker in reversed(_free_operands(node)):  # a view after all that read it
         view = axes_of(maker)
-        got = join(view, axes, (maker.out,), inline=node.op.kind == "attention")
+        got = join(view, axes, (maker.out,), inline=node.op.kind in ATTENTION)
         cut = isinstance(got, Axes) and node.op.kind == "scan" and scan_axis(node, got) is None
         if cut or isinstance(got, str):  # one view read at two places, as in x @ x.T: a read of its own at each
             got = join(view, axes, (maker.out,), inline=True)

@@ -3,7 +3,7 @@
 Attributes of a kernel node:
 
     name      a readable identifier
-    family    pointwise, reduction, scan, matmul or attention
+    family    pointwise, reduction, scan, matmul, attention or attention_backward
     axes      ((name, extent), ...): the loops, parallel ones (``x0``) before reduced ones (``r1``)
     layouts   for each node of the region the loops of each dim of its (first) result, written as
               in a dims string: ``"x0 (x1 x2) 1"``; for one that folds ``"x0 r1 -> x0"``, operand
@@ -20,7 +20,7 @@ from ..ir.node import Graph, Node, Value, make_input, map_values
 from ..ir.types import Dim, TensorType, substitute, symbols_of
 from ..ops import OPS
 from ..tiles.axes import Axes, Layout, layout_text
-from ._groups import Group
+from ._groups import ATTENTION, Group
 
 KERNEL = OPS["kernel"]
 
@@ -41,7 +41,7 @@ def make_kernel(
         sources.append(old)
     region = Graph(inputs, tuple(nodes), tuple(new[v] for v in outs), (), "region")
     axes, layouts = _axes(group, sources, outs)
-    main = [n for n in group.nodes if n.op.kind in ("contract", "attention", "scan", "reduce")] or group.nodes
+    main = [n for n in group.nodes if n.op.kind in ("contract", *ATTENTION, "scan", "reduce")] or group.nodes
     used = list(dict.fromkeys(n.op.name for n in main))
     why = [*group.joined, *(f"not more: {refused[n]}" for n in group.nodes if n in refused)]
     return Node(
@@ -68,7 +68,7 @@ def _axes(group: Group, sources: Iterable[Node], outs: Iterable[Value]) -> tuple
     computed = set(axes.computed)
 
     def text(node: Node) -> str | None:
-        if node.out not in computed or node.op.kind == "attention":
+        if node.out not in computed or node.op.kind in ATTENTION:
             return None
         place = layout_text(axes.layouts[node.out], names)
         folded = axes.operand_layouts.get(node)

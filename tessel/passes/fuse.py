@@ -27,12 +27,12 @@ from ..ir.node import Builder, Graph, Node, Value, map_values
 from ..ir.types import TensorType
 from ..tiles.axes import Axes, join
 from ._copies import own_copies, torch_runs
-from ._groups import FREE, MAX_NODES, MAX_TENSORS, Group, inline_problem, outside_reads, start
+from ._groups import ATTENTION, FREE, MAX_NODES, MAX_TENSORS, Group, inline_problem, outside_reads, start
 from ._products import with_bias
 from ._regions import KERNEL, make_kernel
 from ._scans import scan_problem
 
-ORDER = {"pointwise": 0, "reduction": 1, "scan": 2, "matmul": 3, "attention": 4}
+ORDER = {"pointwise": 0, "reduction": 1, "scan": 2, "matmul": 3, "attention": 4, "attention_backward": 5}
 LOOPS = ("pointwise", "reduction", "scan")  # families that join along their loops
 
 
@@ -212,9 +212,9 @@ class _Fuser:
             return "another kernel must run between them"
         moved = [v for v in through if v in b.axes.moved]
         operands = [v for v in through if v in b.operand_bases]
-        if moved or operands or b.family == "attention":
+        if moved or operands or b.family in ATTENTION:
             return self._inline(a, b, through)
-        if a.family == "attention":
+        if a.family in ATTENTION:
             return "attention has no epilogue"
         if a.family != b.family and "matmul" in (a.family, b.family) and "reduction" in (a.family, b.family):
             return "a matmul and a reduction fold different axes"
@@ -235,7 +235,7 @@ class _Fuser:
         outside = [u for v in a.values for u in self.users.get(v, ()) if u not in a.nodes and u not in b.nodes]
         if outside:
             return "its value is read at other places, and something else needs it stored"
-        if a.family == "pointwise" and b.family == "attention":
+        if a.family == "pointwise" and b.family in ATTENTION:
             return "attention loads its operands as they are"
         why = inline_problem(a, b)
         if why:
