@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..ir.node import Value
+from .experts_op import experts  # noqa: F401  (defines the operators)
 from .loss_op import linear_cross_entropy  # noqa: F401  (defines the operators)
 from .lower import Lowering, Table, register
 
@@ -51,3 +52,20 @@ def _linear_cross_entropy_backward(
         "wanted": wanted,
     }
     return c.many("linear_cross_entropy_backward", grad, x, weight, bias, target, lse, **attrs)
+
+
+def _expert_attrs(act: str, interleaved: bool, turned: bool, alpha: float, limit: float) -> dict[str, Any]:
+    attrs: dict[str, Any] = {"act": act, "interleaved": interleaved, "turned": turned}
+    return attrs | ({"alpha": alpha, "limit": limit} if act == "limited" else {})
+
+
+@register(TABLE, "tessel.experts.default")
+def _experts(c: Lowering, *args: Any) -> tuple[Value, ...]:
+    operands, attrs, keep = args[:7], args[7:-1], args[-1]
+    return c.many("experts", *operands, **_expert_attrs(*attrs), keep=keep)
+
+
+@register(TABLE, "tessel.experts_backward.default")
+def _experts_backward(c: Lowering, *args: Any) -> tuple[Value, ...]:
+    operands, attrs, wanted = args[:9], args[9:-1], args[-1]
+    return c.many("experts_backward", *operands, **_expert_attrs(*attrs), wanted=wanted)

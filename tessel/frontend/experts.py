@@ -1,0 +1,297 @@
+"""Join the calls of a layer of experts, in the Dynamo graph, into ``tessel::experts``.
+
+    rows = x[perm // choices]                        perm, offsets: slots sorted by expert
+    pre = grouped_mm(rows, gate_up, offsets)         or: bmm of the matrices gathered by expert
+    h = act(gate) * up                               halves, or alternating columns of pre
+    y = grouped_mm(h, down, offsets) * scale[perm, None]
+    out = y[inverse].view(tokens, choices, width).sum(1)
+becomes
+    out = tessel.experts(x, gate_up, bias, down, bias, index, scale, ...)[0]
+
+These are the "grouped_mm" and "batched_mm" implementations of transformers. (Its "eager" one loops over the experts
+that were hit, which Dynamo does not capture.) A layer with a step between that is not known here, such as a norm
+of the experts' results, stays as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .experts_op import experts
+
+F = torch.nn.functional
+_GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
+_ACTS = {"silu": "silu", "gelu": "gelu", "relu": "relu"}
+_STRIDED = {0: slice(None, None, 2), 1: slice(1, None, 2)}
+
+
+class _Other(Exception):
+    """Not the pattern; the text says what is missing."""
+
+
+@dataclass
+class _Product:
+    """One product by expert: what it multiplies, and by which order of the slots."""
+
+    rows: fx.Node
+    weight: fx.Node
+    turned: bool
+    bias: fx.Node | None
+    index: fx.Node  # [slots]: the experts, before sorting
+    perm: fx.Node | None  # None: slots in their own order
+
+
+def join_experts(gm: fx.GraphModule) -> tuple[int, list[str]]:
+    """Rewrite ``gm`` in place: how many layers were joined, and why grouped products were left, in words."""
+    count, notes = 0, []
+    for node in list(gm.graph.nodes):
+        if node.op == "call_method" and node.target == "sum" and node in gm.graph.nodes:
+            try:
+                found = _layer(node)
+            except _Other:
+                continue
+            _replace(node, found)
+            count += 1
+    if count:
+        _sweep(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+    left = [n for n in gm.graph.nodes if n.op == "call_function" and _name(n.target) in _GROUPED]
+    if left:
+        notes.append(f"{len(left)} grouped products are not part of a known layer of experts: each is a call")
+    return count, notes
+
+
+def _name(target: Any) -> str:
+    return str(getattr(target, "__name__", target)).rsplit(".", 1)[-1]
+
+
+def _value(x: Any) -> Any:
+    return x.meta.get("example_value", x.meta.get("val")) if isinstance(x, fx.Node) else x
+
+
+def _is(node: Any, *names: str) -> bool:
+    """Whether a node calls a function or a method of one of these names."""
+    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and _name(node.target) in names
+
+
+def _need(test: bool, what: str) -> None:
+    if not test:
+        raise _Other(what)
+
+
+def _arg(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def _uncast(node: Any) -> Any:
+    """Through casts that leave the dtype as it is."""
+    while _is(node, "to", "contiguous") and _value(node).dtype == _value(node.args[0]).dtype:
+        node = node.args[0]
+    return node
+
+
+def _item(node: Any, index: Any) -> Any:
+    """What ``node`` takes the item ``index`` of."""
+    _need(_is(node, "getitem") and node.args[1] == index, f"an item {index}")
+    return node.args[0]
+
+
+def _flattened(node: Any) -> Any:
+    _need(_is(node, "reshape", "view", "flatten"), "a flattened tensor")
+    _need(_value(node).dim() == 1 and _value(node.args[0]).dim() == 2, "a flattened matrix")
+    return node.args[0]
+
+
+def _with_bias(node: fx.Node) -> tuple[fx.Node, fx.Node | None, list[fx.Node]]:
+    """A product, the bias of each expert that is added to it in place, and that addition."""
+    added = [u for u in node.users if _is(u, "add_") and u.args[0] is node]
+    if not added:
+        return node, None, []
+    _need(len(added) == 1 and not added[0].users and len(added[0].args) == 2, "one addition of a bias")
+    bias = added[0].args[1]
+    _need(_is(bias, "getitem") and _value(bias.args[0]).dim() == 2, "a bias by expert")
+    return node, bias, added
+
+
+def _product(node: Any) -> _Product:
+    """The product whose results ``node`` is."""
+    node = _uncast(node)
+    _need(isinstance(node, fx.Node), "a product")
+    made, bias, added = _with_bias(node)
+    readers = [u for u in made.users if u not in added]
+    _need(1 <= len(readers) <= 2, "a product read by one step")
+    if _is(made, *_GROUPED):
+        rows, weight, offsets = made.args[0], made.args[1], _arg(made, 2, "offs")
+        plain = _arg(made, 3, "bias") is None and _arg(made, 4, "out_dtype") is None
+        _need(plain, "a grouped product without bias")
+        sort, bins = _sorted(offsets)
+        turned = not _is(weight, "transpose")
+        weight = weight if turned else _transposed(weight)
+        _need(bins == _value(weight).shape[0], "offsets of all experts")
+        by: Any = [u for u in sort.users if _is(u, "getitem") and u.args[1] == 0]
+        perm = [u for u in sort.users if _is(u, "getitem") and u.args[1] == 1]
+        _need(len(by) == len(perm) == 1, "one order of the slots")
+        _need(bias is None or bias.args[1] in by, "a bias by expert")
+        return _Product(_uncast(rows), weight, turned, bias and bias.args[0], sort.args[0], perm[0])
+    return _batched(made, bias)
+
+
+def _batched(made: fx.Node, bias: fx.Node | None) -> _Product:
+    _need(_is(made, "squeeze") and _is(made.args[0], "bmm"), "a batched product")
+    a, b = made.args[0].args
+    turned = _is(a, "unsqueeze") and a.args[1] == 1
+    rows, weights = (a, b) if turned else (b, a)
+    _need(_is(rows, "unsqueeze") and rows.args[1] == (1 if turned else -1), "rows of one batch each")
+    _need(made.args[1] == rows.args[1], "rows of one batch each")
+    _need(_is(weights, "getitem") and _value(weights.args[0]).dim() == 3, "matrices by expert")
+    _need(bias is None or bias.args[1] is weights.args[1], "a bias by expert")
+    return _Product(_uncast(rows.args[0]), weights.args[0], turned, bias and bias.args[0], weights.args[1], None)
+
+
+def _transposed(node: fx.Node) -> fx.Node:
+    dims = {d % 3 for d in node.args[1:] if isinstance(d, int)}
+    _need(dims == {1, 2}, "matrices turned")
+    return node.args[0]  # type: ignore[return-value]
+
+
+def _sorted(offsets: Any) -> tuple[fx.Node, int]:
+    """The sort of the experts' numbers whose counts, summed up, are these offsets; the number of experts."""
+    _need(_is(offsets, "cumsum"), "offsets that are running counts")
+    counts = offsets.args[0]
+    _need(_is(counts, "histc"), "counts of experts")
+    bins = _arg(counts, 1, "bins")
+    ranged = (_arg(counts, 2, "min"), _arg(counts, 3, "max")) == (0, bins - 1)
+    _need(ranged, "counts of all experts")
+    numbers = counts.args[0]
+    while _is(numbers, "float", "int", "to"):
+        numbers = numbers.args[0]
+    sort = _item(numbers, 0)
+    _need(_is(sort, "sort") and len(sort.args) == 1 and not sort.kwargs, "a sort by expert")
+    return sort, bins
+
+
+def _gate(node: Any) -> tuple[fx.Node, dict[str, Any]]:
+    """The product before ``act(gate) * up``, and what is done."""
+    node = _uncast(node)
+    _need(_is(node, "mul") and len(node.args) == 2, "gate times up")
+    a, b = node.args
+    if _is(a, "add") or _is(b, "add"):
+        return _limited(*((a, b) if _is(a, "add") else (b, a)))
+    act, up = (a, b) if _is(a, *_ACTS) else (b, a)
+    _need(_is(act, *_ACTS), "a known activation")
+    name = _ACTS[_name(act.target)]
+    how = _arg(act, 1, "approximate", "none") if name == "gelu" else "none"
+    _need(how in ("none", "tanh"), "a known activation")
+    pre, alternating = _halves(act.args[0], up)
+    return pre, {"act": "gelu_tanh" if how == "tanh" else name, "interleaved": alternating, "alpha": 1.0, "limit": 0.0}
+
+
+def _halves(gate: Any, up: Any) -> tuple[fx.Node, bool]:
+    """What gate and up are parts of, and whether its columns alternate."""
+    _need(_is(gate, "getitem") and _is(up, "getitem"), "gate and up of one product")
+    source = gate.args[0]
+    _need(up.args[0] is source, "gate and up of one product")
+    if (gate.args[1], up.args[1]) == (0, 1) and _is(source, "chunk"):
+        _need(_arg(source, 1, "chunks") == 2 and _arg(source, 2, "dim", 0) in (-1, 1), "two halves")
+        return source.args[0], False
+    _need((gate.args[1], up.args[1]) == ((..., _STRIDED[0]), (..., _STRIDED[1])), "gate and up of one product")
+    return source, True
+
+
+def _limited(plus: fx.Node, glu: Any) -> tuple[fx.Node, dict[str, Any]]:
+    """``(clamp(up) + 1) * (clamp(gate) * sigmoid(alpha * clamp(gate)))``."""
+    _need(plus.args[1] == 1 and _is(plus.args[0], "clamp") and _is(glu, "mul"), "a limited gate")
+    gate, sigmoid = glu.args
+    _need(_is(gate, "clamp") and _is(sigmoid, "sigmoid") and _is(sigmoid.args[0], "mul"), "a limited gate")
+    scaled, alpha = sigmoid.args[0].args
+    up = plus.args[0]
+    limit = _arg(gate, 2, "max")
+    low = _arg(gate, 1, "min") is None and _arg(up, 1, "min") == -limit and _arg(up, 2, "max") == limit
+    _need(scaled is gate and low and all(isinstance(n, int | float) for n in (alpha, limit)), "a limited gate")
+    pre, alternating = _halves(gate.args[0], up.args[0])
+    return pre, {"act": "limited", "interleaved": alternating, "alpha": float(alpha), "limit": float(limit)}
+
+
+def _layer(node: fx.Node) -> dict[str, Any]:
+    """The operands of the layer whose result ``node`` sums up.
+
+    Raises:
+        _Other: it is no such sum.
+    """
+    _need(_arg(node, 1, "dim") == 1 and not _arg(node, 2, "keepdim", False), "a sum over choices")
+    view = node.args[0]
+    _need(_is(view, "view", "reshape") and _value(view).dim() == 3, "rows by token and choice")
+    weighted: Any = view.args[0]  # type: ignore[union-attr]
+    inverse = None
+    if _is(weighted, "getitem"):
+        weighted, inverse = weighted.args
+    _need(_is(weighted, "mul") and len(weighted.args) == 2, "rows times weights")
+    rows, scales = weighted.args if _is(weighted.args[1], "unsqueeze") else weighted.args[::-1]
+    _need(_is(scales, "unsqueeze") and scales.args[1] in (-1, 1), "rows times weights")
+    second = _product(rows)
+    pre, attrs = _gate(second.rows)
+    first = _product(pre)
+    same = first.index is second.index and first.perm is second.perm and first.turned == second.turned
+    _need(same, "both products of one order")
+    scale = scales.args[0]
+    choices = _value(view).shape[1]
+    if second.perm is not None:
+        _need(_is(scale, "getitem") and scale.args[1] is second.perm, "weights in the order of the slots")
+        scale = scale.args[0]
+        _inverse(inverse, second.perm)
+        _need(_is(first.rows, "getitem") and _is(first.rows.args[1], "floordiv"), "rows of tokens")
+        _need(first.rows.args[1].args == (second.perm, choices), "rows of tokens")
+    else:
+        _need(inverse is None and _is(first.rows, "repeat_interleave"), "rows of tokens")
+        _need(first.rows.args[1] == choices and _arg(first.rows, 2, "dim") == 0, "rows of tokens")
+    x, index, scale = first.rows.args[0], _flattened(second.index), _flattened(scale)
+    _need(_value(index).shape[1] == choices and _value(x).dim() == 2, "tokens and their choices")
+    dtypes = {_value(t).dtype for t in (x, first.weight, second.weight)}
+    _need(len(dtypes) == 1 and _value(index).dtype == torch.int64, "one dtype")
+    return {
+        "operands": (x, first.weight, first.bias, second.weight, second.bias, index, scale),
+        "attrs": (attrs["act"], attrs["interleaved"], first.turned, attrs["alpha"], attrs["limit"]),
+    }
+
+
+def _inverse(node: Any, perm: fx.Node) -> None:
+    """``inverse[perm] = arange``."""
+    _need(_is(node, "empty_like") and node.args[0] is perm, "the inverse order")
+    writes = [u for u in node.users if _is(u, "setitem") and u.args[0] is node]
+    _need(len(writes) == 1 and writes[0].args[1] is perm and _is(writes[0].args[2], "arange"), "the inverse order")
+
+
+def _replace(node: fx.Node, found: dict[str, Any]) -> None:
+    graph, out = node.graph, _value(node)
+    values = [_value(t) for t in found["operands"]]
+    keep = torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+    with graph.inserting_before(node):
+        pair = graph.call_function(experts, (*found["operands"], *found["attrs"], keep))
+        got = graph.call_function(operator.getitem, (pair, 0))
+        made = [pair, got]
+        if _value(found["operands"][0]).dtype != out.dtype:
+            got = graph.call_method("to", (got, out.dtype))
+            made.append(got)
+        for new in made:
+            new.meta.update({k: m for k, m in node.meta.items() if k != "example_value"})
+    got.meta = dict(node.meta)
+    node.replace_all_uses_with(got)
+    graph.erase_node(node)
+
+
+def _sweep(graph: fx.Graph) -> None:
+    """Remove what nothing reads any more, writes into it included."""
+    for node in reversed(list(graph.nodes)):
+        writes = _is(node, "setitem", "add_") and len(node.args[0].users) == 1  # type: ignore[union-attr]
+        pure = node.op in ("call_function", "call_method") and not node.is_impure()
+        if not node.users and (writes or (pure and not str(node.target).endswith("_"))):
+            graph.erase_node(node)
+
+
+__all__ = ["join_experts"]
