@@ -181,7 +181,8 @@ def _held(*names: str) -> Callable[[Node], str]:
 
 
 def _entry(name: str, dims: Any, infer: Any, doc: str) -> Op:
-    return Op(name, "library", dims=dims, ref=_ref(name), infer=infer, cost=1000, doc=doc)
+    # "random" for what it promises: passes neither reorder nor merge them, so that every rank calls them in one order
+    return Op(name, "library", dims=dims, ref=_ref(name), infer=infer, cost=1000, random=True, doc=doc)
 
 
 COLLECTIVE = table(

@@ -22,7 +22,7 @@ from math import prod
 from typing import Any, TypeAlias
 
 from ..errors import TesselError, check
-from ..ir.node import Graph, Node, Value, values_in
+from ..ir.node import INPUT, Graph, Node, Value, values_in
 from ..ir.sharding import Sharding
 from ..ir.types import Loc, TensorType
 from ..targets.mesh import Mesh
@@ -182,12 +182,10 @@ class _Partition:
                     check(not isinstance(v.type, TensorType), lambda: f"output {i} is a tuple of tensors; flatten it")  # noqa: B023
                 left.append(None)
                 continue
-            target = self.wanted.get(i)
-            if target is None:
-                best = self.have[out][-1]
-                target = self.layouts.of[out] if best.partial or out in self.layouts.fixed else best
+            target = self.wanted.get(i) or self.leaves(out)
             target.check(out.shape, self.mesh, f"output {i}")
-            self.bring(out, target, f"output {i} leaves as {target}")
+            if out.op is not INPUT or target != self.layouts.arrives(out):
+                self.bring(out, target, f"output {i} leaves as {target}")
             left.append(target)
         self.program.outputs = tuple(left)
         news = []
@@ -196,6 +194,15 @@ class _Partition:
             self.bring(v, home, f"it overwrites {target_node.attrs['name']}, which lies as {home}")
             news.append(home)
         self.program.effects = tuple(news)
+
+    def leaves(self, out: Value) -> Sharding:
+        """How an output leaves that nobody said more of: an input as it came, a result in its smallest share."""
+        if out.op is INPUT:
+            return self.layouts.arrives(out)
+        done = [s for s in self.have[out] if not s.partial]
+        if not done or out in self.layouts.fixed:
+            return self.layouts.of[out]
+        return min(done, key=lambda s: prod(s.local_shape(out.shape, self.mesh)))  # type: ignore[arg-type]
 
     # ------------------------------------------------------------ moves
 
@@ -298,12 +305,13 @@ class _Partition:
         known = self.known.get(key)
         if known is not None:
             return known
-        best: tuple[float, Split] | None = None
+        best: tuple[tuple[int, float], Split] | None = None
         for split in self.candidates(rule, carried):
             found = self.try_shardings(rule, split, carried)
             if found is None:
                 continue
-            cost = self.work(node, rule, split)
+            parts = prod(self.mesh[a] for axes in split.values() for a in axes)
+            cost = self.work(node, rule, parts)
             for v, want in zip(rule.operands, found[0], strict=True):
                 cost += self.nearest(v, want)[0]
             for v, got in zip(rule.results, found[1], strict=True):
@@ -311,8 +319,11 @@ class _Partition:
                 dims = tuple(tuple(a for a in axes if a not in late) for axes in self.layouts.of[v].dims)
                 goal = Sharding(dims, carried[1])
                 cost += self.cost(v, got, goal)
-            if best is None or cost < best[0]:
-                best = (cost, split)
+            # no device repeats work that another could do: what is gathered to be computed twice has to pay
+            # off at every size, and whether it does is for a plan to decide
+            rank = (0 if node.op.kind == "view" else -parts, cost)
+            if best is None or rank < best[0]:
+                best = (rank, split)
         assert best is not None  # the empty split always fits
         self.known[key] = best[1]
         return best[1]
@@ -348,9 +359,8 @@ class _Partition:
                 split[factor] = tuple(a for a in orders[factor] if a in mine)
             yield split
 
-    def work(self, node: Node, rule: Rule, split: Split) -> float:
+    def work(self, node: Node, rule: Rule, parts: int) -> float:
         """What a device computes, in bytes of communication of the same time."""
-        parts = prod(self.mesh[a] for axes in split.values() for a in axes)
         flops = node.op.flops(node) if node.op.flops is not None else 0
         nbytes = 0 if node.op.kind == "view" else sum(v.type.nbytes for v in (*rule.operands, *rule.results))
         return float(flops / FLOPS_PER_BYTE + nbytes / MEMORY_PER_BYTE) / parts

@@ -70,6 +70,9 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("fuse", _fuse),
 )
 
+# What a graph goes through before it is laid out on a mesh: composites opened, so that every axis may be split.
+BEFORE_SHARD: tuple[tuple[str, Pass], ...] = PASSES[:2] + PASSES[:1]
+
 # Passes whose results only the C++ templates have kernels for.
 CPU_ONLY = frozenset({"recurrences", "small_products", "layouts"})
 

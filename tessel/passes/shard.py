@@ -157,7 +157,7 @@ class _Propagation:
         for d, axes in enumerate(seed.sharding.dims):
             for axis in axes:
                 self.found.why[v, d, axis] = Why(seed.why)
-        if seed.stored is not None and seed.stored.dims != seed.sharding.dims:
+        if seed.stored is not None:
             self.found.stored[v] = seed.stored.closed()
 
     def settle(self, level: int) -> None:
