@@ -8,14 +8,15 @@ sharding of its parameter, so that what data parallelism adds up, or scatters, f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .annotate import Annotations, seeds
 from .frontend.importer import Imported
 from .frontend.joint import Step
-from .ir.node import Graph, Node, Value
+from .ir.node import Builder, Graph, Node, Value, make_input, map_values
 from .ir.sharding import Sharding
 from .ir.types import TensorType
+from .ops import OPS
 from .passes._factors import Split
 from .passes._reshard import Price
 from .passes.partition import Collective, Program, partition
@@ -81,7 +82,10 @@ def lay_out(
     Raises:
         TesselError: an annotation fits nothing, or does not fit its tensor or the mesh.
     """
-    graph = prepared(step.forward)
+    step = replace(step, forward=replace(step.forward, graph=prepared(step.forward)))
+    if step.backward is not None:
+        step = _saved_in_full_rank(replace(step, backward=replace(step.backward, graph=prepared(step.backward))))
+    graph = step.forward.graph
     layouts = propagate(graph, mesh, seeds(annotations, graph, mesh, step.positions))
     wanted = {}
     if whole_results:
@@ -90,7 +94,7 @@ def lay_out(
     forward = partition(graph, mesh, layouts, outputs=wanted, splits=splits, price=price)
     if step.backward is None:
         return Spmd(step, mesh, forward, None)
-    back = prepared(step.backward)
+    back = step.backward.graph
     found = []
     arriving = [*forward.outputs[step.results :], *(forward.outputs[i] for i in step.differentiable)]
     saves = len(forward.outputs) - step.results
@@ -114,6 +118,46 @@ def lay_out(
     }
     backward = partition(back, mesh, propagate(back, mesh, found), outputs=grads, splits=splits, price=price)
     return Spmd(step, mesh, forward, backward)
+
+
+def _saved_in_full_rank(step: Step) -> Step:
+    """The step with saved tensors in the shape that has most dimensions, of those that are views of one another.
+
+    Linear layers flatten batch and sequence. Saved like that, a tensor whose sequence is split could not be kept
+    split; the backward takes it as it was before, and flattens it again.
+    """
+    assert step.backward is not None
+    forward, back = step.forward.graph, step.backward.graph
+    users = forward.users()
+    outputs = list(forward.outputs)
+    changed: dict[Node, Node] = {}
+    for i, node in zip(range(step.results, len(outputs)), back.inputs, strict=False):
+        v = outputs[i]
+        if not _is_tensor(v):
+            continue
+        same = [v, *(n.out for n in users.get(v, ()) if n.op.name == "reshape")]
+        if v.op.name == "reshape":
+            same.append(v.node.args[0])
+        best = max(same, key=lambda x: (x.type.rank, x is v))
+        if best != v:
+            outputs[i] = best
+            t = TensorType(best.shape, best.dtype, None, node.out.type.device)
+            changed[node] = make_input(node.attrs["name"], t, node.attrs["role"], node.loc)
+    if not changed:
+        return step
+    builder = Builder(changed.get(n, n) for n in back.inputs)
+    new = {n.out: changed.get(n, n).out for n in back.inputs}
+    for old, node in changed.items():
+        new[old.out] = builder.add(OPS["reshape"], node.out, shape=old.out.shape)
+    for old in back.nodes:
+        node = builder.append(old.replace(args=map_values(old.args, new.__getitem__)))
+        new.update(zip(old.outs, node.outs, strict=True))
+    flat = builder.finish(map_values(back.outputs, new.__getitem__), (), back.name)
+    return replace(
+        step,
+        forward=replace(step.forward, graph=forward.replace(outputs=tuple(outputs)).live()),
+        backward=replace(step.backward, graph=run_pipeline(flat, passes=BEFORE_SHARD[:1])),
+    )
 
 
 def _is_tensor(x: object) -> bool:
