@@ -104,10 +104,16 @@ def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
-def only_user(node: fx.Node) -> fx.Node:
-    if len(node.users) != 1:
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a node's numbers; assertions of its type, which torch.export adds, do not."""
+    return [u for u in node.users if op_name(u) != "_assert_tensor_metadata"]
+
+
+def _only_reader(node: fx.Node) -> fx.Node:
+    readers = _readers(node)
+    if len(readers) != 1:
         raise Refused("something else reads the weights (a result of the model?)")
-    return next(iter(node.users))
+    return readers[0]
 
 
 # ---------------------------------------------------------------- from the weights to the result
@@ -125,7 +131,7 @@ class _Weights:
 def _down(softmax: fx.Node) -> _Weights:
     node, drops = softmax, False
     while True:
-        user = only_user(node)
+        user = _only_reader(node)
         name = op_name(user)
         if name in ("matmul", "baddbmm", "__matmul__") and user.args and user.args[0] is node and name != "baddbmm":
             v = argument(user, 1, "other", user.kwargs.get("mat2"))
@@ -191,7 +197,7 @@ def _up(node: Any, s: _Scores) -> _Scores:
         if not isinstance(node, fx.Node):
             raise Refused("no product of queries and keys")
         name = op_name(node)
-        if len(node.users) > 1 and not _only_its_peak(node):
+        if len(_readers(node)) > 1 and not _only_its_peak(node):
             raise Refused(f"something else reads the scores (the result of {name})")
         if name == "matmul":
             other = argument(node, 1, "other", node.kwargs.get("mat2"))
@@ -226,8 +232,8 @@ def _up(node: Any, s: _Scores) -> _Scores:
 
 def _only_its_peak(node: fx.Node) -> bool:
     """Whether the other readers are the greatest score and its subtraction, which change no softmax."""
-    peaks = [u for u in node.users if op_name(u) in ("max", "amax")]
-    return len(node.users) == 2 and len(peaks) == 1
+    readers = _readers(node)
+    return len(readers) == 2 and any(op_name(u) in ("max", "amax") for u in readers)
 
 
 def _free_of_rows(node: fx.Node) -> bool:
@@ -515,8 +521,10 @@ def _erase(node: fx.Node) -> None:
     stack = [node]
     while stack:
         at = stack.pop()
-        if at.users or op_name(at) not in _CHAIN:
+        if _readers(at) or op_name(at) not in _CHAIN:
             continue
+        for assertion in list(at.users):
+            assertion.graph.erase_node(assertion)
         above = at.all_input_nodes
         if any(n.op == "placeholder" for n in above[:1]) and at is not node:
             continue  # an in-place form would change an input
