@@ -23,7 +23,7 @@ from .cpp_expr import Dims, Emitter
 from .cpp_onehot import only_place
 from .cpp_space import Space
 from .cpp_text import BLOCK, coordinates, items, points, simd, steps
-from .cpp_vector import FOLDS, KINDS, Along, fold_step, too_large, unroll
+from .cpp_vector import FOLDS, KINDS, Along, fold_step, from_memory, too_large, unroll
 from .cpp_words import cast, identity, size_text, value_type
 from .dialect import compute_dtype
 
@@ -33,7 +33,8 @@ LANES = 512  # results side by side that a thread works on, in the form ``across
 _FEW = 16
 _LONG = 32768
 _STACK = 8192  # elements of a row buffer that may lie on the stack
-_PAGE = 512  # elements from one row to the next, from which on the next row is asked for early
+_PAGE = 4096  # bytes of the pages that memory is mapped in
+_EARLY = 3 * _PAGE  # from what is read to what is asked for
 _KEEP = 4  # a value that costs more than this to compute again is kept
 
 _STEPS = {
@@ -334,12 +335,13 @@ class _Rows(_Writer):
         return Part([*starts, "{", *_indented(body, 1), "}"])
 
     def _ahead(self, number: int, lane: Axis | None) -> list[str]:
-        """In the last of several passes over a row, what the first pass reads of the next row is asked for.
+        """In the last of several passes over a row, what the first pass reads of a later row is asked for.
 
-        The CPU's own prefetching ends at a page, which is as long as many a row: each row would begin with a wait.
+        The CPU's own prefetching ends at a page, which is as long as many a row: each row would begin with a wait
+        for memory. For the last cache that is too short to be worth an instruction a vector.
         """
         first, last = min(self.loops), max(self.loops)
-        if number != last or first == last or lane is None or not self.outer:
+        if number != last or first == last or lane is None or not self.outer or not from_memory(self.kernel):
             return []
         lines: list[str] = []
         for stmt in self.loops[first]:
@@ -349,8 +351,11 @@ class _Rows(_Writer):
             index = self.space.at(stmt.access.address(param))
             steps = {atom.name: c for atom, c in index.terms if atom.kind == "var"}
             row = steps.get(self.outer[-1].name)
-            if len(steps) == len(index.terms) and steps.get(lane.name) == 1 and isinstance(row, int) and row >= _PAGE:
-                lines.append(f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {size_text(row)});")
+            if len(steps) == len(index.terms) and steps.get(lane.name) == 1 and isinstance(row, int):
+                nbytes = row * param.type.dtype.itemsize
+                if nbytes >= _PAGE // 4:
+                    later = size_text(row * -(-_EARLY // nbytes))
+                    lines.append(f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {later});")
         return list(dict.fromkeys(lines))
 
     def _vectors(self, block: list[str], lane: Axis, folds: Sequence[Fold], copies: int) -> list[str]:

@@ -17,10 +17,10 @@ from ..ir.types import Dim, product
 from ..ops import OPS
 from ..targets import get_target
 from ..tiles.index import Cond, Index
-from ..tiles.kernel import Check, Compute, IndexOf, Kernel, Load, Reduce, Ref, Scan, Stmt, Store, Test, refs
+from ..tiles.kernel import Check, Compute, IndexOf, Kernel, Load, Param, Reduce, Ref, Scan, Stmt, Store, Test, refs
 from .cpp_space import Space
 
-__all__ = ["FOLDS", "KINDS", "Along", "fold_step", "last_cache", "too_large", "unroll", "wide_cast"]
+__all__ = ["FOLDS", "KINDS", "Along", "fold_step", "from_memory", "last_cache", "too_large", "unroll", "wide_cast"]
 
 KINDS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16", torch.bool: "bool"}
 _FUNCTIONS = """abs sign maximum minimum relu exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal sin cos tanh
@@ -134,8 +134,18 @@ def too_large(kernel: Kernel) -> frozenset[int]:
     Half as much again is wanted, since results of about its size may stay in part for whoever reads them next.
     """
     least = last_cache() * 3 // 2 or 1 << 62
-    sizes = {i: product((*p.type.shape, p.type.dtype.itemsize)) for i, p in enumerate(kernel.params) if p.out}
+    sizes = {i: _nbytes(p) for i, p in enumerate(kernel.params) if p.out}
     return frozenset(i for i, n in sizes.items() if isinstance(n, int) and n >= least)
+
+
+def from_memory(kernel: Kernel) -> bool:
+    """Whether the last cache does not hold all that a kernel reads and writes, or that is not known."""
+    sizes = [_nbytes(p) for p in kernel.params]
+    return not all(isinstance(n, int) for n in sizes) or sum(sizes) > last_cache()
+
+
+def _nbytes(param: Param) -> Dim:
+    return product((*param.type.shape, param.type.dtype.itemsize))
 
 
 def wide_cast(text: str, source: torch.dtype, to: torch.dtype) -> str:
