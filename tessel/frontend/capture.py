@@ -19,6 +19,7 @@ from . import compat
 from .attention_match import join_attention
 from .composites import keep_composites
 from .decomp import decompositions, for_export
+from .experts import join_experts
 from .flex import join_flex
 from .importer import Imported, import_graph
 from .locs import qualified_name
@@ -71,7 +72,7 @@ def aot(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Compil
     """
     roll(gm)
     keep_composites(gm)
-    notes = [*join_flex(gm)[1], *join_attention(gm)[1], *join_losses(gm)[1]]
+    notes = [*join_flex(gm)[1], *join_attention(gm)[1], *join_experts(gm)[1], *join_losses(gm)[1]]
     names = _input_names(gm)
 
     def compiler(kind: str) -> Callable[..., Any]:
