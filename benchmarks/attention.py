@@ -1,6 +1,6 @@
 """Attention on the CPU: Tessel's kernel beside torch's scaled_dot_product_attention, in turns, medians.
 
-    python benchmarks/attention.py [--only NAME] [--dtype float32] [--seconds S] [--threads N] [--clock cpu]
+    python benchmarks/attention.py [--train] [--only NAME] [--dtype float32] [--seconds S] [--threads N] [--clock cpu]
 
 q, k and v are seen as [batch, heads, length, width]; they are laid out [batch, length, heads, width] as projections
 leave them, but a cache in decoding is [batch, heads, length, width] as transformers keep it. torch gets masks
@@ -9,7 +9,8 @@ ready-made; where a case says "from indices", Tessel is given the comparison tha
 "fast ones" is the ratio of the fastest tenths: it says more than that of the medians where other work runs on the
 machine. On a busy machine one thread's time on the CPU (--threads 1 --clock cpu) says still more. The GFLOP/s count
 the products of the keys that a row may see, so that they compare across cases. "error" is the largest absolute
-difference from the same operands in float64, Tessel's and torch's.
+difference from the same operands in float64, Tessel's and torch's. With --train a run is the forward and the gradients
+of q, k and v, the products of both count, and the error is that of the gradients.
 """
 
 from __future__ import annotations
@@ -121,7 +122,28 @@ def seen_pairs(case: Case) -> int:
     return b * h * int(seen.sum())
 
 
-def measure(name: str, dtype: torch.dtype, seconds: float, way: str, clock: str = "wall") -> dict[str, Any]:
+def _trained(f: Attend, case: Case) -> Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]:
+    """The forward and the gradients of q, k and v for one gradient of the result, drawn in float32 from one seed."""
+    b, h, _, m, _, d = case.sizes
+    grad = torch.randn(b, m, h, d, generator=torch.Generator().manual_seed(1)).transpose(1, 2)
+
+    def run(ins: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(f(*ins), ins[:3], grad.to(ins[0].dtype))
+
+    return run
+
+
+def _forward(f: Attend) -> Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]:
+    def run(ins: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            return (f(*ins),)
+
+    return run
+
+
+def measure(
+    name: str, dtype: torch.dtype, seconds: float, way: str, clock: str = "wall", train: bool = False
+) -> dict[str, Any]:
     """One case: milliseconds of both, their ratio (torch over Tessel), rates, errors."""
     import tessel
 
@@ -130,21 +152,26 @@ def measure(name: str, dtype: torch.dtype, seconds: float, way: str, clock: str 
     ins = operands(case, dtype)
     plain, given = functions(case)
     fast = tessel.compile(given, target="cpu", options={"attention": way})
-    with torch.no_grad():
-        wide = [t.double() if t.is_floating_point() else t for t in ins]
-        want = plain(*wide)
-        errors = {w: float((f(*ins).double() - want).abs().max()) for w, f in (("tessel", fast), ("torch", plain))}
-        runners = {"torch": lambda: plain(*ins), "tessel": lambda: fast(*ins)}
-        times = interleaved(runners, seconds, most=2001, clock=CLOCKS[clock])
+    for t in ins[:3]:
+        t.requires_grad_(train)
+    own, other = (_trained(f, case) if train else _forward(f) for f in (fast, plain))
+    wide = [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in ins]
+    want = other(wide)
+    got = {"tessel": own(ins), "torch": other(ins)}
+    errors = {w: max(float((a.double() - b).abs().max()) for a, b in zip(r, want)) for w, r in got.items()}
+    times = interleaved(
+        {"torch": lambda: other(ins), "tessel": lambda: own(ins)}, seconds, most=2001, clock=CLOCKS[clock]
+    )
     out: dict[str, Any] = {"case": name, "dtype": str(dtype).removeprefix("torch.")}
     for w, found in times.items():
         out |= {f"{w}_{k}": v for k, v in spread(found).items()}
-        out[f"{w}_gflops"] = round(4 * seen_pairs(case) * case.sizes[-1] / out[f"{w}_ms"] / 1e6, 1)
+        out[f"{w}_gflops"] = round((14 if train else 4) * seen_pairs(case) * case.sizes[-1] / out[f"{w}_ms"] / 1e6, 1)
     kernels = [k.family for k in tessel.explain(fast).kernels]
     low = {w: statistics.quantiles(found, n=10)[0] for w, found in times.items()}
     out["ratio"] = round(out["torch_ms"] / out["tessel_ms"], 3)
     out["low_ratio"] = round(low["torch"] / low["tessel"], 3)
-    return {**out, "own": "attention" in kernels, **{f"{w}_error": e for w, e in errors.items()}}
+    wanted = {"attention", *(["attention_backward"] if train else [])}
+    return {**out, "own": wanted <= set(kernels), **{f"{w}_error": e for w, e in errors.items()}}
 
 
 def row(r: dict[str, Any]) -> list[str]:
@@ -164,6 +191,7 @@ def row(r: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", action="store_true", help="forward and backward; not of decoding")
     parser.add_argument("--only", default="", help="part of a case's name")
     parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing, a case")
@@ -180,8 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     head = ["case", "torch ms", "Tessel ms", "times", "fast ones", "GFLOP/s torch, Tessel", "error, torch's", "by"]
     for dtype in given.dtype:
         for name in CASES:
-            if given.only.lower() in name.lower():
-                rows.append(measure(name, getattr(torch, dtype), given.seconds, given.way, given.clock))
+            if given.only.lower() in name.lower() and not (given.train and "decode" in name):
+                rows.append(measure(name, getattr(torch, dtype), given.seconds, given.way, given.clock, given.train))
                 print(" | ".join(row(rows[-1])), flush=True)
     print(f"\n{table(head, map(row, rows))}")
     whole = not given.only and len(given.dtype) == 2 and given.way == "auto"
@@ -192,7 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             encoding="utf-8",
         )
     elif whole:
-        print(write_result("attention", {"threads": given.threads, "clock": given.clock, "cases": rows}))
+        name = "attention-training" if given.train else "attention"
+        print(write_result(name, {"threads": given.threads, "clock": given.clock, "cases": rows}))
 
 
 if __name__ == "__main__":
