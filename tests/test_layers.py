@@ -18,7 +18,7 @@ LAYERS: tuple[set[str], ...] = (
     {"errors"},
     {"config", "safe_dir"},
     {"ir"},
-    {"ops", "targets"},
+    {"ops", "targets", "quant"},
     {"tiles"},
     {"solve"},
     {"frontend", "passes"},

@@ -1,0 +1,268 @@
+"""Number formats of few bits, as records, and the arithmetic that every kernel is held to.
+
+A format says how a tensor's values become small codes and scales. Values of a group share one scale; a group lies along
+the last dimension, which is the reduced dimension k of a weight ``[n, k]``:
+
+    >>> import torch
+    >>> w = torch.tensor([[-7.0, 1.0, 2.2, 14.0]])
+    >>> q = quantize(w, integers(4, group=2))
+    >>> q.codes, q.scale
+    (tensor([[-7.,  1.,  1.,  7.]]), tensor([[1., 2.]]))
+    >>> q.dequantize()
+    tensor([[-7.,  1.,  2., 14.]])
+
+Elements are integers (``int``), small floats (``float``: an exponent, a mantissa, no infinity) or entries of a table
+(``codebook``). Scales are kept in float32, as a power of two (``e8m0``, the MX formats of the OCP specification), or in
+``e4m3`` under one float32 scale of the whole tensor (NVFP4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import check
+
+__all__ = ["FORMATS", "Format", "Quantized", "integers", "quantize", "round_float"]
+
+WHOLE_ROW = 0
+"""As a group: all values of a row share one scale."""
+
+WHOLE_TENSOR = -1
+"""As a group: all values of the tensor share one scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How values become codes.
+
+    Attributes:
+        kind: ``int``, ``float`` or ``codebook``.
+        bits: of a code, 1 to 8.
+        group: values along the last dimension that share a scale; ``WHOLE_ROW`` or ``WHOLE_TENSOR``.
+        symmetric: integers around zero, -q to q with q = 2^(bits-1) - 1; otherwise 0 to 2^bits - 1 with a zero point.
+        minimum: of an asymmetric one: codes count from the group's minimum, kept in float32, and not from an integer
+            zero point, which needs zero inside the range (caches of keys and values have channels far from zero).
+        exponent, mantissa: bits of each, of a float.
+        largest: of a float: its largest finite value.
+        codebook: the values of a table, ascending.
+        scale: ``f32``, ``e8m0`` or ``e4m3``.
+        rows: rows (of the dimension before the last) that share a scale too: 128 for blocks of 128 by 128.
+    """
+
+    kind: str
+    bits: int
+    group: int = WHOLE_ROW
+    symmetric: bool = True
+    exponent: int = 0
+    mantissa: int = 0
+    largest: float = 0.0
+    codebook: tuple[float, ...] = ()
+    scale: str = "f32"
+    minimum: bool = False
+    rows: int = 1
+
+    @property
+    def top(self) -> float:
+        """The code that the largest magnitude of a group is scaled to."""
+        if self.kind == "int":
+            return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return self.largest if self.kind == "float" else max(map(abs, self.codebook))
+
+    def bits_per_value(self, row: int) -> float:
+        """Bits that a value takes with its share of scale and zero point, in rows of ``row`` values.
+
+        >>> integers(4, group=128).bits_per_value(4096)
+        4.25
+        """
+        own = {"f32": 32, "e8m0": 8, "e4m3": 8}[self.scale]
+        if self.kind == "int" and self.scale == "f32":
+            own = 32 if self.symmetric else 64 if self.minimum else 32 + 8  # a float32 scale; a minimum or a zero point
+        size = row if self.group == WHOLE_ROW else self.group
+        return self.bits + (0.0 if self.group == WHOLE_TENSOR else own / max(size * self.rows, 1))
+
+
+def integers(bits: int, group: int = WHOLE_ROW, symmetric: bool = True, minimum: bool = False) -> Format:
+    """Integers of 1 to 8 bits; symmetric ones need 2 at least.
+
+    Raises:
+        TesselError: a number of bits or a group that is none.
+    """
+    least = 2 if symmetric and not minimum else 1
+    check(least <= bits <= 8, lambda: f"an integer format of {bits} bits: {least} to 8 are possible")
+    check(group >= WHOLE_TENSOR, lambda: f"a group of {group} values: at least 1, or WHOLE_ROW or WHOLE_TENSOR")
+    return Format("int", bits, group, symmetric and not minimum, minimum=minimum)
+
+
+# NF4: quantiles of a normal distribution, so that each code is as likely (Dettmers et al., "QLoRA", appendix E).
+_NF4 = (
+    -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0,
+    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
+)  # fmt: skip
+
+
+def _float(exponent: int, mantissa: int, largest: float, group: int, scale: str = "f32") -> Format:
+    return Format(
+        "float", 1 + exponent + mantissa, group, exponent=exponent, mantissa=mantissa, largest=largest, scale=scale
+    )
+
+
+# Largest values and block sizes: OCP Microscaling Formats (MX) Specification 1.0; NVFP4: blocks of 16 with E4M3 scales.
+FORMATS: dict[str, Format] = {
+    "e4m3": _float(4, 3, 448.0, WHOLE_TENSOR),
+    "e4m3-row": _float(4, 3, 448.0, WHOLE_ROW),
+    "e4m3-block": replace(_float(4, 3, 448.0, 128), rows=128),
+    "e5m2": _float(5, 2, 57344.0, WHOLE_TENSOR),
+    "mxfp8": _float(4, 3, 448.0, 32, "e8m0"),
+    "mxfp6": _float(2, 3, 7.5, 32, "e8m0"),
+    "mxfp4": _float(2, 1, 6.0, 32, "e8m0"),
+    "nvfp4": _float(2, 1, 6.0, 16, "e4m3"),
+    "nf4": Format("codebook", 4, 64, codebook=_NF4),
+    "ternary": Format("codebook", 2, WHOLE_TENSOR, codebook=(-1.0, 0.0, 1.0)),
+}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized tensor, codes not yet packed.
+
+    Attributes:
+        codes: of the tensor's shape, float32: integers, element values of a float format, or codebook values.
+        scale: ``[..., groups]`` float32, what a code is multiplied by (NVFP4's scale of the tensor is in it); one for
+            every ``format.rows`` rows.
+        zero: ``[..., groups]`` the code of the value zero, of asymmetric formats (no whole number with ``minimum``).
+        format: what it is in.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    format: Format
+    zero: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """The values that the codes stand for, float32."""
+        codes = self.codes if self.zero is None else self.codes - self._wide(self.zero)
+        return codes * self._wide(self.scale)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        """One value an element."""
+        if self.format.group == WHOLE_TENSOR:
+            return x
+        x = x.repeat_interleave(_size(self.format, self.codes.shape), -1)
+        return x if self.format.rows == 1 else x.repeat_interleave(self.format.rows, -2)[..., : self.codes.shape[-2], :]
+
+
+def quantize(x: Tensor, format: Format, clip: float = 1.0) -> Quantized:
+    """Round to the nearest code, the largest magnitude of each group scaled to the format's largest.
+
+    Args:
+        x: floating, at least one dimension; the last one is what groups lie along.
+        format: what to quantize to.
+        clip: the share of each group's range that is kept; values beyond take the last code.
+
+    Raises:
+        TesselError: x holds NaN or infinity, or the group does not divide its last dimension (both numbers named).
+    """
+    check(x.is_floating_point() and x.dim() > 0, lambda: f"quantize: {x.dtype} of rank {x.dim()} is no row of floats")
+    check(bool(torch.isfinite(x).all()), lambda: f"quantize: {_count_bad(x)} of {x.numel()} values are NaN or infinite")
+    grouped, shape = _grouped(x.float(), format)
+    if not format.symmetric:
+        return _asymmetric(grouped, format, clip, shape)
+    largest = grouped.abs().amax(-1) * clip
+    if format.rows == 1:
+        scale = wide = scales_of(largest, format)
+    else:
+        scale = scales_of(_largest_of_rows(largest, format.rows), format)
+        wide = scale.repeat_interleave(format.rows, -2)[..., : largest.shape[-2], :]
+    return Quantized(to_codes(grouped / wide[..., None], format).reshape(shape), scale, format)
+
+
+def _largest_of_rows(largest: Tensor, rows: int) -> Tensor:
+    """``[..., n, groups]`` -> ``[..., ceil(n / rows), groups]``; the last block may be short."""
+    check(largest.dim() > 1, lambda: f"quantize: blocks of {rows} rows need a matrix")
+    short = -largest.shape[-2] % rows
+    return torch.nn.functional.pad(largest, (0, 0, 0, short)).unflatten(-2, (-1, rows)).amax(-2)
+
+
+def _asymmetric(grouped: Tensor, format: Format, clip: float, shape: torch.Size) -> Quantized:
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    if not format.minimum:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    middle = (low + high) / 2 if format.minimum else torch.zeros_like(low)
+    low, high = middle + (low - middle) * clip, middle + (high - middle) * clip
+    scale = (high - low) / format.top
+    # A group of one value is that value, whatever its scale.
+    scale = torch.where(scale == 0, torch.ones_like(scale) if not format.minimum else low.abs().clamp(min=1e-30), scale)
+    zero = -low / scale
+    zero = zero if format.minimum else zero.round().clamp(0, format.top)
+    codes = (grouped / scale[..., None] + zero[..., None]).round().clamp(0, format.top)
+    return Quantized(codes.reshape(shape), scale, format, zero)
+
+
+def scales_of(largest: Tensor, format: Format) -> Tensor:
+    """The scale of each group from its largest magnitude; groups of zeros get one.
+
+    ``e8m0``: 2^(floor(log2 largest) - the exponent of the format's largest value), the rule of the MX specification:
+    what lies above the largest value saturates.
+    """
+    if format.scale == "e8m0":
+        scale = torch.exp2(torch.floor(torch.log2(largest)) - math.floor(math.log2(format.top)))
+    elif format.scale == "e4m3":
+        whole = largest.amax() / (448.0 * format.top)
+        whole = torch.where(whole == 0, torch.ones_like(whole), whole)
+        scale = round_float(largest / (format.top * whole), 4, 3, 448.0) * whole
+    else:
+        scale = largest / format.top
+    return torch.where((scale == 0) | ~torch.isfinite(scale), torch.ones_like(scale), scale)
+
+
+def to_codes(scaled: Tensor, format: Format) -> Tensor:
+    """The nearest code of each scaled value."""
+    if format.kind == "int":
+        return scaled.round().clamp(-format.top, format.top)
+    if format.kind == "float":
+        return round_float(scaled, format.exponent, format.mantissa, format.largest)
+    return nearest(scaled, format.codebook)
+
+
+def nearest(x: Tensor, table: Sequence[float]) -> Tensor:
+    """The entry of an ascending table that is nearest to each value.
+
+    >>> nearest(torch.tensor([0.2, 0.9]), (-1.0, 0.0, 1.0))
+    tensor([0., 1.])
+    """
+    entries = torch.tensor(table, dtype=x.dtype)
+    return entries[torch.bucketize(x, (entries[1:] + entries[:-1]) / 2)]
+
+
+def round_float(x: Tensor, exponent: int, mantissa: int, largest: float) -> Tensor:
+    """Round to a small float of these bits (half to even, subnormals kept); beyond ``largest`` it saturates.
+
+    >>> round_float(torch.tensor([0.3, 2.4, 5.1, 9.0]), exponent=2, mantissa=1, largest=6.0)
+    tensor([0.5000, 2.0000, 6.0000, 6.0000])
+    """
+    least = 2 - 2 ** (exponent - 1)  # the exponent of the smallest normal number
+    _, power = torch.frexp(x)  # |x| in [2^(power-1), 2^power)
+    step = torch.exp2((power - 1).clamp(min=least).to(x.dtype) - mantissa)
+    return ((x / step).round() * step).clamp(-largest, largest)
+
+
+def _size(format: Format, shape: Sequence[int]) -> int:
+    return format.group if format.group > 0 else max(shape[-1], 1)
+
+
+def _grouped(x: Tensor, format: Format) -> tuple[Tensor, torch.Size]:
+    """Groups as the last dimension: ``[..., groups, size]``; of one scale for all, ``[1, ..., all]``."""
+    if format.group == WHOLE_TENSOR:
+        return x.reshape(*(1 for _ in x.shape), -1), x.shape
+    size, row = _size(format, x.shape), x.shape[-1]
+    check(row % size == 0, lambda: f"quantize: groups of {size} do not divide rows of {row} values")
+    return x.unflatten(-1, (row // size, size)), x.shape
+
+
+def _count_bad(x: Tensor) -> int:
+    return int((~torch.isfinite(x)).sum())
