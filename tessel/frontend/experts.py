@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from .experts_op import experts
+from .unread import call_name, erase_unread
 
 F = torch.nn.functional
 _GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
@@ -50,7 +51,7 @@ def join_experts(gm: fx.GraphModule) -> tuple[int, list[str]]:
     """Rewrite ``gm`` in place: how many layers were joined, and why grouped products were left, in words."""
     count, notes = 0, []
     for node in list(gm.graph.nodes):
-        if node.op == "call_method" and node.target == "sum" and node in gm.graph.nodes:
+        if node.op == "call_method" and node.target == "sum":
             try:
                 found = _layer(node)
             except _Other:
@@ -58,17 +59,12 @@ def join_experts(gm: fx.GraphModule) -> tuple[int, list[str]]:
             _replace(node, found)
             count += 1
     if count:
-        _sweep(gm.graph)
         gm.graph.lint()
         gm.recompile()
-    left = [n for n in gm.graph.nodes if n.op == "call_function" and _name(n.target) in _GROUPED]
+    left = [n for n in gm.graph.nodes if n.op == "call_function" and call_name(n) in _GROUPED]
     if left:
         notes.append(f"{len(left)} grouped products are not part of a known layer of experts: each is a call")
     return count, notes
-
-
-def _name(target: Any) -> str:
-    return str(getattr(target, "__name__", target)).rsplit(".", 1)[-1]
 
 
 def _value(x: Any) -> Any:
@@ -77,7 +73,7 @@ def _value(x: Any) -> Any:
 
 def _is(node: Any, *names: str) -> bool:
     """Whether a node calls a function or a method of one of these names."""
-    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and _name(node.target) in names
+    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and call_name(node) in names
 
 
 def _need(test: bool, what: str) -> None:
@@ -185,7 +181,7 @@ def _gate(node: Any) -> tuple[fx.Node, dict[str, Any]]:
         return _limited(*((a, b) if _is(a, "add") else (b, a)))
     act, up = (a, b) if _is(a, *_ACTS) else (b, a)
     _need(_is(act, *_ACTS), "a known activation")
-    name = _ACTS[_name(act.target)]
+    name = _ACTS[call_name(act)]
     how = _arg(act, 1, "approximate", "none") if name == "gelu" else "none"
     _need(how in ("none", "tanh"), "a known activation")
     pre, alternating = _halves(act.args[0], up)
@@ -282,16 +278,7 @@ def _replace(node: fx.Node, found: dict[str, Any]) -> None:
             new.meta.update({k: m for k, m in node.meta.items() if k != "example_value"})
     got.meta = dict(node.meta)
     node.replace_all_uses_with(got)
-    graph.erase_node(node)
-
-
-def _sweep(graph: fx.Graph) -> None:
-    """Remove what nothing reads any more, writes into it included."""
-    for node in reversed(list(graph.nodes)):
-        writes = _is(node, "setitem", "add_") and len(node.args[0].users) == 1  # type: ignore[union-attr]
-        pure = node.op in ("call_function", "call_method") and not node.is_impure()
-        if not node.users and (writes or (pure and not str(node.target).endswith("_"))):
-            graph.erase_node(node)
+    erase_unread(graph, [node])
 
 
 __all__ = ["join_experts"]

@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from .loss_op import linear_cross_entropy
+from .unread import erase_unread
 
 F = torch.nn.functional
 _CROSS_ENTROPY = {F.cross_entropy, torch.ops.aten.cross_entropy_loss.default}
@@ -63,7 +64,6 @@ def join_losses(gm: fx.GraphModule) -> tuple[int, list[str]]:
         _replace(node, *found)
         count += 1
     if count:
-        gm.graph.eliminate_dead_code()
         gm.graph.lint()
         gm.recompile()
     return count, notes
@@ -221,7 +221,7 @@ def _replace(node: fx.Node, path: _Path, a: dict[str, Any]) -> None:
             new.meta.update({k: m for k, m in node.meta.items() if k != "example_value"})
     loss.meta = dict(node.meta)
     node.replace_all_uses_with(loss)
-    graph.erase_node(node)
+    erase_unread(graph, [node])
 
 
 __all__ = ["join_losses"]
