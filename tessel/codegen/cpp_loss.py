@@ -12,7 +12,7 @@ from ..tiles.header import TEMPLATES
 from . import cpp_matmul
 from .cpp_gemm import multiplies_bf16
 
-__all__ = ["headers", "loss_unit"]
+__all__ = ["experts_unit", "headers", "loss_unit"]
 
 _EXTERN = 'extern "C" __attribute__((visibility("default")))'
 
@@ -56,3 +56,32 @@ def loss_unit() -> str:
             "}",
         ]
     return unit("loss", lines)
+
+
+def experts_unit() -> str:
+    """``experts_<type>_<order>`` and ``experts_backward_<type>_<order>``: arguments and numbers as in ``loss_unit``.
+
+    The arguments are the fields of ``experts::Layer`` up to ``interleaved`` and the activation's number, then the
+    addresses of what ``experts::forward`` and ``experts::backward`` take after it; the numbers are alpha and limit.
+    ``nk``: matrices [e, 2i, h] and [e, o, i]; ``kn``: [e, h, 2i] and [e, i, o].
+    """
+    lines = []
+    for name, t in element_types():
+        pointers = ", ".join(f"(const {t}*)a[{i}]" for i in range(5))
+        sizes = ", ".join(f"a[{i}]" for i in range(7, 15))
+        layer = f"const experts::Layer<{t}> layer = {{{pointers}, (const i64*)a[5], (const float*)a[6],"
+        for order, turned in (("nk", "false"), ("kn", "true")):
+            head = [f"  {layer}", f"      {sizes}, {{a[15], (float)f[0], (float)f[1]}}}};"]
+            grads = ", ".join(f"({t}*)a[{i}]" for i in range(18, 23))
+            lines += [
+                f"{_EXTERN} int experts_{name}_{order}(const i64* a, const double* f, i64 threads) {{",
+                *head,
+                f"  return experts::forward<{t}, {turned}>(layer, ({t}*)a[16], ({t}*)a[17], threads);",
+                "}",
+                f"{_EXTERN} int experts_backward_{name}_{order}(const i64* a, const double* f, i64 threads) {{",
+                *head,
+                f"  return experts::backward<{t}, {turned}>(layer, (const {t}*)a[16], (const {t}*)a[17],",
+                f"      {grads}, (float*)a[23], threads);",
+                "}",
+            ]
+    return unit("experts", lines)

@@ -13,12 +13,18 @@ from typing import Any
 import torch
 
 from ..ir.node import Node
+from .experts_cpu import experts_kernels
 from .loss_cpu import loss_kernels
 from .matmul_cpu import by_library
 
 __all__ = ["WHOLE", "whole"]
 
-WHOLE = frozenset({"linear_cross_entropy", "linear_cross_entropy_backward"})
+_MAKERS = {"linear_cross_entropy": loss_kernels, "experts": experts_kernels}
+WHOLE = frozenset(f"{name}{suffix}" for name in _MAKERS for suffix in ("", "_backward"))
+_WHAT = {
+    "linear_cross_entropy": "Tessel's kernel: logits are never written",
+    "experts": "Tessel's kernel: all experts of a layer at once",
+}
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -41,9 +47,9 @@ def whole(
         why = f"{str(dtype).removeprefix('torch.')} has no kernel on this CPU"
     why = why or by_library(node, features, wanted)
     if why is None:
-        kernels = loss_kernels()
+        name = node.op.name.removesuffix("_backward")
+        kernels: Any = _MAKERS[name]()
         if not isinstance(kernels, str):
-            backward = node.op.name.endswith("_backward")
-            return (kernels.backward if backward else kernels.forward), "Tessel's kernel: logits are never written"
+            return (kernels.forward if name == node.op.name else kernels.backward), _WHAT[name]
         why = kernels
     return None, f"its reference in torch, a chunk at a time: {why}"
