@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from tessel.codegen import cpp
 from tessel.codegen.source import Source
 from tessel.codegen.triton import render
 from tessel.ir.types import Dim, TensorType
 from tessel.ops import OPS
+from tessel.runtime.native import NativeKernel, build
 from tessel.targets import get_target
 from tessel.tiles.index import Cond, Index, floordiv, value, var
 from tessel.tiles.kernel import (
@@ -149,6 +151,13 @@ def run(source: Source, tensors: Sequence[torch.Tensor], sizes: dict[str, int] |
     grid = source.grid_for(sizes)
     with np.errstate(all="ignore"):
         fn[grid](*tensors, *(sizes[s] for s in source.sizes), INDEX=index, **source.constexprs)
+
+
+def compiled(kernels: Sequence[Kernel]) -> list[NativeKernel]:
+    """Several kernels in C++, from one file; their names must differ."""
+    sources = [cpp.render(k) for k in kernels]
+    library, path = build(cpp.translation_unit(sources), {"tessel.hpp": cpp.header()})
+    return [NativeKernel(s, library, path) for s in sources]
 
 
 def interpret(

@@ -16,6 +16,7 @@ import torch
 from kernels import (
     Program,
     check,
+    compiled,
     fold_kernel,
     fused_kernel,
     gather_kernel,
@@ -26,14 +27,14 @@ from kernels import (
 
 import tessel
 from tessel.codegen import cpp_vector
-from tessel.codegen.cpp import CppSource, header, render, translation_unit
+from tessel.codegen.cpp import CppSource, header, render
 from tessel.codegen.cpp_space import space_of
 from tessel.errors import TesselError
 from tessel.ir.types import Dim, TensorType, symbol
 from tessel.models import load_model
 from tessel.ops import OPS
 from tessel.runtime import matmul_cpu, native
-from tessel.runtime.native import NativeKernel, build
+from tessel.runtime.native import build
 from tessel.tiles.index import Cond, floordiv, mod, scale
 from tessel.tiles.kernel import Kernel
 
@@ -41,13 +42,6 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64, torch.uint8, torch.int8)
-
-
-def compiled(kernels: Sequence[Kernel]) -> list[NativeKernel]:
-    """Several kernels from one file; their names must differ."""
-    sources = [render(k) for k in kernels]
-    library, path = build(translation_unit(sources), {"tessel.hpp": header()})
-    return [NativeKernel(s, library, path) for s in sources]
 
 
 def run(kernel: Kernel, tensors: Sequence[torch.Tensor], *sizes: int) -> CppSource:

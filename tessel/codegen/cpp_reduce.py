@@ -4,7 +4,7 @@ rows    a thread takes a row and folds it with vectors along it, one loop after 
         loops need and is dear to compute again is kept in a buffer of the row.
 few     like rows, but there are few rows and they are long: threads share each row, and their partial
         results are combined in order.
-across  memory lies along the results: vectors hold neighbouring results and go down the rows.
+across  memory lies along the results: vectors hold neighbouring results and go down the rows; see ``cpp_across``.
 """
 
 from __future__ import annotations
@@ -15,72 +15,24 @@ from typing import Any
 
 import torch
 
-from ..ir.types import contiguous_strides, product
+from ..ir.types import product
 from ..ops import OPS
-from ..tiles.index import Index, linearize, var
 from ..tiles.kernel import Axis, Check, Compute, Kernel, Load, Reduce, Segment, Stmt, Store, refs
-from .cpp_expr import Dims, Emitter
+from .cpp_across import Across
+from .cpp_fold import Fold, Writer, indented
 from .cpp_onehot import only_place
 from .cpp_space import Space
 from .cpp_text import BLOCK, coordinates, items, points, simd, steps
-from .cpp_vector import FOLDS, KINDS, Along, fold_step, from_memory, too_large, unroll
-from .cpp_words import cast, identity, size_text, value_type
-from .dialect import compute_dtype
+from .cpp_vector import FOLDS, KINDS, Along, fold_step, from_memory, unroll
+from .cpp_words import size_text, value_type
 
 __all__ = ["reduction"]
 
-LANES = 512  # results side by side that a thread works on, in the form ``across``
 _FEW = 16
 _LONG = 32768
 _STACK = 8192  # elements of a row buffer that may lie on the stack
-_PAGE = 4096  # bytes of the pages that memory is mapped in
-_EARLY = 3 * _PAGE  # from what is read to what is asked for
 _KEEP = 4  # a value that costs more than this to compute again is kept
-
-_STEPS = {
-    "sum": "{acc} += {v};",
-    "prod": "{acc} *= {v};",
-    "any": "{acc} |= {v};",
-    "all": "{acc} &= {v};",
-    "amax": "{acc} = maximum({acc}, {v});",
-    "amin": "{acc} = minimum({acc}, {v});",
-}
 _CLAUSES = {"sum": "+", "prod": "*", "any": "|", "all": "&", "amax": "amax", "amin": "amin"}
-
-
-@dataclass
-class Fold:
-    """One accumulator: its name, type and start, and for the arg forms where the best was found.
-
-    Sums of blocks are added up in double, or a row of millions would lose digits.
-    """
-
-    stmt: Reduce
-    op: str
-    name: str
-    type: str
-    start: str
-    part: str = ""  # the type of a block's sum, where it is another
-
-    @property
-    def at(self) -> str | None:
-        return f"{self.name}_at" if self.op in ("argmax", "argmin") else None
-
-    def joined(self, part: str) -> str:
-        """The line that takes in a thread's partial result; threads come in the order of the row."""
-        acc, v = self.name, f"{part}.{self.name}"
-        if self.at is None:
-            return _STEPS[self.op].format(acc=acc, v=v)
-        found = f"{part}.{self.at}"
-        return f"if ({found} >= 0 && ({_better(self, acc, self.at, v, found)})) {{ {acc} = {v}; {self.at} = {found}; }}"
-
-
-def _better(f: Fold, acc: str, at: str, v: str, place: str) -> str:
-    """Whether a value replaces the best so far: the first of the best wins, NaN before all."""
-    tests = [f"({v} {'>' if f.op == 'argmax' else '<'} {acc})", f"(({v} == {acc}) & ({place} < {at}))", f"({at} < 0)"]
-    if f.type in ("float", "double"):
-        tests.append(f"(({v} != {v}) & (({acc} == {acc}) | ({place} < {at})))")
-    return " | ".join(tests)
 
 
 @dataclass
@@ -94,72 +46,14 @@ class Part:
 
 def reduction(kernel: Kernel, space: Space) -> dict[str, Any]:
     """Context of ``reduction.cpp.j2``."""
-    writer = _Across(kernel, space) if space.across else _Rows(kernel, space)
+    writer = Across(kernel, space) if space.across else _Rows(kernel, space)
     return writer.context()
-
-
-def _fold_name(stmt: Reduce) -> str:
-    """The greatest of booleans is whether any holds."""
-    return {"amax": "any", "amin": "all"}.get(stmt.op, stmt.op) if stmt.arg_dtype == torch.bool else stmt.op
-
-
-class _Writer:
-    """What the forms share."""
-
-    def __init__(self, kernel: Kernel, space: Space) -> None:
-        self.kernel, self.space = kernel, space
-        self.e = Emitter(kernel, space)
-        self.e.past = too_large(kernel)
-        self.segments = kernel.segments()
-        self.outer: tuple[Axis, ...] = space.xs
-        folded = [a for a in kernel.axes if a.kind == "r"]
-        strides = contiguous_strides([a.extent for a in folded])
-        self.flat: Index = linearize([var(a.name, a.extent) for a in folded], strides)
-
-    def fold(self, stmt: Reduce) -> tuple[Fold, str, Dims]:
-        """The accumulator of a fold, the text of its operand and the loops that varies along."""
-        text, dims, _ = self.e.values[stmt.arg.number]
-        op, dtype = _fold_name(stmt), stmt.arg_dtype
-        if op in ("sum", "prod"):
-            dtype = compute_dtype(stmt.dtype)
-            text = cast(text, stmt.arg_dtype, dtype)
-        elif op in ("any", "all"):
-            text, dtype = (text if dtype == torch.bool else f"({text} != 0)"), torch.bool
-        name = f"{stmt.op}{stmt.out}"
-        start = identity(op, compute_dtype(dtype))
-        type_ = value_type(dtype)
-        if type_ == "bool":
-            type_, start = "int", "1" if op in ("all", "argmin") else "0"
-        return Fold(stmt, op, name, type_, start), text, dims
-
-    def better(self, f: Fold, acc: str, at: str, text: str) -> str:
-        """The step of argmax and argmin."""
-        v, (place, _) = f"{f.name}_v", self.e.index(self.flat)
-        return (
-            f"{{ const {f.type} {v} = {text}; const i64 here = {place}; "
-            f"const bool better = {_better(f, acc, at, v, 'here')}; "
-            f"{at} = better ? here : {at}; {acc} = better ? {v} : {acc}; }}"
-        )
-
-    def result(self, f: Fold, acc: str, at: str | None, dims: Dims) -> None:
-        """Make the folded value known."""
-        stmt = f.stmt
-        text = at if at is not None else f"({acc} != 0)" if f.type == "int" and f.op in ("any", "all") else acc
-        if f.part:
-            text = f"({f.part}){text}"
-        if at is not None and stmt.dtype != torch.int64:
-            text = cast(text, torch.int64, stmt.dtype)
-        self.e.values[stmt.out] = text, dims, stmt.dtype
-
-
-def _indented(lines: Sequence[str], depth: int) -> list[str]:
-    return ["  " * depth + line for line in lines]
 
 
 # ---------------------------------------------------------------- vectors along the rows
 
 
-class _Rows(_Writer):
+class _Rows(Writer):
     """Folds along the row, kept values in row buffers."""
 
     def context(self) -> dict[str, Any]:
@@ -296,7 +190,7 @@ class _Rows(_Writer):
                     e.line(fold_step(f.op, f"{f.name}_v{'[u]' if copies > 1 else ''}", text), inner)
                     continue
                 acc = f"{f.name}_part" if partial and f.op == "sum" else f.name
-                e.line(_STEPS[f.op].format(acc=acc, v=text), inner)
+                e.line(f.step(acc, text), inner)
                 clauses.setdefault(_CLAUSES[f.op], []).append(acc)
                 continue
             e.emit(stmt)
@@ -321,7 +215,7 @@ class _Rows(_Writer):
             assert lane is not None
             place, extent = e.values[only][0], size_text(lane.extent)
             lines = [f"const i64 {lane.name} = {place};  // no other point counts", *e.blocks[1]]
-            body = [*e.blocks[0], f"if ((u64){place} < (u64){extent}) {{", *_indented(lines, 1), "}"]
+            body = [*e.blocks[0], f"if ((u64){place} < (u64){extent}) {{", *indented(lines, 1), "}"]
         elif wide:
             assert lane is not None
             body = self._around(self._vectors(e.blocks[-1], lane, folds, copies), e.blocks, lane, few, partial)
@@ -332,7 +226,7 @@ class _Rows(_Writer):
             self.result(f, f.name, f.at, dims)
         if few:
             return Part(body, folds, shared=True)
-        return Part([*starts, "{", *_indented(body, 1), "}"])
+        return Part([*starts, "{", *indented(body, 1), "}"])
 
     def _ahead(self, number: int, lane: Axis | None) -> list[str]:
         """In the last of several passes over a row, what the first pass reads of a later row is asked for.
@@ -343,20 +237,8 @@ class _Rows(_Writer):
         first, last = min(self.loops), max(self.loops)
         if number != last or first == last or lane is None or not self.outer or not from_memory(self.kernel):
             return []
-        lines: list[str] = []
-        for stmt in self.loops[first]:
-            if not isinstance(stmt, Load) or stmt.access.mask:
-                continue
-            param = self.e.kernel.params[stmt.access.param]
-            index = self.space.at(stmt.access.address(param))
-            steps = {atom.name: c for atom, c in index.terms if atom.kind == "var"}
-            row = steps.get(self.outer[-1].name)
-            if len(steps) == len(index.terms) and steps.get(lane.name) == 1 and isinstance(row, int):
-                nbytes = row * param.type.dtype.itemsize
-                if nbytes >= _PAGE // 4:
-                    later = size_text(row * -(-_EARLY // nbytes))
-                    lines.append(f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {later});")
-        return list(dict.fromkeys(lines))
+        texts = [self.early(s, self.outer[-1], lane) for s in self.loops[first] if isinstance(s, Load)]
+        return list(dict.fromkeys(t for t in texts if t is not None))
 
     def _vectors(self, block: list[str], lane: Axis, folds: Sequence[Fold], copies: int) -> list[str]:
         """The innermost loop in steps of a vector, from ``begin`` to ``end``."""
@@ -370,7 +252,7 @@ class _Rows(_Writer):
                 step = fold_step(f.op, f"{f.name}_v[0]", f"{f.name}_v[u]").replace("(n,", "(Full{},")
                 lines.append(f"for (int u = 1; u < {copies}; ++u) {step}")
             text = f"{FOLDS[f.op]}({f.name}_v{'[0]' if copies > 1 else ''})"
-            lines.append(_STEPS[f.op].format(acc=f.name, v=text))
+            lines.append(f.step(f.name, text))
         return lines
 
     def _nest(
@@ -382,7 +264,7 @@ class _Rows(_Writer):
         body = [f"{f.part or f.type} {f.name}_part = 0;" for f in sums]
         body += [pragma] if pragma else []
         body.append(f"for (i64 {lane.name} = begin; {lane.name} < end; ++{lane.name}) {{")
-        body += [*_indented(blocks[-1], 1), "}", *_joins(sums)]
+        body += [*indented(blocks[-1], 1), "}", *_joins(sums)]
         return self._around(body, blocks, lane, few, partial)
 
     def _around(self, body: list[str], blocks: list[list[str]], lane: Axis, few: bool, partial: bool) -> list[str]:
@@ -392,13 +274,13 @@ class _Rows(_Writer):
         extent = size_text(lane.extent)
         if partial:
             head = f"for (i64 begin = 0; begin < {extent}; begin += {BLOCK}) {{"
-            body = [head, f"  const i64 end = min(begin + {BLOCK}, {extent});", *_indented(body, 1), "}"]
+            body = [head, f"  const i64 end = min(begin + {BLOCK}, {extent});", *indented(body, 1), "}"]
         else:
-            body = ["{", f"  const i64 begin = 0, end = {extent};", *_indented(body, 1), "}"]
+            body = ["{", f"  const i64 begin = 0, end = {extent};", *indented(body, 1), "}"]
         for axis, block in zip(reversed(self.space.rs[:-1]), reversed(blocks[1:-1]), strict=True):
             name = axis.name
             head = f"for (i64 {name} = 0; {name} < {size_text(axis.extent)}; ++{name}) {{"
-            body = [head, *_indented([*block, *body], 1), "}"]
+            body = [head, *indented([*block, *body], 1), "}"]
         return [*blocks[0], *body]
 
 
@@ -409,78 +291,3 @@ def _kept_kind(dtype: torch.dtype) -> str:
 
 def _joins(sums: Sequence[Fold]) -> list[str]:
     return [f"{f.name} += {f.name}_part;" for f in sums]
-
-
-# ---------------------------------------------------------------- vectors across the rows
-
-
-class _Across(_Writer):
-    """Accumulators are rows of neighbouring results."""
-
-    def context(self) -> dict[str, Any]:
-        lane = self.space.xs[-1]
-        self.outer = self.space.xs[:-1]
-        width = lane.extent if isinstance(lane.extent, int) and lane.extent < LANES else LANES
-        lines: list[str] = []
-        for number, segment in enumerate(self.segments):
-            later = {n for seg in self.segments[number + 1 :] for s in seg.stmts for n in refs(s)}
-            lines += self._segment(segment, lane, int(width), later)
-        return {
-            "form": "across",
-            "rows": items(self.outer, None),
-            "lanes": size_text(lane.extent),
-            "width": LANES,
-            "coordinates": points(self.outer, "row"),
-            "lines": lines,
-        }
-
-    def _segment(self, segment: Segment, lane: Axis, width: int, later: set[int]) -> list[str]:
-        e = self.e
-        known = [a.name for a in self.outer]
-        rs = self.space.rs if segment.loop else ()
-        e.nest(known, [*(a.name for a in rs), lane.name])
-        inner = e.known[-1]
-        at = f"[{lane.name} - begin]"
-        folds: list[Fold] = []
-        starts: list[str] = []
-        keep: list[tuple[int, str]] = []
-        for stmt in segment.stmts:
-            if isinstance(stmt, Reduce):
-                f, text, _ = self.fold(stmt)
-                folds.append(f)
-                starts.append(f"{f.type} {f.name}[{width}];")
-                if f.at is not None:
-                    starts.append(f"i64 {f.at}[{width}];")
-                    e.line(self.better(f, f.name + at, f.at + at, text), inner)
-                else:
-                    e.line(_STEPS[f.op].format(acc=f.name + at, v=text), inner)
-                continue
-            e.emit(stmt)
-            if not segment.loop and not isinstance(stmt, Store | Check) and stmt.out in later:
-                text, dims, dtype = e.values[stmt.out]
-                if lane.name in dims and not text.endswith(at):
-                    name = f"{text}_all"
-                    if all(name + at != kept for _, kept in keep):  # a cast may be its operand under another number
-                        starts.append(f"{value_type(dtype)} {name}[{width}];")
-                        e.line(f"{name}{at} = {text};", inner)
-                    keep.append((stmt.out, name + at))
-        clauses = {"|": ["bad"]} if e.flags else {}
-        loop = f"for (i64 {lane.name} = begin; {lane.name} < end; ++{lane.name})"
-        if folds:
-            first = [f"{f.name}{at} = {f.start};" for f in folds] + [f"{f.at}{at} = -1;" for f in folds if f.at]
-            starts += [f"{loop} {{ {' '.join(first)} }}"]
-        body: list[str] = []
-        if e.blocks[-1]:
-            body = [simd(clauses), f"{loop} {{", *_indented(e.blocks[-1], 1), "}"]
-        for axis, block in zip(reversed(rs), reversed(e.blocks[1:-1]), strict=True):
-            name = axis.name
-            head = f"for (i64 {name} = 0; {name} < {size_text(axis.extent)}; ++{name}) {{"
-            body = [head, *_indented([*block, *body], 1), "}"]
-        for n, text in keep:
-            e.values[n] = text, inner, e.values[n][2]
-        dims = frozenset({*known, lane.name})
-        for f in folds:
-            self.result(f, f.name + at, f.at + at if f.at else None, dims)
-        if segment.loop:
-            return [*starts, "{", *_indented([*e.blocks[0], *body], 1), "}"]
-        return [*starts, *e.blocks[0], *body]

@@ -431,6 +431,15 @@ template <> INLINE void put<vf, float>(float* p, vf v, Part k) {
   asm("vmovups %1, %0%{%2%}" : "+m"(*(float(*)[W])p) : "v"(v), "Yk"((u16)((1u << k.n) - 1)));
 }
 #endif
+// N vectors side by side, from memory to registers and back.
+template <int N> INLINE void take(vf* v, const float* p) {
+#pragma GCC unroll 16
+  for (int u = 0; u < N; ++u) v[u] = get<vf>(p + u * W, Full{});
+}
+template <int N> INLINE void leave(const vf* v, float* p) {
+#pragma GCC unroll 16
+  for (int u = 0; u < N; ++u) put(p + u * W, v[u], Full{});
+}
 // Lanes that do not count keep what was there.
 INLINE vf chosen(Full, vf now, vf) { return now; }
 INLINE vf chosen(Part k, vf now, vf before) {
