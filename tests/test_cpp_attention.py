@@ -16,7 +16,7 @@ from tessel.codegen.cpp import CppSource, headers, render, translation_unit
 from tessel.codegen.cpp_attention import refusal
 from tessel.ir.types import Dim, symbol
 from tessel.models import load_model
-from tessel.ops.attention import attention_ref
+from tessel.ops.attention import attention_ref, visible
 from tessel.runtime.native import NativeKernel, build
 from tessel.targets import get_target
 from tessel.tiles.index import Index, floordiv
@@ -49,6 +49,7 @@ def program(
     doubled: bool = False,
     hidden: bool = False,
     lse: bool = True,
+    sink: bool = False,
     **attrs: Any,
 ) -> Kernel:
     """Attention of q [b, h, m, d] and ``heads`` key heads, all three laid out [b, length, heads, width].
@@ -58,6 +59,8 @@ def program(
         window: keys further to the left than this are hidden, by comparing indices.
         cap: scores become ``cap * tanh(score / cap)``.
         doubled: the operands are computed: twice what lies in memory.
+        sink: one more score a head.
+        attrs: ``causal``, ``offset``, ``scale``, and ``near``, the attribute ``window``.
     """
     b, h, m, d = q
     p = Program("attention", x0=b, x1=h, m=m, n=n, d=d, e=e)
@@ -68,6 +71,7 @@ def program(
 
     ins = [tensor(m, int(h), int(d)), tensor(n, heads, int(d)), tensor(n, heads, e)]
     bias = p.param(mask, mask_dtype) if mask is not None else None
+    sinks = p.param((h,), torch.float32) if sink else None
     out = tensor(m, int(h), e, out=True)
     row = p.param((b, h, m), torch.float32, out=True) if lse else None
     group = floordiv(p.axes["x1"], int(h) // heads)
@@ -76,6 +80,9 @@ def program(
         p.part(part)
         got = p.load(param, "x0", *place)
         p.provides[part] = p.op("add", got, got) if doubled else got
+    if sinks is not None:
+        p.part("sink")
+        p.provides["sink"] = p.load(sinks, "x1")
     p.part("score")
     p.dtypes[ACC] = torch.float32
     score = Ref(ACC)
@@ -97,6 +104,8 @@ def program(
     p.store(out, ("x0", "x1", "m", "e"), Ref(ACC))
     if row is not None:
         p.store(row, ("x0", "x1", "m"), Ref(LSE))
+    if "near" in attrs:
+        attrs["window"] = attrs.pop("near")
     return p.kernel(name, **{"scale": int(d) ** -0.5, **attrs})
 
 
@@ -130,6 +139,7 @@ def agree(
     causal: bool = False,
     offset: int = 0,
     scale: float | None = None,
+    sink: torch.Tensor | None = None,
 ) -> None:
     """Each element within the rounding of the weights to the operands' dtype, and of float32 scores."""
     q, k, v = (t.double() for t in ins[:3])
@@ -144,6 +154,7 @@ def agree(
     if causal:
         s = s.masked_fill(torch.ones(s.shape[-2:]).tril(offset) == 0, -math.inf)
     lse = s.logsumexp(-1)
+    lse = lse if sink is None else torch.logaddexp(lse, sink.double()[:, None])
     p = (s - torch.where(lse == -math.inf, 0.0, lse)[..., None]).exp()
     want, size = p @ v, p @ v.abs()
     unit = eps + 1e-6 * (1 + 0.2 * loose)
@@ -310,6 +321,49 @@ def test_hidden_blocks_and_other_conditions() -> None:
     agree(attend(kernels[4], ins), ins, i - j < 50, causal=True, offset=20)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_windows_and_sinks(dtype: torch.dtype) -> None:
+    """Windows to one side and to both, which skip what lies before them; sinks, also of rows that see nothing."""
+    m, n = symbol("s0"), symbol("s1")
+    attrs: list[dict[str, Any]] = [
+        {"causal": True, "near": 40, "offset": 30, "sink": True},
+        {"near": 300, "offset": -50},
+        {"sink": True, "mask": (1, 2, 1, 1)},
+        {"causal": True, "near": 33, "cap": 3.0, "sink": True},
+    ]
+    kernels = compiled(
+        [program(f"many_{i}", (1, 2, m, 24), n, 1, 24, dtype, **a) for i, a in enumerate(attrs)]
+        + [program(f"few_{i}", (1, 2, 2, 64), n, 1, 64, dtype, **a) for i, a in enumerate(attrs)]
+    )
+    for i, kernel in enumerate(kernels):
+        a, few = attrs[i % len(attrs)], i >= len(attrs)
+        for rows, keys in ((2, 900), (2, 40)) if few else ((300, 300), (70, 900), (333, 20)):
+            ins = operands(1, 2, 1, rows, keys, 64 if few else 24, 64 if few else 24, dtype)
+            more = [torch.rand(a["mask"]) > 0.5] if "mask" in a else []
+            sink = torch.randn(2) if "sink" in a else None
+            seen = visible(rows, keys, a.get("causal", False), a.get("offset", 0), a.get("near"))
+            seen = more[0] if more else seen
+            got = attend(kernel, [*ins, *more, *([] if sink is None else [sink])], *([keys] if few else [rows, keys]))
+            agree(got, ins, seen, cap=a.get("cap"), sink=sink)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_wide_heads(dtype: torch.dtype) -> None:
+    """As latent attention has them: many query heads on one key head, keys in parts that are put together."""
+    cases = [(192, 128, 12, 40, 300), (256, 256, 1, 3, 90), (576, 512, 16, 1, 1300), (32, 32, 20, 1, 2100)]
+    kernels = compiled(
+        [
+            program(f"wide_{i}", (1, h, m, d), n, 1, e, dtype, causal=True, offset=n - m, sink=h > 1)
+            for i, (d, e, h, m, n) in enumerate(cases)
+        ]
+    )
+    for (d, e, h, m, n), kernel in zip(cases, kernels, strict=True):
+        ins = operands(1, h, 1, m, n, d, e, dtype)
+        sink = torch.randn(h) if h > 1 else None
+        got = attend(kernel, [*ins, *([] if sink is None else [sink])])
+        agree(got, ins, causal=True, offset=n - m, sink=sink)
+
+
 def test_edited_scores_and_computed_operands() -> None:
     """A soft cap (it changes -inf), negative and zero scales, operands that are computed when packed."""
     q, n = (2, 4, 70, 40), 300
@@ -364,12 +418,12 @@ def test_not_a_number_and_infinities() -> None:
     agree(attend(kernels[1], [q, k, v, torch.ones_like(seen)]), [q, torch.where(k.isinf(), 0, k), v], seen)
 
 
-@pytest.mark.parametrize("m", (1, 600))
+@pytest.mark.parametrize("m", (1, 20, 600))
 def test_bits_do_not_depend_on_the_threads(m: int) -> None:
     (kernel,) = compiled([program("threads", (1, 4, m, 64), 1500, 2, 64, mask=(1, 1, m, 1500))])
     ins = [*operands(1, 4, 2, m, 1500, 64, 64, torch.float32), torch.rand(1, 1, m, 1500) > 0.2]
     got = []
-    for threads in (1, 2, 1, 2):
+    for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
         got.append(attend(kernel, ins))
     assert all(torch.equal(a, b) for one in got[1:] for a, b in zip(one, got[0], strict=True))
@@ -444,7 +498,7 @@ def test_growing_lengths() -> None:
 
 
 def test_gradients_through_own_forward() -> None:
-    """The backward is torch's; it reads the log-sum-exp that this kernel wrote."""
+    """The gradients' kernel reads the log-sum-exp that the forward's wrote."""
     torch._dynamo.reset()
     ins = [t.requires_grad_() for t in operands(2, 4, 4, 33, 33, 16, 16, torch.float32)]
 

@@ -256,17 +256,54 @@ template <bool SINK, class N> INLINE void start(i64 x, i64 row, float inverse, f
   if (SINK && *top != -INF) sums[0] = 1;
 }
 
+// Results of parts of the keys put together: a record is a row's sums, its greatest score and the sum of its weights.
+// Sums fade to the greatest score of all parts, added up in order.
+template <i64 E, i64 RECORD, class S>
+INLINE int merge(i64 batches, i64 parts, i64 count, float c, i64 threads, float* records, S store) {
+  constexpr i64 TOP = RECORD - 16;
+  return parallel(batches * count, batches * count * parts * E, threads, [=](i64 first, i64 last, i64) __attribute__((always_inline)) -> int {
+    int bad = 0;
+    for (i64 item = first; item < last; ++item) {
+      const i64 x = item / count, i = item % count;
+      float* record = records + (x * parts * count + i) * RECORD;
+      float top = record[TOP], total = 0;
+      for (i64 part = 1; part < parts; ++part) top = maximum(top, record[part * count * RECORD + TOP]);
+      for (i64 part = 0; part < parts; ++part) {
+        const float* other = record + part * count * RECORD;
+        const float fade = other[TOP] == top ? 1.0f : exp2_falling(other[TOP] * c - top * c);
+        total += fade * other[TOP + 1];
+#pragma omp simd
+        for (i64 e = 0; e < E; ++e) record[e] = part == 0 ? record[e] * fade : fma(other[e], fade, record[e]);
+      }
+      const float lse = total == 0 ? -INF : fma(top * c, LN2, log(total));
+      bad |= store(x, i, record, total == 0 ? 1.0f : 1 / total, lse);
+    }
+    return bad;
+  });
+}
+
+// In how many parts the keys are worked on where rows are few: as many for any number of threads.
+constexpr i64 PARTS = 16, PART_KEYS = 512;
+INLINE i64 parts_of(const Shape& shape) {
+  const i64 blocks = max(1, shape.batches * ceil_div(shape.group * shape.m, BLOCK));
+  return max(1, min(PARTS / blocks, shape.n / PART_KEYS));
+}
+
 template <class T, i64 D, i64 E, bool RIGHT, bool LEFT, bool SEEN, bool SEEN_ROWS, bool EDIT, bool SINK, class Q, class K, class V,
           class C, class F, class N, class S>
 INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V v_row, C seen_row, F edit, N sink_of, S store) {
   const Pieces pieces = pieces_of(shape, threads);
-  const i64 piece = pieces.rows, each = pieces.each;
-  const i64 work = shape.batches * shape.group * shape.m * shape.n * ceil_div(D + E, 32);
-  return parallel(shape.batches * each, work, threads, [=](i64 first, i64 last, i64) __attribute__((always_inline)) -> int {
+  const i64 piece = pieces.rows, each = pieces.each, all = shape.group * shape.m;
+  const i64 parts = parts_of(shape), part_keys = whole(ceil_div(shape.n, parts), KEYS);
+  constexpr i64 RECORD = whole(E, LANES) + 16;
+  const float c = EDIT ? LOG2E : scale * LOG2E;
+  const i64 work = shape.batches * all * shape.n * ceil_div(D + E, 32);
+  float* const records = parts > 1 ? (float*)malloc(shape.batches * parts * all * RECORD * 4) : nullptr;
+  if (parts > 1 && !records) return NO_MEMORY;
+  int bad = parallel(shape.batches * parts * each, work, threads, [=](i64 first, i64 last, i64) __attribute__((always_inline)) -> int {
     constexpr i64 DW = words<T>(D), DEPTH = whole(DW, LANES), ALL = whole(E, LANES) / LANES, WIDE = ALL * LANES;
     constexpr i64 PER = 4 / sizeof(T);
-    const float c = EDIT ? LOG2E : scale * LOG2E;
-    const i64 held = min(piece, whole(shape.group * shape.m, ROWS));
+    const i64 held = min(piece, whole(all, ROWS));
     const i64 size = held * (DEPTH + WIDE + LANES + 1) + KEYS * DEPTH + KEYS / PER * WIDE + BLOCK * KEYS * 2 + BLOCK * KEYS / 4 + LANES +
                      (LANES + 1) * DEPTH + 3 * WIDE + 16 * 16;
     void* memory = malloc(size * 4);
@@ -288,18 +325,19 @@ INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, 
     memset(q, 0, held * DEPTH * 4);
     int bad = 0;
     for (i64 item = first; item < last; ++item) {
-      const i64 x = item / each, turn = item % each;
+      const i64 x = item / each / parts, part = item / each % parts, turn = item % each;
       const i64 begin = (!RIGHT ? turn : turn % 2 ? each - 1 - turn / 2 : turn / 2) * piece;  // long and short ones
-      const i64 count = min(piece, shape.group * shape.m - begin);
+      const i64 count = min(piece, all - begin);
       for (i64 i = 0; i < count; ++i) {
         const word* from = (const word*)q_row(x, begin + i, (T*)(q + i * DEPTH));
         if (from != q + i * DEPTH) for (i64 d = 0; d < DEPTH; ++d) q[i * DEPTH + d] = from[d];
-        start<SINK>(x, begin + i, EDIT ? 1.0f : 1 / scale, top + i, sums + i * LANES, sink_of);
+        if (part == 0) start<SINK>(x, begin + i, EDIT ? 1.0f : 1 / scale, top + i, sums + i * LANES, sink_of);
+        else start<false>(x, begin + i, 1.0f, top + i, sums + i * LANES, sink_of);
       }
       memset(o, 0, whole(count, ROWS) * WIDE * 4);
       const Span keys_seen = sight<RIGHT, LEFT>(shape, begin, begin + count - 1, 0, shape.n);
-      const i64 end = keys_seen.to;
-      for (i64 n0 = keys_seen.from / KEYS * KEYS; n0 < end; n0 += KEYS) {
+      const i64 end = min(keys_seen.to, (part + 1) * part_keys);
+      for (i64 n0 = max(keys_seen.from / KEYS * KEYS, part * part_keys); n0 < end; n0 += KEYS) {
         const i64 block = min(KEYS, end - n0);
         bool packed = false;
         for (i64 i0 = 0; i0 < count; i0 += BLOCK) {
@@ -361,6 +399,12 @@ INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, 
       for (i64 i = 0; i < count; ++i) {
         float total = 0;
         for (i64 j = 0; j < LANES; ++j) total += sums[i * LANES + j];
+        if (parts > 1) {
+          float* record = records + ((x * parts + part) * all + begin + i) * RECORD;
+          memcpy(record, o + i * WIDE, WIDE * 4);
+          record[WIDE] = top[i], record[WIDE + 1] = total;
+          continue;
+        }
         const float lse = total == 0 ? -INF : fma(top[i] * c, LN2, log(total));
         bad |= store(x, begin + i, o + i * WIDE, total == 0 ? 1.0f : 1 / total, lse);
       }
@@ -368,6 +412,9 @@ INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, 
     free(memory);
     return bad;
   });
+  if (parts > 1) bad |= merge<E, RECORD>(shape.batches, parts, all, c, threads, records, store);
+  free(records);
+  return bad;
 }
 
 // ---------------------------------------------------------------- a handful of queries
@@ -495,26 +542,7 @@ INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V 
     }
     return bad;
   });
-  bad |= parallel(shape.batches, shape.batches * COUNT * splits * WIDE, threads, [=](i64 first, i64 last, i64) __attribute__((always_inline)) -> int {
-    int bad = 0;
-    for (i64 item = first; item < last; ++item) {
-      for (i64 i = 0; i < COUNT; ++i) {
-        float* record = records + (item * splits * COUNT + i) * RECORD;
-        float top = record[WIDE], total = 0;
-        for (i64 part = 1; part < splits; ++part) top = maximum(top, record[part * COUNT * RECORD + WIDE]);
-        for (i64 part = 0; part < splits; ++part) {
-          const float* other = record + part * COUNT * RECORD;
-          const float fade = other[WIDE] == top ? 1.0f : exp2_falling(other[WIDE] * c - top * c);
-          total += fade * other[WIDE + 1];
-#pragma omp simd
-          for (i64 e = 0; e < E; ++e) record[e] = part == 0 ? record[e] * fade : fma(other[e], fade, record[e]);
-        }
-        const float lse = total == 0 ? -INF : fma(top * c, LN2, log(total));
-        bad |= store(item, i, record, total == 0 ? 1.0f : 1 / total, lse);
-      }
-    }
-    return bad;
-  });
+  bad |= merge<E, RECORD>(shape.batches, splits, COUNT, c, threads, records, store);
   free(records);
   return bad;
 }
