@@ -1,0 +1,132 @@
+"""What can be chosen for a unit, and what the names of mesh axes ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .comm import R, State, Step
+from .units import Param, Unit
+
+__all__ = ["Choice", "Role", "Setting", "Split", "Weight", "role_of"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is planned: training or not, and how a step is cut.
+
+    Attributes:
+        microbatches: how often forward and backward run in a step; the graph's batch is one of them.
+        remat: which modes of ``memory.MODES`` a block may have; ``auto`` all.
+        levels: which levels a parameter may have.
+        roles: whether an axis's name says what it may split, see ``Role``.
+    """
+
+    train: bool = False
+    optimizer: str = "adamw"
+    microbatches: int = 1
+    remat: str = "auto"
+    levels: tuple[int, ...] = (0, 1, 2, 3)
+    roles: bool = True
+
+
+@dataclass(frozen=True)
+class Role:
+    """What an axis's name asks for.
+
+    Attributes:
+        only: the only part of the model that it splits; any if empty. A sequence axis splits heads too, in attention.
+        never: a part that it does not split.
+        gathers: whether parameters may be kept apart along it and gathered for use.
+    """
+
+    only: str = ""
+    never: str = ""
+    gathers: bool = True
+
+    def allows(self, unit: Unit, part: str) -> bool:
+        """Whether the axis may split a factor of ``unit`` that is ``part`` of the model: batch, sequence or neither."""
+        if part and part == self.never:
+            return False
+        return not self.only or part == self.only or (self.only == "sequence" and unit.op == "attention" and not part)
+
+
+_ROLES = {
+    **dict.fromkeys(("dp", "ddp", "data", "fsdp", "hsdp", "zero", "replica"), Role(only="batch")),
+    **dict.fromkeys(("tp", "tensor", "mp"), Role(never="batch", gathers=False)),
+    **dict.fromkeys(("sp", "cp", "seq", "sequence", "context", "ulysses", "ring"), Role(only="sequence")),
+}
+
+
+def role_of(axis: str) -> Role:
+    """The role of an axis by its name, digits at the end aside; other names may split anything.
+
+    >>> role_of("dp").only, role_of("tp2").gathers, role_of("x")
+    ('batch', False, Role(only='', never='', gathers=True))
+    """
+    return _ROLES.get(axis.rstrip("0123456789_"), Role())
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one axis does to a unit: splits ``factor`` in parts that lie ``major`` elements inside it."""
+
+    factor: str
+    major: int = 1
+    ring: bool = False
+
+    def __str__(self) -> str:
+        return self.factor + (f"/{self.major}" if self.major > 1 else "") + ("(ring)" if self.ring else "")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """How a parameter lies: per axis an atom that splits it, or R or V and then a level.
+
+    ``seconds`` of communication in the forward and the backward that work does not hide; ``nbytes`` all that it holds
+    on one device; ``steps`` the collectives of one step.
+    """
+
+    param: Param
+    state: State
+    levels: tuple[int, ...]
+    exposed: float
+    seconds: float
+    nbytes: float
+    steps: tuple[Step, ...]
+
+    @property
+    def storage(self) -> tuple[tuple[int, int], ...]:
+        """What every user of a shared parameter must agree on."""
+        return tuple((c, 0) if c >= 0 else (R, level) for c, level in zip(self.state, self.levels))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run a unit.
+
+    Attributes:
+        splits: for each mesh axis.
+        needs: the layout of each operand that is a tensor; None for others.
+        outs: the layout of each result.
+        forward, backward: seconds of work for one microbatch.
+        inner: collectives of its own for one microbatch, and ``inner_seconds`` what of them is exposed.
+        weights: its parameters.
+    """
+
+    splits: tuple[Split | None, ...]
+    needs: tuple[State | None, ...]
+    outs: tuple[State, ...]
+    forward: float
+    backward: float
+    inner: tuple[Step, ...] = ()
+    inner_seconds: float = 0.0
+    weights: tuple[Weight, ...] = ()
+
+    def seconds(self, microbatches: int) -> float:
+        """Of a step, all microbatches."""
+        per = self.forward + self.backward + self.inner_seconds
+        return microbatches * per + sum(w.exposed for w in self.weights)
+
+    @property
+    def nbytes(self) -> float:
+        return sum(w.nbytes for w in self.weights)

@@ -1,0 +1,358 @@
+"""The ways to run one unit on a mesh, and what each costs.
+
+Every mesh axis splits one factor of the unit's dims string, or none. What follows is read off the string: an operand
+that has the factor is split, one that has not is the same everywhere and its gradient partial; a result that has it is
+split, one that lost it is partial. Data, tensor, sequence, vocabulary and expert parallelism are such choices; with a
+parameter's level (``memory.py``) ZeRO and FSDP are too; Ulysses is a change of layout between two of them. Ring
+attention is the one way that needs a word of its own: queries and keys are split over the same axis, and keys travel.
+
+Time of work is a roofline: the longer of arithmetic and memory traffic at the rates that the device reaches in
+practice. A parameter's communication hides behind the work that uses it (the gather of the next one runs during this
+one, the reduction of the last gradient during this gradient): what is longer than that work is exposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from math import prod
+
+from ..ir.types import DTYPE_NAMES
+from ..ops.dims import Factor, Shape
+from ..targets import Target, calibration_of
+from .comm import Atom, Layouts, MeshAxis, P, R, State, Step, V, bytes_sent
+from .memory import is_cheap, param_bytes
+from .shard_choice import Choice, Role, Setting, Split, Weight, role_of
+from .units import Param, Tensor, Unit, Use, numel, place_of, view_back
+
+__all__ = ["Pricer", "shard_dim"]
+
+_SUMS = ("sum", "mean")
+_NEVER = ("scan",)  # the state that one piece hands to the next is no collective
+_BACKWARD = {"attention": 2.5, "linear_cross_entropy": 3.0}  # products of the backward ÷ those of the forward; else 2
+_BUCKET = 4 * 2**20  # parameters below this travel with others: no latency of their own. DDP's first bucket is 1 MiB,
+# FSDP wraps whole blocks
+
+
+@dataclass
+class Pricer:
+    """Prices of one graph on one mesh."""
+
+    target: Target
+    axes: tuple[MeshAxis, ...]
+    setting: Setting
+    _layouts: dict[tuple[int, tuple[Atom, ...], bool], Layouts] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        memory = self.target.level("memory").bandwidth_bytes_per_s
+        assert memory is not None, f"{self.target.name} has no memory bandwidth"
+        gpu = self.target.gpu_target is not None
+        self.memory_rate = memory * (calibration_of(self.target).memory_efficiency if gpu else 1.0)
+        self.part = calibration_of(self.target).matrix_efficiency if gpu else 1.0
+
+    def rate(self, unit: Unit) -> float:
+        """Operations a second that long products reach."""
+        flops = self.target.flops
+        name = DTYPE_NAMES.get(unit.node.type.dtype, "f32")
+        use = next((DTYPE_NAMES.get(u.type.dtype, "f32") for u in unit.uses if u.type.dtype.is_floating_point), name)
+        use = "tf32" if use == "f32" and "tf32" in flops else use
+        return flops.get(use, flops["f32"]) * self.part
+
+    def layouts(self, tensor: Tensor) -> Layouts:
+        """The layouts of a tensor; equal tensors share one table."""
+        train = self.setting.train and tensor.type.dtype.is_floating_point
+        key = (tensor.nbytes, tensor.atoms, train)
+        if key not in self._layouts:
+            self._layouts[key] = Layouts(tensor.nbytes, tensor.atoms, self.axes, train)
+        return self._layouts[key]
+
+    # ---------------------------------------------------------------- choices
+
+    def choices(self, unit: Unit) -> list[Choice]:
+        """Every way to run a unit, without those that cost more time and memory than one like it."""
+        found = []
+        for splits in product(*(self._splits(unit, axis) for axis in self.axes)):
+            choice = self._choice(unit, splits)
+            if choice is not None:
+                found += self._with_weights(unit, choice)
+        return _undominated(found, self.setting.microbatches)
+
+    def _splits(self, unit: Unit, axis: MeshAxis) -> list[Split | None]:
+        out: list[Split | None] = [None]
+        if unit.node.op.random:
+            return out
+        role = role_of(axis.name) if self.setting.roles else Role()
+        for name, factor in unit.dims.factors.items():
+            if _may_split(factor) and unit.sizes[name] > 1:
+                out += [Split(name, m) for m in unit.majors[name] if role.allows(unit, unit.roles.get((name, m), ""))]
+        if unit.op == "attention" and not unit.node.attrs.get("window") and role.allows(unit, "sequence"):
+            out += [Split("s", 1, ring=True)]
+        return out
+
+    def _choice(self, unit: Unit, splits: tuple[Split | None, ...]) -> Choice | None:
+        pieces: dict[Split, int] = {}
+        for axis, split in zip(self.axes, splits):
+            for s in _factors(split):
+                pieces[s] = pieces.get(s, 1) * axis.size
+        for s, n in pieces.items():
+            later = [m for m in unit.majors[s.factor] if m > s.major]
+            if (min(later) if later else unit.sizes[s.factor]) // s.major % n:
+                return None
+        needs: list[State | None] = []
+        for use, shape in zip(unit.uses, unit.dims.operands, strict=True):
+            state = self._need(unit, use, shape, splits, pieces)
+            if state is None:
+                return None
+            needs.append(state if isinstance(use.source, Tensor) else None)
+        outs = []
+        for tensor, shape in zip(unit.results, unit.dims.results, strict=True):
+            outs.append(tuple(self._out(unit, tensor, shape, s) for s in splits))
+            if not self.layouts(tensor).divides(outs[-1]):
+                return None
+        forward, backward = self._work(unit, splits)
+        inner = tuple(self._inner(unit, splits))
+        exposed = sum(s.seconds for s in inner if s.kind != "permute")
+        for back, work in ((False, forward), (True, backward)):  # what a ring moves hides behind its work
+            exposed += max(0.0, sum(s.seconds for s in inner if s.kind == "permute" and s.backward == back) - work)
+        return Choice(splits, tuple(needs), tuple(outs), forward, backward, inner, exposed)
+
+    def _need(
+        self, unit: Unit, use: Use, shape: Shape, splits: Sequence[Split | None], pieces: Mapping[Split, int]
+    ) -> State | None:
+        """The layout that an operand must have; None where its views are in the way."""
+        if use.source is None:
+            return ()
+        train = (self.setting.train and isinstance(use.source, Tensor)) or isinstance(use.source, Param)
+        atoms = use.source.atoms if isinstance(use.source, Tensor) else _param_atoms(use.source)
+        out = []
+        for split in splits:
+            if split is None:
+                out.append(R)
+                continue
+            places = [(place_of(shape, s.factor, unit.sizes), s) for s in _factors(split)]
+            at, s = next(((at, s) for at, s in places if at is not None), (None, split))
+            if at is None:
+                out.append(V if train else R)
+                continue
+            found = view_back(use.views, (at[0], at[1] * s.major), pieces[s])
+            if found is True:
+                out.append(V if train else R)
+                continue
+            number = next((i for i, a in enumerate(atoms) if (a.dim, a.major) == found), None)
+            if number is None:
+                return None
+            out.append(number)
+        state = tuple(out)
+        if isinstance(use.source, Tensor) and not self.layouts(use.source).divides(state):
+            return None
+        return state
+
+    def _out(self, unit: Unit, tensor: Tensor, shape: Shape, split: Split | None) -> int:
+        if split is None:
+            return R
+        at = place_of(shape, split.factor, unit.sizes)
+        if at is None:
+            factor = unit.dims.factors[split.factor]
+            return P if factor.kind == "reduce" and factor.combine in _SUMS else R
+        place = (at[0], at[1] * split.major)
+        return next(i for i, a in enumerate(tensor.atoms) if (a.dim, a.major) == place)
+
+    # ---------------------------------------------------------------- work
+
+    def _work(self, unit: Unit, splits: Sequence[Split | None]) -> tuple[float, float]:
+        """Seconds forward and backward of one device's part."""
+        flops = float(unit.node.op.flops(unit.node)) if unit.node.op.flops and not is_cheap(unit) else 0.0
+        share = prod(a.size for a, s in zip(self.axes, splits) if s is not None)
+        traffic = 0.0
+        shapes = (*unit.dims.operands, *unit.dims.results)
+        for nbytes, shape in zip(self._traffic(unit), shapes, strict=True):
+            own = {f.name for term in shape for f in term}
+            parts = prod(a.size for a, s in zip(self.axes, splits) if s and any(f.factor in own for f in _factors(s)))
+            traffic += nbytes / parts
+        forward = max(flops / share / self.rate(unit), traffic / self.memory_rate)
+        if not self.setting.train:
+            return forward, 0.0
+        times = _BACKWARD.get(unit.op, 2.0)
+        return forward, max(times * flops / share / self.rate(unit), 2 * traffic / self.memory_rate)
+
+    def least_work(self, unit: Unit) -> float:
+        """Seconds of a unit's forward if every device did its even share of the arithmetic."""
+        flops = float(unit.node.op.flops(unit.node)) if unit.node.op.flops else 0.0
+        return flops / prod(a.size for a in self.axes) / self.rate(unit)
+
+    def _traffic(self, unit: Unit) -> Iterator[float]:
+        """Bytes of memory traffic of every operand and result; what fused work keeps in registers has none."""
+        for use in unit.uses:
+            source = use.source
+            inside = isinstance(source, Tensor) and (
+                _read_before(unit, source) or (_fuses(unit) and _in_registers(source))
+            )
+            nbytes = int(use.type.nbytes)
+            yield 0.0 if inside else float(min(nbytes, int(source.type.nbytes)) if source is not None else nbytes)
+        for t in unit.results:
+            yield 0.0 if _in_registers(t) else float(t.nbytes)
+
+    def _inner(self, unit: Unit, splits: Sequence[Split | None]) -> Iterator[Step]:
+        """Collectives inside a unit: partial results that no sum merges, keys that travel."""
+        for axis, split in zip(self.axes, splits):
+            if split is None:
+                continue
+            factor = unit.dims.factors[split.factor]
+            if split.ring:
+                keys = unit.uses[1:3]
+                whole = sum(int(u.source.type.nbytes if u.source else u.type.nbytes) for u in keys)
+                parts = prod(a.size for a, s in zip(self.axes, splits) if s and a is not axis and s.factor in "bhg")
+                size = whole / parts / axis.size
+                for back in (False, True) if self.setting.train else (False,):
+                    hops = (axis.size - 1) * (2 if back else 1)  # keys, and backward their gradients too
+                    yield Step("permute", axis.name, size, hops * size, hops * axis.seconds("permute", size), back)
+            elif factor.kind == "reduce" and factor.combine not in _SUMS:
+                for tensor, shape in zip(unit.results, unit.dims.results, strict=True):
+                    if place_of(shape, split.factor, unit.sizes) is not None:
+                        continue
+                    own = {f.name for term in shape for f in term}
+                    parts = prod(a.size for a, s in zip(self.axes, splits) if s and s.factor in own)
+                    size = tensor.nbytes / parts
+                    sent = bytes_sent("all-reduce", size, axis.size)
+                    yield Step("all-reduce", axis.name, size, sent, axis.seconds("all-reduce", size))
+
+    # ---------------------------------------------------------------- parameters
+
+    def _with_weights(self, unit: Unit, choice: Choice) -> list[Choice]:
+        """The choice with every way to keep its parameters."""
+        uses: dict[Param, State] = {}
+        for use, shape in zip(unit.uses, unit.dims.operands, strict=True):
+            if isinstance(use.source, Param):
+                pieces: dict[Split, int] = {}
+                for axis, split in zip(self.axes, choice.splits):
+                    for s in _factors(split):
+                        pieces[s] = pieces.get(s, 1) * axis.size
+                state = self._need(unit, use, shape, choice.splits, pieces)
+                assert state is not None
+                if uses.setdefault(use.source, state) != state:
+                    return []
+        options = [list(self._weights(unit, p, state, choice)) for p, state in uses.items()]
+        return [
+            Choice(choice.splits, choice.needs, choice.outs, choice.forward, choice.backward, choice.inner,
+                   choice.inner_seconds, weights)
+            for weights in product(*options)
+        ]  # fmt: skip
+
+    def _weights(self, unit: Unit, param: Param, state: State, choice: Choice) -> Iterator[Weight]:
+        train, k = self.setting.train, self.setting.microbatches
+        itemsize = param.type.dtype.itemsize
+        elements = numel(param.type) / prod(a.size for a, c in zip(self.axes, state) if c >= 0)
+        first = param.users[0] is unit
+        levels = [level for level in self.setting.levels if train or level in (0, 3)]
+        if k == 1:
+            levels = [level for level in levels if level != 1]  # level 2 holds less and sends the same
+        per_axis = [levels if c == V and a.size > 1 and self._gathers(a) else [0] for a, c in zip(self.axes, state)]
+        for picked in product(*per_axis):
+            if any(picked) and not self._can_shard(param, state, picked):
+                continue
+            kinds = [(level, a.size) for level, a, c in zip(picked, self.axes, state) if c < 0]
+            held = param_bytes(elements, itemsize, kinds, self.setting.optimizer if train else None)
+            steps = list(self._param_steps(elements * itemsize, state, picked, first))
+            small = elements * itemsize < _BUCKET
+            ahead = sum(self._param_seconds(s, small) for s in steps if not s.backward)
+            back = sum(self._param_seconds(s, small) for s in steps if s.backward)
+            exposed = max(0.0, ahead - k * choice.forward) + max(0.0, back - k * choice.backward)
+            yield Weight(param, state, picked, exposed, ahead + back, held.total if first else 0.0, tuple(steps))
+
+    def _gathers(self, axis: MeshAxis) -> bool:
+        return not self.setting.roles or role_of(axis.name).gathers
+
+    def _param_seconds(self, step: Step, small: bool) -> float:
+        """Seconds of a step of a parameter, all microbatches in ``size`` of ``step.sent``; without latency if small."""
+        axis = next(a for a in self.axes if a.name == step.axis)
+        return step.seconds - (axis.seconds(step.kind, 0.0) if small else 0.0)
+
+    def _can_shard(self, param: Param, state: State, levels: Sequence[int]) -> bool:
+        """Whether some dimension divides by all that keeps a share apart."""
+        return shard_dim(param, state, levels, self.axes) is not None
+
+    def _param_steps(self, nbytes: float, state: State, levels: Sequence[int], first: bool) -> Iterator[Step]:
+        """The collectives of a parameter in one step, each repeated as often as it runs."""
+        k = self.setting.microbatches
+        copies = [(a, level) for a, c, level in zip(self.axes, state, levels) if c == V and a.size > 1]
+
+        def step(kind: str, axis: MeshAxis, size: float, back: bool, times: int) -> Iterator[Step]:
+            for _ in range(times):
+                yield Step(kind, axis.name, size, bytes_sent(kind, size, axis.size), axis.seconds(kind, size), back)
+
+        full = [(a, level) for a, level in copies if level == 3]
+        for i, (axis, _) in enumerate(full):
+            size = nbytes / prod(a.size for a, _ in full[:i])
+            yield from step("all-gather", axis, size, False, k)
+            if self.setting.train:
+                yield from step("all-gather", axis, size, True, k)
+        if not self.setting.train or not first:
+            return
+        size = nbytes
+        for axis, level in sorted(((a, lv) for a, lv in copies if lv > 0), key=lambda x: (x[0].nodes, -x[1])):
+            yield from step("reduce-scatter", axis, size, True, 1 if level == 1 else k)
+            size /= axis.size
+        for axis, level in copies:
+            if level == 0:
+                yield from step("all-reduce", axis, size, True, 1)
+        states = [(a, level) for a, level in copies if level in (1, 2)]
+        for i, (axis, _) in enumerate(states):
+            yield from step("all-gather", axis, nbytes / prod(a.size for a, _ in states[:i]), False, 1)
+
+
+def shard_dim(param: Param, state: State, levels: Sequence[int], axes: Sequence[MeshAxis]) -> int | None:
+    """The dimension that levels 1 to 3 split: the first that still divides by all of them."""
+    parts = prod(a.size for a, level in zip(axes, levels) if level > 0)
+    for d, n in enumerate(param.type.shape):
+        taken = prod(a.size for a, c in zip(axes, state) if c == d)
+        if n // taken % parts == 0:  # type: ignore[operator]
+            return d
+    return None
+
+
+def _param_atoms(param: Param) -> tuple[Atom, ...]:
+    return tuple(Atom(d, 1, n) for d, n in enumerate(param.type.shape))  # type: ignore[arg-type]
+
+
+def _may_split(factor: Factor) -> bool:
+    return factor.kind == "map" or (factor.kind == "reduce" and factor.combine not in _NEVER)
+
+
+def _factors(split: Split | None) -> tuple[Split, ...]:
+    """The factors that a split divides: of ring attention's both queries and keys."""
+    if split is None:
+        return ()
+    return (Split("s"), Split("t")) if split.ring else (split,)
+
+
+def _fuses(unit: Unit) -> bool:
+    """Whether the unit becomes part of a kernel with the pointwise work around it."""
+    return is_cheap(unit) or unit.node.op.kind == "reduce" or unit.op == "mean"
+
+
+def _read_before(unit: Unit, t: Tensor) -> bool:
+    """Whether an earlier product reads ``t`` too: query, key and value, gate and up count as one wide product."""
+    products = [u for u, _ in t.users if u.node.op.kind == "contract"]
+    return unit in products[1:]
+
+
+def _in_registers(t: Tensor) -> bool:
+    """Whether a value never reaches memory: pointwise, read by fused work only, not where segments meet."""
+    return is_cheap(t.unit) and not t.leaves and not t.cut and all(_fuses(u) for u, _ in t.users)
+
+
+def _undominated(found: Sequence[Choice], microbatches: int) -> list[Choice]:
+    """Of choices that look the same from outside, those that no other beats in time and memory."""
+    groups: dict[object, list[Choice]] = {}
+    for c in found:
+        shared = tuple(w.storage for w in c.weights if len(w.param.users) > 1)
+        groups.setdefault((c.needs, c.outs, shared), []).append(c)
+    out = []
+    for group in groups.values():
+        best = float("inf")
+        for c in sorted(group, key=lambda c: (c.seconds(microbatches), c.nbytes)):
+            if c.nbytes < best:
+                out.append(c)
+                best = c.nbytes
+    return out
