@@ -46,12 +46,14 @@ class Local:
         split: its factors and the mesh axes that split each.
         reads: the sharding in which each tensor operand is read, in order.
         results: the sharding of each tensor result.
+        once: operands that only the first device along the axes counts that the result is partial over.
     """
 
     node: Node
     split: Mapping[str, Axes]
     reads: tuple[Sharding, ...]
     results: tuple[Sharding, ...]
+    once: tuple[int, ...] = ()
 
 
 Action: TypeAlias = "Move | Local"
@@ -148,6 +150,8 @@ class _Writer:
         pieces = [self.piece(node, rule, f, axes) for f, axes in action.split.items()]
         # zeros where only the first piece of a factor may count an operand
         once = {i for first, p in pieces if not first for i in p.once}
+        if any(self.coordinates[a] for a, _ in action.results[0].partial) if action.once else False:
+            once |= set(action.once)
         count = iter(range(len(rule.operands)))
 
         def share(v: Value) -> Value:

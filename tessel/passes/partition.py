@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 from ..errors import TesselError, check
 from ..ir.node import INPUT, Graph, Node, Value, values_in
@@ -27,7 +27,7 @@ from ..ir.sharding import Sharding
 from ..ir.types import Loc, TensorType
 from ..targets.mesh import Mesh
 from ._factors import Rule, Split, layout, project, rule_of
-from ._linear import Partial, carries
+from ._linear import Carried, carries
 from ._rank import Action, Local, Move, write_rank
 from ._reshard import Price, Step, by_bytes, rematerializes, reshard
 from .shard import Layouts
@@ -138,9 +138,6 @@ def partition(
     return run.program
 
 
-Carried: TypeAlias = "tuple[list[Partial], Partial]"
-
-
 class _Partition:
     def __init__(
         self,
@@ -156,7 +153,7 @@ class _Partition:
         self.program = Program(graph, mesh, layouts)
         self.have: dict[Value, list[Sharding]] = {}  # the shardings in which a value is at hand
         self.unread: dict[Value, Sharding] = {}  # inputs to be brought to how they are used, at their first use
-        self.uses = graph.uses()
+        self.uses, self.users = graph.uses(), graph.users()
         self.known: dict[Any, Split] = {}
 
     # ------------------------------------------------------------ inputs and outputs
@@ -245,14 +242,16 @@ class _Partition:
                 target = self.unread.pop(v)
                 self.bring(v, target, f"{node.op.name} at {node.loc} is its first use")
                 self.have[v] = [target]
-        carried = carries(node, [self.have[v][-1] if self.uses[v] == 1 else None for v in rule.operands])
+        lying = [self.have[v][-1] if self.uses[v] == 1 or not self.have[v][-1].partial else None for v in rule.operands]
+        alone = len(node.types) == 1 and self.uses[node.out] == 1
+        carried = carries(node, lying, self.users.get(node.out, []) if alone else [])
         split = self.splits.get(node)
         if split is None:
             split = self.choose(node, rule, carried)
         reads, results = self.shardings(node, rule, split, carried)
         for v, want in zip(rule.operands, reads, strict=True):
             self.bring(v, want, f"{node.op.name} at {node.loc} reads it as {want}")
-        self.program.actions.append(Local(node, split, tuple(reads), tuple(results)))
+        self.program.actions.append(Local(node, split, tuple(reads), tuple(results), carried.once))
         for v, got in zip(rule.results, results, strict=True):
             self.have[v] = [got]
             settled = self.layouts.of[v]
@@ -274,7 +273,7 @@ class _Partition:
 
     def try_shardings(self, rule: Rule, split: Split, carried: Carried) -> tuple[list[Sharding], list[Sharding]] | None:
         reads: list[Sharding] = []
-        for shape, partial in zip(rule.dims.operands, carried[0], strict=True):
+        for shape, partial in zip(rule.dims.operands, carried.operands, strict=True):
             lies = layout(shape, split, rule, self.mesh)
             if lies is None:
                 return None
@@ -286,7 +285,7 @@ class _Partition:
                 return None
             kept = {f.name for term in shape for f in term}
             left = ((a, rule.combine(f)) for f, axes in split.items() if f not in kept for a in axes)
-            results.append(Sharding(lies.dims, (*carried[1], *((a, how) for a, how in left if how is not None))))
+            results.append(Sharding(lies.dims, (*carried.result, *((a, how) for a, how in left if how is not None))))
         return reads, results
 
     def choose(self, node: Node, rule: Rule, carried: Carried) -> Split:
@@ -300,7 +299,7 @@ class _Partition:
             tuple(tuple(self.have[v]) for v in rule.operands),
             tuple(self.layouts.of[v] for v in rule.results),
             tuple(v.dtype for v in (*rule.operands, *rule.results)),
-            (tuple(carried[0]), carried[1]),
+            carried,
         )
         known = self.known.get(key)
         if known is not None:
@@ -315,9 +314,8 @@ class _Partition:
             for v, want in zip(rule.operands, found[0], strict=True):
                 cost += self.nearest(v, want)[0]
             for v, got in zip(rule.results, found[1], strict=True):
-                late = {a for a, _ in carried[1]}
-                dims = tuple(tuple(a for a in axes if a not in late) for axes in self.layouts.of[v].dims)
-                goal = Sharding(dims, carried[1])
+                dims = tuple(tuple(a for a in axes if a not in carried.axes) for axes in self.layouts.of[v].dims)
+                goal = Sharding(dims, carried.result)
                 cost += self.cost(v, got, goal)
             # no device repeats work that another could do: what is gathered to be computed twice has to pay
             # off at every size, and whether it does is for a plan to decide
@@ -332,7 +330,7 @@ class _Partition:
         """Every way to give each mesh axis that is in sight to one factor, or to none."""
         sight: dict[str, dict[str, int]] = {}
         orders: dict[str, list[str]] = {}
-        held = {a for a, _ in carried[1]}
+        held = carried.axes
         sides: list[tuple[Value, Any, list[Sharding]]] = [
             *((v, s, self.have[v]) for v, s in zip(rule.operands, rule.dims.operands, strict=True)),
             *((v, s, [self.layouts.of[v]]) for v, s in zip(rule.results, rule.dims.results, strict=True)),
