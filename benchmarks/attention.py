@@ -77,6 +77,7 @@ CASES: dict[str, Case] = {
     "decode, 32 heads on 8, cache 4096x64": Case((1, 32, 8, 1, 4096, 64)),
     "decode, 32 heads on 8, cache 4096x128": Case((1, 32, 8, 1, 4096, 128)),
     "decode, 8x 32 heads on 8, cache 1024x128": Case((8, 32, 8, 1, 1024, 128)),
+    "decode, 32 heads on 1, cache 4096x64": Case((1, 32, 1, 1, 4096, 64)),
 }
 
 
