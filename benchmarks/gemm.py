@@ -1,10 +1,11 @@
 """Matrix products on the CPU: Tessel's kernel, oneDNN with plain and with packed weights, and torch's own choice.
 
-    python benchmarks/gemm.py [--dtype float32 bfloat16] [--shapes 1024x1024x1024 1x3072x768] [--seconds S]
+    python benchmarks/gemm.py [--dtype float32 bfloat16] [--shapes 1024x1024x1024 1x3072x768] [--seconds S] [--turned]
 
-A shape is rows x columns x inner size; the right operand is a weight [columns, inner], as a linear layer has it. The
-ways take turns, and each goes through as many copies of the weight as the last cache cannot hold, so that few rows
-find it in memory, as in a model. "of peak" is of the multiply-adds, and "of reading" of the read bandwidth, that
+A shape is rows x columns x inner size; the right operand is a weight [columns, inner], as a linear layer has it. With
+``--turned`` both operands are [inner, rows] and [inner, columns], as in the gradient of a weight. The ways take turns,
+and each goes through as many copies of the weight as the last cache cannot hold, so that few rows find it in memory,
+as in a model. "of peak" is of the multiply-adds, and "of reading" of the read bandwidth, that
 ``tessel targets --show cpu`` measures (measured here first, in the same process). Other work on the machine makes
 every figure worse: ``load`` is the number of processes that wanted to run at the start.
 """
@@ -43,13 +44,15 @@ def weights(n: int, k: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(n, k).to(dtype) for _ in range(count)]
 
 
-def ways(m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, Run]:
+def ways(m: int, n: int, k: int, dtype: torch.dtype, turned: bool) -> dict[str, Run]:
     """The ways to multiply, each with the next copy of the weight at every call.
 
     Raises:
         AssertionError: Tessel's result is not that of float64.
     """
     a, every = torch.randn(m, k).to(dtype), weights(n, k, dtype)
+    if turned:
+        a, every = a.t().contiguous().t(), [w.t().contiguous().t() for w in every]
     torch._dynamo.reset()
     own = tessel.compile(lambda a, w: a @ w.t(), target="cpu", options={"matmul": "template"})
     got, want = own(a, every[0]), a.double() @ every[0].double().t()
@@ -61,18 +64,18 @@ def ways(m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, Run]:
         return lambda: fn(next(turn))
 
     found = {"tessel": turns(lambda w: own(a, w), every), "torch": turns(lambda w: torch.mm(a, w.t()), every)}
-    if linear is not None:
+    if linear is not None and not turned:
         packed = [torch.ops.mkldnn._reorder_linear_weight(w, m) for w in every]
         found["onednn"] = turns(lambda w: linear(a, w, None, "none", [], ""), every)
         found["onednn, packed"] = turns(lambda w: linear(a, w, None, "none", [], ""), packed)
     return found
 
 
-def measure(shape: str, name: str, seconds: float, peak: float, read: float) -> dict[str, Any]:
+def measure(shape: str, name: str, seconds: float, peak: float, read: float, turned: bool) -> dict[str, Any]:
     """Medians and best times of one shape, in microseconds, and what the best of Tessel's is of the peaks."""
     m, n, k = map(int, shape.split("x"))
     dtype = getattr(torch, name)
-    runs = ways(m, n, k, dtype)
+    runs = ways(m, n, k, dtype, turned)
     times: dict[str, list[float]] = {w: [] for w in runs}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["tessel"]) < 9:
@@ -94,6 +97,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=list(NAMES), choices=list(NAMES))
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--seconds", type=float, default=0.5, help="of every shape")
+    parser.add_argument("--turned", action="store_true", help="both operands lie along their rows and columns")
     parser.add_argument("--out", help="a JSON file for the rows")
     given = parser.parse_args()
     rates = measure_host(keep=False)
@@ -101,7 +105,7 @@ def main() -> None:
     with torch.no_grad():
         for name in given.dtype:
             peak = rates.flops.get(NAMES[name], rates.flops["f32"])
-            rows += [measure(s, name, given.seconds, peak, rates.read_bytes_per_s) for s in given.shapes]
+            rows += [measure(s, name, given.seconds, peak, rates.read_bytes_per_s, given.turned) for s in given.shapes]
     result = {
         "machine": machine(),
         "load": round(os.getloadavg()[0], 1),

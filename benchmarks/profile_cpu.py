@@ -1,6 +1,6 @@
 """Where the time of a compiled model goes on the CPU: every launch and library call, with bytes and GB/s.
 
-    python benchmarks/profile_cpu.py Mamba --dtype bfloat16 [--calls 20] [--top 25] [--each]
+    python benchmarks/profile_cpu.py Mamba --dtype bfloat16 [--calls 20] [--top 25] [--each] [--training]
 
 Runs a case of ``cpu_cases.py`` through Tessel and times each call of its host program from outside, so that a
 figure holds the call's own launch cost (about two microseconds of it are the clock's). Bytes are those of
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from common import table
-from cpu_cases import MICRO, MODELS, load
+from cpu_cases import MICRO, MODELS, TRAINING, load, load_training, tensor_of
 from cpu_measure import quiet
 
 from tessel import driver
@@ -147,20 +147,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--top", type=int, default=25)
     parser.add_argument("--each", action="store_true", help="every launch on a line of its own")
     parser.add_argument("--busy", action="store_true", help="time of this thread, not of the clock on the wall")
+    parser.add_argument("--training", action="store_true", help="a training step in place of a call without gradients")
     parser.add_argument("--host", help="file for the text of the host programs")
     given = parser.parse_args(arguments)
     quiet()
-    name = next((n for n in [*MODELS, *MICRO] if given.case.lower() in n.lower()), None)
+    cases = TRAINING if given.training else [*MODELS, *MICRO]
+    name = next((n for n in cases if given.case.lower() in n.lower()), None)
     if name is None:
-        parser.error(f"no case has {given.case!r} in its name")
+        parser.error(f"no case has {given.case!r} in its name: {', '.join(cases)}")
 
     import tessel
 
     clock = time.thread_time if given.busy else time.perf_counter
-    with torch.no_grad():
-        case = load(name, getattr(torch, given.dtype))()
+    with torch.set_grad_enabled(given.training):
+        case = (load_training if given.training else load)(name, getattr(torch, given.dtype))()
         compiled = tessel.compile(case.fn, target="cpu")
-        seen, whole = profile(lambda: compiled(*case.args, **case.kwargs), given.calls, clock)
+
+        def call() -> None:
+            result = tensor_of(compiled(*case.args, **case.kwargs))
+            if given.training:
+                case.fn.zero_grad(set_to_none=True)  # type: ignore[attr-defined]
+                result.backward()
+
+        seen, whole = profile(call, given.calls, clock)
     if given.host:
         with open(given.host, "w", encoding="utf-8") as f:
             f.write("\n".join(seen.texts))

@@ -13,7 +13,7 @@ from kernels import Program, poisoned, rand
 
 import tessel
 from tessel.codegen.cpp import CppSource, header, headers, render, translation_unit
-from tessel.codegen.cpp_gemm import gemm_header
+from tessel.codegen.cpp_gemm import gemm_header, multiplies_bf16
 from tessel.codegen.cpp_matmul import grouped_unit, matmul, refusal
 from tessel.errors import TesselError
 from tessel.ir.node import Node
@@ -149,6 +149,25 @@ def test_rows_and_layouts(dtype: torch.dtype) -> None:
     fns = compiled([program(f"p{i}", *mnk, **case) for i, (mnk, case) in enumerate(cases)])
     for fn, (mnk, case) in zip(fns, cases, strict=True):
         run(fn, *mnk, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=["f32", "bf16"])
+def test_a_left_operand_along_its_rows(dtype: torch.dtype) -> None:
+    """As in the gradient of a weight: turned in squares, with a rest in either direction."""
+    both: list[tuple[tuple[int, int, int], dict[str, Any]]] = [
+        ((130, 50, 64), {"right": "kn"}),
+        ((130, 48, 130), {"right": "nk", "pad": 5}),
+        ((33, 40, 31), {"right": "kn", "pad": 5}),
+        ((7, 9, 1), {"right": "kn"}),
+        ((4, 9, 33), {"right": "nk"}),
+        ((19, 20, 75), {"batch": 3, "epilogue": True}),
+    ]
+    both = [(mnk, {"dtype": dtype, "left": "km", **case}) for mnk, case in both]
+    fns = compiled([program(f"k{i}", *mnk, **case) for i, (mnk, case) in enumerate(both)])
+    for fn, (mnk, case) in zip(fns, both, strict=True):
+        run(fn, *mnk, case)
+    as_it_is = dtype == torch.float32 or multiplies_bf16(get_target("cpu").features)
+    assert all(("gemm::turned(" in fn.source.body) == (as_it_is and k > 1) for fn, ((_, _, k), _) in zip(fns, both))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=["f32", "bf16"])

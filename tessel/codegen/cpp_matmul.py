@@ -117,7 +117,7 @@ class _Writer:
         m, n, k = (self.loops[x].extent for x in "mnk")
         left = self._direct("a", "k", "m", self.kind)
         turned = None
-        if left is None and self.dtype == torch.float32:
+        if left is None and self.dtype == self.kind:
             turned = self._direct("a", "m", "k", self.kind)
         right = self._direct("b", "k", "n", self.dtype)
         along_k = right is not None
