@@ -28,7 +28,7 @@ from .ir.node import Graph, Node
 from .passes import inplace
 from .passes._groups import ATTENTION, refusal
 from .passes._products import to_library
-from .passes.pipeline import CPU_ONLY, PASSES, Trace, run_pipeline
+from .passes.pipeline import CPU_ONLY, GPU_ONLY, PASSES, Trace, run_pipeline
 from .passes.pipeline import Pass as PassFunction
 from .report import Call, Compilation, Fused, Kernel, Pass, Report, Resource
 from .runtime.kernels import Kernels, Pick, by_torch
@@ -345,7 +345,7 @@ def _whole(node: Node, place: Place, options: Options) -> tuple[Any, str]:
 
 def _run_passes(imported: Imported, options: Options, place: Place, record: Compilation, stage: list[str]) -> Graph:
     """The passes; where torch runs every operator, composites stay whole and nothing is fused."""
-    wanted = [p for p in PASSES if place.how == "native" or p[0] not in CPU_ONLY]
+    wanted = [p for p in PASSES if p[0] not in (GPU_ONLY if place.how == "native" else CPU_ONLY)]
     if place.how == "native":
         at = [n for n, _ in wanted].index("fuse")
         wanted.insert(at, ("products", lambda g, _: to_library(g, lambda n: _library_product(n, place, options))))

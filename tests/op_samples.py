@@ -219,7 +219,11 @@ def contractions() -> Iterator[Case]:
     ):
         args = (q, k[:, :heads], v[:, :heads], mask, given)
         out, lse = OPS["attention"].ref(*args, **{n: x for n, x in attrs.items() if n != "mask_grad"})
-        yield "attention_backward", (real(*out.shape), *args, out, lse), attrs
+        grad = real(*out.shape)
+        yield "attention_backward", (grad, *args, out, lse), attrs
+        passes = (grad, *args[:4], (grad * out).sum(-1), lse)
+        yield "attention_backward_queries", passes, attrs
+        yield "attention_backward_keys", passes, {n: x for n, x in attrs.items() if n != "mask_grad"}
     ends = torch.tensor([2, 2, 7], dtype=torch.int32)
     yield "grouped_mm", (real(9, 4), real(3, 4, 5), ends), {}
     yield "grouped_mm", (real(3, 6, 4), real(4, 9), ends), {}

@@ -26,6 +26,7 @@ import sympy
 import torch
 
 from ..ir.types import DTYPE_NAMES, Dim, TensorType, dim_equal, product, simplify_dim
+from ..tiles.header import ATTENTION
 from ..tiles.index import Atom, Cond, Index
 from ..tiles.kernel import (
     Access,
@@ -153,7 +154,7 @@ def _axes(kernel: Kernel) -> dict[str, str]:
 
     Axes of one element do nothing, save those that the family counts on.
     """
-    own = {"matmul": "mnk", "attention": "mnde"}.get(kernel.family, "")
+    own = {"matmul": "mnk", **dict.fromkeys(ATTENTION, "mnde")}.get(kernel.family, "")
     out: dict[str, str] = {}
     count = {"x": 0, "r": 0}
     for axis in kernel.axes:
@@ -266,7 +267,7 @@ def _known(axes: Sequence[Axis], names: dict[str, str]) -> Iterator[tuple[str, l
 
 def _attribute(kernel: Kernel, name: str) -> str:
     value = kernel.attrs[name]
-    if kernel.family == "attention" and name == "scale" and isinstance(value, float):
+    if kernel.family in ATTENTION and name == "scale" and isinstance(value, float):
         d = kernel.axis("d").extent
         if isinstance(d, int) and abs(value * d**0.5 - 1) < 1e-12:  # the usual one, however it was rounded
             return "1/sqrt(d)"

@@ -1,8 +1,7 @@
-"""What the matmul and attention templates are given: lines of code, made from a tile program."""
+"""What the matmul template is given: lines of code, made from a tile program; attention shares its operands."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -10,9 +9,9 @@ import torch
 
 from ..errors import check
 from ..ir.types import product
-from ..tiles.default import batch_axes, head_widths, plain_dot
+from ..tiles.default import batch_axes, plain_dot
 from ..tiles.descriptors import descriptors
-from ..tiles.kernel import ACC, LSE, Compute, Kernel, Load, Ref, Stmt, refs
+from ..tiles.kernel import ACC, Compute, Kernel, Load, Ref, Stmt, refs
 from .descriptors import load_lines, making_lines
 from .dialect import compute_dtype, literal, narrow, rounded, size_text, triton_dtype
 from .expr import Emitter
@@ -22,11 +21,11 @@ from .names import NONE, Dims, Lane, Names, depends_on, used_indices
 BOTH: Dims = frozenset({0, 1})
 
 
-_Side: TypeAlias = tuple[str, str, bool]  # axis, variable, whether tiles overhang
+Side: TypeAlias = tuple[str, str, bool]  # axis, variable, whether tiles overhang
 
 
-def _emitter(
-    kernel: Kernel, names: Names, rows: _Side, cols: _Side, shape: tuple[str, str], interpret: bool
+def emitter(
+    kernel: Kernel, names: Names, rows: Side, cols: Side, shape: tuple[str, str], interpret: bool
 ) -> Emitter:
     """An emitter for a tile whose dim 0 is axis ``rows`` and dim 1 axis ``cols``."""
     lanes = {"x": Lane("x", NONE)}
@@ -35,7 +34,7 @@ def _emitter(
     return Emitter(kernel, names, flat_axes(batch_axes(kernel), "x"), lanes, shape, interpret)
 
 
-def _part(e: Emitter, name: str, moving_axis: str) -> tuple[list[str], list[str]]:
+def part(e: Emitter, name: str, moving_axis: str) -> tuple[list[str], list[str]]:
     """Lines of a part that stay outside the loop over ``moving_axis``, and those inside."""
     stmts = e.kernel.parts.get(name, ())
     moving = depends_on(stmts, {moving_axis})
@@ -99,7 +98,7 @@ def dot(a: str, b: str, acc: str | None, dtype: torch.dtype, plain: bool, precis
     return f'tl.dot({", ".join(args)}, input_precision="{precision}"{out})'
 
 
-def _batch_index(kernel: Kernel, programs: str, interpret: bool) -> str:
+def batch_index(kernel: Kernel, programs: str, interpret: bool) -> str:
     return f"tl.full([1, 1], tile // {programs}, INDEX)" if interpret else f"(tile // {programs}).to(INDEX)"
 
 
@@ -114,15 +113,15 @@ def matmul(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str, A
         "a_tma", "b_tma", "x_at",
     )  # fmt: skip
     pieces = knobs.get("PIECES", 1)
-    left = _emitter(kernel, names, ("m", "m", over["m"]), ("k", "ka", over["k"]), ("BM", "BK"), interpret)
-    right = _emitter(kernel, names, ("k", "kb", over["k"]), ("n", "n", over["n"]), ("BK", "BN"), interpret)
+    left = emitter(kernel, names, ("m", "m", over["m"]), ("k", "ka", over["k"]), ("BM", "BK"), interpret)
+    right = emitter(kernel, names, ("k", "kb", over["k"]), ("n", "n", over["n"]), ("BK", "BN"), interpret)
     columns = "BN" if pieces == 1 else f"BN // {pieces}"
-    epilogue = _emitter(kernel, names, ("m", "m", over["m"]), ("n", "n", over["n"]), ("BM", columns), interpret)
+    epilogue = emitter(kernel, names, ("m", "m", over["m"]), ("n", "n", over["n"]), ("BM", columns), interpret)
     described = descriptors(kernel) if knobs.get("TMA") else {}
     scalar = Emitter(kernel, names, flat_axes(batch_axes(kernel), "x"), {"x": Lane("x_at", NONE)}, ("1", "1"), False)
     made = [line for d in described.values() for line in making_lines(d, scalar)]
-    a_before, a_loop = ([], load_lines(described["a"], left)) if "a" in described else _part(left, "a", "k")
-    b_before, b_loop = ([], load_lines(described["b"], right)) if "b" in described else _part(right, "b", "k")
+    a_before, a_loop = ([], load_lines(described["a"], left)) if "a" in described else part(left, "a", "k")
+    b_before, b_loop = ([], load_lines(described["b"], right)) if "b" in described else part(right, "b", "k")
     a, dtype = operand(left, "a", (1, "ka_ok" if over["k"] else None), padded="a" in described)
     b, other = operand(right, "b", (0, "kb_ok" if over["k"] else None), padded="b" in described)
     check(dtype == other, lambda: f"{kernel.name}: a product of {dtype} and {other}; cast one operand first")
@@ -137,7 +136,7 @@ def matmul(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str, A
         "batched": batched,
         "described": bool(made),
         "described_params": tuple(sorted({d.param for d in described.values()})),
-        "batch_index": _batch_index(kernel, "(tiles_m * tiles_n)", interpret),
+        "batch_index": batch_index(kernel, "(tiles_m * tiles_n)", interpret),
         "persistent": knobs.get("PERSIST", 0) > 0,
         "programs": _programs(kernel, interpret),
         "ahead": [] if batched else made,
@@ -186,79 +185,3 @@ def _pieces(count: int, masked: bool, n: str) -> list[list[str]]:
         ]
         pieces.append((lines if i == 0 else []) + own + ([f"n_ok = n < {n}"] if masked else []))
     return pieces
-
-
-def attention(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str, Any]:
-    """Context of ``attention.triton.j2``."""
-    interpret = vendor == "interpret"
-    extents = {n: kernel.axis(n).extent for n in "mnde"}
-    widths = head_widths(kernel)
-    blocks = {"m": knobs["BM"], "n": knobs["BN"], "d": widths["BD"], "e": widths["BE"]}
-    over = {axis: not divides(block, extents[axis]) for axis, block in blocks.items()}
-    names = names_for(
-        kernel, "BM", "BN", "BD", "BE", "m", "n", "d", "e", "dk", "nv", "m_ok", "n_ok", "d_ok", "e_ok", "dk_ok",
-        "nv_ok", "acc", "peak", "total", "keys", "score", "new_peak", "base", "weight", "fade", "out", "lse",
-        "tile", "tiles_m", "n_start",
-    )  # fmt: skip
-
-    def emitter(rows: tuple[str, str], cols: tuple[str, str], shape: tuple[str, str]) -> Emitter:
-        return _emitter(kernel, names, (*rows, over[rows[0]]), (*cols, over[cols[0]]), shape, interpret)
-
-    q = emitter(("m", "m"), ("d", "d"), ("BM", "BD"))
-    k = emitter(("d", "dk"), ("n", "n"), ("BD", "BN"))
-    v = emitter(("n", "nv"), ("e", "e"), ("BN", "BE"))
-    s = emitter(("m", "m"), ("n", "n"), ("BM", "BN"))
-    o = emitter(("m", "m"), ("e", "e"), ("BM", "BE"))
-    q_before, q_lines = _part(q, "q", "n")
-    q_tile, dtype = operand(q, "q", (1, "d_ok" if over["d"] else None))
-    k_before, k_loop = _part(k, "k", "n")
-    k_tile, _ = operand(k, "k", (0, "dk_ok" if over["d"] else None))
-    v_before, v_loop = _part(v, "v", "n")
-    v_tile, v_dtype = operand(v, "v", (0, "nv_ok" if over["n"] else None))
-    acc_dtype, plain = compute_dtype(dtype), plain_dot(kernel, vendor)
-    if not q_tile.isidentifier():
-        q_lines.append(f"q = {q_tile}")
-        q_tile = "q"
-    s.define(ACC, "score", BOTH, acc_dtype)
-    s_before, s_loop = _part(s, "score", "n")
-    score_name = "score"
-    edited = kernel.provides.get("score")
-    if isinstance(edited, Ref) and edited.number != ACC:
-        score_name, dims, score_dtype = s.values[edited.number]
-        score_name = s.spread(score_name, dims, BOTH)
-        if compute_dtype(score_dtype) != acc_dtype:
-            score_name = f"{score_name}.to({triton_dtype(acc_dtype)})"
-    scale = kernel.attrs.get("scale")
-    scale = 1 / math.sqrt(int(extents["d"])) if scale is None else scale
-    causal = bool(kernel.attrs.get("causal", False))
-    offset = kernel.attrs.get("offset", 0)
-    offset_text = "" if offset == 0 else f" + {size_text(offset)}"
-    seen = (["n_ok"] if over["n"] else []) + ([f"(n <= m{offset_text})"] if causal else [])
-    hidden = [f'score = tl.where({" & ".join(seen)}, {score_name}, float("-inf"))'] if seen else []
-    if hidden:
-        score_name = "score"
-    o.define(ACC, "out", BOTH, acc_dtype)
-    o.define(LSE, "lse", frozenset({0}), acc_dtype)
-    for stmt in kernel.body:
-        o.emit(stmt)
-    weight = rounded("weight", v_dtype, True) if interpret else narrow("weight", v_dtype, False)
-    return {
-        **{n: size_text(d) for n, d in extents.items()},
-        **{f"{n}_masked": value for n, value in over.items()},
-        "batched": product(a.extent for a in batch_axes(kernel)) != 1,
-        "batch_index": _batch_index(kernel, "tiles_m", interpret),
-        "causal": causal,
-        "offset_text": offset_text,
-        "before": q_before + q_lines + k_before + v_before + s_before,
-        "key_part": k_loop,
-        "scores": dot(q_tile, k_tile, None, dtype, plain),
-        "scale": literal(scale, acc_dtype, False, "1, 1" if interpret else ""),
-        "score": s_loop,
-        "hidden": hidden,
-        "score_name": score_name,
-        "value_part": v_loop,
-        "product": dot(weight, v_tile, "acc", v_dtype, plain),
-        "acc_dtype": triton_dtype(acc_dtype),
-        "needs_lse": any(LSE in list(refs(stmt)) for stmt in kernel.body),
-        "body": o.take(),
-    }

@@ -21,10 +21,11 @@ from ..ir.types import Dim, product, simplify_dim
 from ..solve import tile
 from ..targets import Target
 from ..tiles.default import Choice, batch_axes, choose, formula_values, head_widths, of_kind
-from ..tiles.header import load_header
-from ..tiles.index import bounds
+from ..tiles.header import ATTENTION, load_header
+from ..tiles.index import bounds, exact_div
 from ..tiles.kernel import Check, Compute, IndexOf, Kernel
-from .contract import attention, matmul
+from . import attention
+from .contract import matmul
 from .dialect import pointer_type
 from .families import arguments, pointwise, reduction
 from .helpers import helpers_for
@@ -34,7 +35,8 @@ _CONTEXT: dict[str, Callable[[Kernel, Mapping[str, int], str], dict[str, Any]]] 
     "pointwise": pointwise,
     "reduction": reduction,
     "matmul": matmul,
-    "attention": attention,
+    "attention": attention.forward,
+    "attention_backward": attention.backward,
 }
 _IMPORTS = "import triton\nimport triton.language as tl\n"
 
@@ -58,7 +60,7 @@ def render(kernel: Kernel, target: Target, knobs: Mapping[str, int] | Choice | N
     code = header.module.kernel({"name": kernel.name, "args": arguments(kernel), "sizes": kernel.symbols(), **context})
     code = "\n".join(line for line in str(code).strip("\n").split("\n") if line.strip()) + "\n"
     parts = [_IMPORTS, *(h + "\n" for h in helpers_for(code, interpret)), code]
-    sizes = {**chosen.knobs, **(head_widths(kernel) if kernel.family == "attention" else {})}
+    sizes = {**chosen.knobs, **(head_widths(kernel) if kernel.family in ATTENTION else {})}
     tiles = {n: v for n, v in sizes.items() if f" {n}: tl.constexpr" in code}
     launch = {n: v for n, v in chosen.knobs.items() if n in ("num_warps", "num_stages")}
     known, symbolic = _extents(kernel, chosen.knobs)
@@ -108,7 +110,13 @@ def grid_of(kernel: Kernel, knobs: Mapping[str, int], target: Target) -> tuple[D
     """Number of programs, all along one grid axis (the others hold only 65535)."""
     if kernel.family in ("pointwise", "reduction"):
         return (ceil_div(product(a.extent for a in of_kind(kernel, "x")), knobs["XB"]),)
-    programs = product(a.extent for a in batch_axes(kernel)) * ceil_div(kernel.axis("m").extent, knobs["BM"])
+    batch = product(a.extent for a in batch_axes(kernel))
+    if kernel.attrs.get("wrt") == "keys":  # of attention's gradients: a tile of keys for each head of keys
+        heads, shared = kernel.attrs["heads"]
+        groups = exact_div(batch * shared, heads)
+        assert groups is not None
+        return (groups * ceil_div(kernel.axis("n").extent, knobs["BN"]),)
+    programs = batch * ceil_div(kernel.axis("m").extent, knobs["BM"])
     if kernel.family == "matmul":
         programs = programs * ceil_div(kernel.axis("n").extent, knobs["BN"])
         if knobs.get("PERSIST"):
@@ -121,7 +129,7 @@ def _extents(kernel: Kernel, knobs: Mapping[str, int]) -> tuple[int, tuple[Dim, 
     """The largest known number that an index may reach, and the symbolic ones."""
     slack = max(v for n, v in knobs.items() if n not in ("num_warps", "num_stages"))
     groups = [of_kind(kernel, "x"), of_kind(kernel, "r")]
-    if kernel.family in ("matmul", "attention"):
+    if kernel.family in ("matmul", *ATTENTION):
         groups = [batch_axes(kernel), *([a] for a in kernel.axes)]
     dims: list[Dim] = [product(a.extent for a in axes) + slack for axes in groups]
     for p in kernel.params:

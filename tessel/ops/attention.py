@@ -20,6 +20,7 @@ by ``merge_attention`` in ``combine.py``; a sink counts once, so with one the ke
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -264,30 +265,48 @@ def attention_backward_ref(
     ``dq = ds k``, ``dk = ds^T q``, summed over the query heads that share a key head. (Dao et al., FlashAttention,
     2022, appendix B.) ``dmask`` is there with ``mask_grad``, ``dsink`` with a sink.
     """
-    wide = _wide(q.dtype)
+    delta = (grad.to(_wide(q.dtype)) * out.to(_wide(q.dtype))).sum(-1)
+    how = {"causal": causal, "scale": scale, "offset": offset, "window": window, "softcap": softcap}
+    dq, dk, dv, *scores = _gradients(grad, q, k, v, mask, delta, lse, how, mask_grad)
+    grads = [dq, dk, dv]
+    if mask_grad:
+        assert mask is not None
+        grads.append(scores[0].sum_to_size(mask.shape).to(mask.dtype))
+    if sink is not None:
+        share = torch.exp(sink.to(lse.dtype)[:, None] - lse.masked_fill(lse == -math.inf, 0))
+        grads.append(-(share * delta).sum((0, 2)).to(sink.dtype))
+    return tuple(grads)
+
+
+def _gradients(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    delta: torch.Tensor,
+    lse: torch.Tensor,
+    how: Mapping[str, Any],
+    mask_grad: bool,
+) -> tuple[torch.Tensor, ...]:
+    """``dq``, ``dk``, ``dv`` and, with ``mask_grad``, the gradient of every edited score."""
+    wide, scale = _wide(q.dtype), how.get("scale")
     groups, heads = max(k.shape[1], 1), q.shape[1]
     factor = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
-    gw, qw, ow = (t.to(wide) for t in (grad, q, out))
+    gw, qw = (t.to(wide) for t in (grad, q))
     kw, vw = (_whole_heads(t, heads).to(wide) for t in (k, v))
-    scores, slope = _scores(q, k, mask, causal, scale, offset, window, softcap)
+    edits = (how.get("causal", False), scale, how.get("offset", 0), how.get("window"), how.get("softcap"))
+    scores, slope = _scores(q, k, mask, *edits)
     row = lse.to(wide)[..., None]
-    row = row.masked_fill(row == -math.inf, 0)
-    weights = torch.exp(scores - row)
-    delta = (gw * ow).sum(-1, keepdim=True)
-    edited = weights * (gw @ vw.transpose(-1, -2) - delta)
+    weights = torch.exp(scores - row.masked_fill(row == -math.inf, 0))
+    edited = weights * (gw @ vw.transpose(-1, -2) - delta.to(wide)[..., None])
     inner = edited if slope is None else edited * slope
     dq = inner @ kw * factor
     dk = inner.transpose(-1, -2) @ qw * factor
     dv = weights.transpose(-1, -2) @ gw
+    # Query heads that share a key head add up.
     dk, dv = (t.unflatten(1, (groups, -1)).sum(2) if heads else t[:, :groups] for t in (dk, dv))
-    grads = [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)]
-    if mask_grad:
-        assert mask is not None
-        grads.append(edited.sum_to_size(mask.shape).to(mask.dtype))
-    if sink is not None:
-        share = torch.exp(sink.to(wide)[:, None, None] - row)
-        grads.append(-(share * delta).sum((0, 2, 3)).to(sink.dtype))
-    return tuple(grads)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *((edited,) if mask_grad else ())
 
 
 def _backward_dims(node: Node) -> str:
@@ -312,9 +331,76 @@ def _backward_dims(node: Node) -> str:
 
 
 def _backward_flops(node: Node) -> Dim:
-    b, h, sq, d = node.type.shape
-    k, v = arg_types(node)[2:4]
+    q, k, v = arg_types(node)[1:4]
+    b, h, sq, d = q.shape
     return product((2, b, h, sq, k.shape[2], 3 * d + 2 * v.shape[3]))
+
+
+# The backward in two passes, as a GPU computes it: each sums along one side only, so no two programs add to one
+# element. ``delta`` is the sum of grad * out over the width of values.
+
+
+def _pass_infer(name: str) -> Any:
+    def infer(
+        grad: Any, q: Any, k: Any, v: Any, mask: Any, delta: Any, lse: Any, **attrs: Any
+    ) -> tuple[TensorType, ...]:
+        need_tensor(name, grad, q, k, v, delta, lse)
+        if name == "attention_backward_keys":
+            return result(k.shape, k.dtype, k), result(v.shape, v.dtype, v)
+        scores = (result((*q.shape[:3], k.shape[2]), _wide(q.dtype), q),) if attrs.get("mask_grad") else ()
+        return result(q.shape, q.dtype, q), *scores
+
+    return infer
+
+
+def _pass_ref(name: str) -> Any:
+    def ref(
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        delta: torch.Tensor,
+        lse: torch.Tensor,
+        mask_grad: bool = False,
+        **how: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        dq, dk, dv, *scores = _gradients(grad, q, k, v, mask, delta, lse, how, mask_grad)
+        return (dk, dv) if name == "attention_backward_keys" else (dq, *scores)
+
+    return ref
+
+
+def _pass_dims(name: str) -> Any:
+    def dims(node: Node) -> str:
+        q, k, _, mask = _args(node, 5)[1:]
+        shared = not is_one(k.shape[1]) and q.shape[1] != k.shape[1]
+        alone = is_one(k.shape[1]) and not is_one(q.shape[1])
+        keys = name == "attention_backward_keys"
+        r, s, t = ("r+", "s+", "t") if keys else ("r", "s", "t+")
+        heads, kv = (f"(g {r})", "g") if shared else (r, "1") if alone else ("g", "g")
+        queries, at = ["b", heads, s, "d*"], ["b", kv, t]
+        wide, row = ["b", heads, s, "e*"], ["b", heads, s]
+        masks = [] if mask is None else [_mask_words(mask, ["b", heads, s, t])]
+        operands = [wide, queries, [*at, "d*"], [*at, "e*"], *masks, row, row]
+        scores = [["b", heads, s, t]] if node.attrs.get("mask_grad") else []
+        return words(operands, [[*at, "d*"], [*at, "e*"]] if keys else [queries, *scores])
+
+    return dims
+
+
+def _pass(name: str, doc: str) -> Op:
+    return Op(
+        name,
+        "attention_backward",
+        dims=_pass_dims(name),
+        ref=_pass_ref(name),
+        infer=_pass_infer(name),
+        flops=_backward_flops,
+        split=split_attention,
+        cost=1000,
+        doc=doc,
+    )
 
 
 ATTENTION = table(
@@ -342,6 +428,8 @@ ATTENTION = table(
         doc="attention_backward(grad, q, k, v, mask|None, sink|None, out, lse, ..., mask_grad=False) "
         "-> (dq, dk, dv[, dmask][, dsink])",
     ),
+    _pass("attention_backward_keys", "the pass over tiles of keys: (grad, q, k, v, mask|None, delta, lse) -> (dk, dv)"),
+    _pass("attention_backward_queries", "the pass over tiles of queries: (the same) -> (dq[, dscores f32])"),
 )
 
 __all__ = ["ATTENTION", "attention_backward_ref", "attention_ref", "split_attention", "visible"]

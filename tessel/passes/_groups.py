@@ -9,13 +9,13 @@ import torch
 from ..ir.node import CHEAP, Node, Value
 from ..ir.types import TensorType
 from ..tiles.axes import Axes, axes_of, join
+from ..tiles.header import ATTENTION
 from ._scans import scan_axis
 
 MAX_NODES = 48  # of one kernel; longer chains gain nothing and cost registers
 MAX_TENSORS = 24  # tensors a kernel reads and writes
 MAX_INLINE_COST = 4 * CHEAP  # of values computed where they are read, per element
 FREE = frozenset({"view", "generate"})
-ATTENTION = ("attention", "attention_backward")  # kinds of operators, and the families of their kernels
 TEMPLATED = frozenset({"pointwise", "index", "reduce", "scan", "contract", *ATTENTION})
 FAMILIES = {"reduce": "reduction", "scan": "scan", "contract": "matmul", **{kind: kind for kind in ATTENTION}}
 KERNEL_DTYPES = frozenset(

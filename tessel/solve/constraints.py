@@ -14,7 +14,7 @@ import numpy as np
 
 from ..targets import Target
 from ..tiles.default import next_power
-from ..tiles.header import load_header
+from ..tiles.header import ATTENTION, load_header
 from ..tiles.split import SPLIT_DEPTH
 from .problem import Problem
 
@@ -101,7 +101,7 @@ def constraints_for(problem: Problem, target: Target, learned: Sequence[Learned]
             lambda v, n, m: f"not one program of {_tile(problem, v)} fits a unit's registers and warps",
         )
     )
-    if problem.family in ("matmul", "attention"):
+    if problem.family in ("matmul", *ATTENTION):
         rules += _contraction(problem, target)
     else:
         rules += _points(problem)
@@ -132,7 +132,7 @@ def _tile(problem: Problem, v: Mapping[str, Any]) -> str:
     """
     warps = _count(v["num_warps"], "warp")
     names = ("BM", "BN", "BK") if problem.family == "matmul" else ("BM", "BN")
-    if problem.family in ("matmul", "attention"):
+    if problem.family in ("matmul", *ATTENTION):
         shape = "×".join(str(v[n]) for n in names)
         return f"{shape} with {_count(v['num_stages'], 'stage')} and {warps}"
     shape = f"{v['XB']}×{v['RB']}" if problem.family == "reduction" else str(v["XB"])
@@ -187,7 +187,7 @@ def _contraction(problem: Problem, target: Target) -> list[Constraint]:
         rules.append(_overhang(f"B{axis.upper()}", axis, getattr(problem, axis), _LEAST))
     if problem.family == "matmul":
         rules += [*_variants(problem, target), _group(problem, target), _depth(problem)]
-    each = 1 if not problem.plain else problem.d if problem.family == "attention" else 16
+    each = 1 if not problem.plain else problem.d if problem.family in ATTENTION else 16
     rules.append(
         Constraint(
             "warps",
@@ -310,7 +310,7 @@ def _plain(problem: Problem) -> Constraint:
 
 def _by_lanes(problem: Problem) -> list[Constraint]:
     """Rules for products at full precision, whose operands pass through registers."""
-    if problem.family == "attention":
+    if problem.family in ATTENTION:
         room = 1024 if max(problem.d, problem.e) <= 64 else 512
         return [
             Constraint(

@@ -22,6 +22,7 @@ __all__ = ["SIDES", "TileRefused", "forced_knobs", "is_for", "unused_entries"]
 SIDES = {
     "matmul": ("BM", "BN", "BK"),
     "attention": ("BM", "BN"),
+    "attention_backward": ("BM", "BN"),
     "reduction": ("XB", "RB"),
     "pointwise": ("XB",),
 }

@@ -18,6 +18,7 @@ from ..targets import Target
 from ..tiles.cost import stored_bytes
 from ..tiles.default import batch_axes, formula_values, head_widths, of_kind, plain_dot, reads_across, score_bytes
 from ..tiles.descriptors import descriptors
+from ..tiles.header import ATTENTION
 from ..tiles.kernel import Compute, Kernel, Load, Reduce, Stmt, Store, axes_read
 from ..tiles.split import splittable
 
@@ -52,6 +53,7 @@ class Problem:
         plain: multiplied without matrix instructions.
         tf32: single precision may go through tf32.
         causal: attention that hides later keys.
+        by_keys: the pass of attention's gradients that holds tiles of keys and streams queries.
         a_bytes, b_bytes: loaded for one element of a product's operands.
         a_along_k, b_along_k: whether an operand is contiguous along k, not along m or n.
         splits: whether k may be cut into parts that a second kernel adds up.
@@ -85,6 +87,7 @@ class Problem:
     plain: bool = False
     tf32: bool = False
     causal: bool = False
+    by_keys: bool = False
     a_bytes: int = 0
     b_bytes: int = 0
     a_along_k: bool = True
@@ -143,6 +146,9 @@ class Problem:
             return 2.0 * self.batch * self.m * self.n * self.k
         if self.family == "attention":
             return 2.0 * self.batch * self.m * self.n * (self.d + self.e) * (0.5 if self.causal else 1.0)
+        if self.family == "attention_backward":
+            widths = 2 * self.d + 2 * self.e if self.by_keys else 2 * self.d + self.e
+            return 2.0 * self.batch * self.m * self.n * widths * (0.5 if self.causal else 1.0)
         return 0.0
 
     @property
@@ -154,8 +160,10 @@ class Problem:
         if self.family == "matmul":
             batch = f"{self.batch}×" if self.batch > 1 else ""
             return f"{batch}{self.m}×{self.n}×{self.k} {self.dtype}"
-        if self.family == "attention":
-            return f"{self.batch} heads, {self.m}×{self.n}, width {self.d} {self.dtype}{', causal' * self.causal}"
+        if self.family in ATTENTION:
+            what = f"{self.batch} heads, {self.m}×{self.n}, width {self.d} {self.dtype}{', causal' * self.causal}"
+            of = "" if self.family == "attention" else f"gradients of {'keys' if self.by_keys else 'queries'}, "
+            return f"{of}{what}"
         return f"{self.x} points" + (f" of {self.r} each" if self.family == "reduction" else "")
 
     @property
@@ -168,8 +176,8 @@ class Problem:
     def sizes(self) -> dict[str, Any]:
         """What the formulas of a header may name, beside the knobs."""
         out: dict[str, Any] = {"itemsize": self.itemsize, "out_itemsize": self.out_itemsize, "widest": self.widest}
-        if self.family == "attention":
-            out |= {"BD": self.d, "BE": self.e, "score_bytes": self.point_bytes}
+        if self.family in ATTENTION:
+            out |= {"BD": self.d, "BE": self.e, "score_bytes": self.point_bytes, "by_keys": int(self.by_keys)}
         if self.family == "matmul":
             out["point_weight"] = self.point_weight
         return {**out, "plain": int(self.plain)}
@@ -190,7 +198,7 @@ def problem_of(kernel: Kernel, target: Target, hints: Mapping[str, int] | None =
     }
     if kernel.family == "matmul":
         own = _matmul(kernel, target, sizes)
-    elif kernel.family == "attention":
+    elif kernel.family in ATTENTION:
         own = _attention(kernel, target, sizes)
     else:
         own = _points(kernel, sizes)
@@ -256,6 +264,7 @@ def _attention(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, Any]:
         "plain": plain_dot(kernel, target.vendor),
         "tf32": kernel.attrs.get("precision", "ieee") != "ieee",
         "causal": bool(kernel.attrs.get("causal", False)),
+        "by_keys": kernel.attrs.get("wrt") == "keys",
         "aligned": _aligned(kernel, ("q", "k", "v")),
         "point_bytes": score_bytes(kernel),
         **_counts(score),

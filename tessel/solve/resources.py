@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import TesselError
 from ..targets import Target
 from ..tiles.formula import evaluate
-from ..tiles.header import Header, LoadPath, load_header
+from ..tiles.header import ATTENTION, Header, LoadPath, load_header
 
 __all__ = ["Resources", "coefficients", "estimate", "nearest_path", "programs_per_unit", "variants_of"]
 
@@ -103,12 +103,16 @@ def estimate(family: str, target: Target, values: Mapping[str, Any]) -> dict[str
     header = load_header(family)
     values = {**header.plain, **values}
     shared = evaluate(header.smem_formula(target.arch), values)
-    resident = shared if family in ("matmul", "attention") else 0 * values["num_warps"]  # without turning layouts
+    resident = shared if family in ("matmul", *ATTENTION) else 0 * values["num_warps"]  # without turning layouts
     if family == "pointwise":  # addresses, and not much more than one value a point: the compiler streams the others
         registers: Any = 24 + 1.5 * values["held"]
         limit: Any = target.limits.registers_per_thread
         spills: Any = registers > limit
         columns: Any = 0
+    elif family == "attention_backward":  # the sums, and scores, weights and their gradients side by side; not fitted
+        registers = 48 + 1.1 * values["acc"] + (2.2 + values["score_bytes"] / 4) * values["scores"]
+        limit, columns = target.limits.registers_per_thread, 0
+        spills = registers > limit
     else:
         registers, limit, spills, columns = 0.0, 0, False, 0
         for variant, mask in variants_of(values).items():

@@ -220,6 +220,25 @@ class _Model:
         epilogue = bm * p.e * p.out_itemsize, bm * p.e * 2 / self._lanes()
         return self._waves(programs, steps, step, epilogue, stages=self._stages())
 
+    def attention_backward(self) -> dict[str, Any]:
+        """As the forward, with two products before the softmax's slope and one or two after it."""
+        p, v = self.p, self.v
+        bm, bn = _real(v["BM"]), _real(v["BN"])
+        held, streamed, along, across = (bn, bm, p.n, p.m) if p.by_keys else (bm, bn, p.m, p.n)
+        programs = p.batch * _up(along, held)
+        seen = 0.5 + held / (2.0 * max(across, 1)) if p.causal else 1.0
+        steps = np.maximum(1, _up(across, streamed) * np.minimum(seen, 1.0))
+        products = [self._product(bm, bn, _real(w)) for w in (p.d, p.e)]
+        products += [self._product(held, _real(w), streamed) for w in ((p.d, p.e) if p.by_keys else (p.d,))]
+        matrix, shared, by_warp = sum(x[0] for x in products), sum(x[1] for x in products), products[0][2]
+        lanes = bm * bn * (_SOFTMAX_OPS + p.ops + 3)
+        vector = bm * bn * (1 + p.slow_ops) / (self.c.exps_per_clock * self.clock) + lanes / self._lanes()
+        loaded = streamed * (p.d + p.e) * p.itemsize + bm * bn * p.point_bytes
+        traffic = p.total_bytes / (programs * steps)
+        step = _Step(matrix, vector, loaded, traffic, shared + loaded, self._copies(loaded), by_warp, False)
+        epilogue = held * (p.d + p.e * p.by_keys) * p.out_itemsize, held * p.d * 2 / self._lanes()
+        return self._waves(programs, steps, step, epilogue, stages=self._stages())
+
     def reduction(self) -> dict[str, Any]:
         p, v = self.p, self.v
         xb, rb, warps = _real(v["XB"]), _real(v["RB"]), _real(v["num_warps"])

@@ -74,7 +74,7 @@ class _Place:
         """A number of each row of queries."""
         self.part(name, value, (*self.batch, self.m))
 
-    def kernel(self, flops: Dim) -> Kernel:
+    def kernel(self, flops: Dim, **own: Any) -> Kernel:
         given = self.node.attrs
         scale = given.get("scale")
         attrs: dict[str, Any] = {
@@ -83,6 +83,7 @@ class _Place:
             "offset": given.get("offset", 0),
         }
         attrs |= {name: given[name] for name in ("window", "softcap") if given.get(name) is not None}
+        attrs |= own
         body = self.low.take()
         more: dict[str, Any] = {"parts": self.parts, "provides": self.provides, "attrs": attrs, "flops": flops}
         return self.low.kernel(self.axes, body, **more)
@@ -107,34 +108,45 @@ def forward(low: Lowering) -> Kernel:
 
 
 def backward(low: Lowering) -> Kernel:
-    """``attention_backward``: the whole operator.
+    """``attention_backward``, the whole operator, or one of its two passes (``attrs["wrt"]`` says which).
 
-    Parts beside those of the forward: ``grad`` and ``out`` at (x.., m, e), ``lse`` at (x.., m). The body stores
-    ``DQ`` at (x.., m, d), ``DK`` and ``DV`` at (x.. of the key heads, n, d or e), ``DSCORE``, the gradient of the
-    edited score, where the mask's is wanted, and ``DSINK`` at (x of the heads). What several rows or heads share
-    gets the sum over them.
+    Parts beside those of the forward: ``grad`` at (x.., m, e), ``lse`` at (x.., m), and ``out`` at (x.., m, e) of the
+    whole operator or ``delta`` at (x.., m) of a pass. The body stores ``DQ`` at (x.., m, d), ``DK`` and ``DV`` at (x..
+    of the key heads, n, d or e), ``DSCORE``, the gradient of the edited score, where the mask's is wanted, and
+    ``DSINK`` at (x of the heads). What several rows or heads share gets the sum over them.
     """
-    (node,) = (n for n in low.region.nodes if n.op.name == "attention_backward")
-    grad, q, k, v, mask, sink, out, lse = node.args
+    (node,) = (n for n in low.region.nodes if n.op.kind == "attention_backward")
+    whole = node.op.name == "attention_backward"
+    grad, q, k, v, mask, *rest, lse = node.args
+    sink = rest[0] if whole else None
     at = _Place(low, node, q, k, v)
     at.operands(q, k, v)
-    for name, x in (("grad", grad), ("out", out)):
-        at.part(name, x, (*at.batch, at.m, at.e))
+    at.part("grad", grad, (*at.batch, at.m, at.e))
+    if whole:
+        at.part("out", rest[1], (*at.batch, at.m, at.e))
+    else:
+        at.row("delta", rest[0])
     at.row("lse", lse)
     if sink is not None:
         at.part("sink", sink, at.batch[-1:])
     at.score(mask)
-    kv = tuple(var(f"x{i}", size) for i, size in enumerate(k.shape[:-2]))
-    scores = broadcast(mask.type, (*at.batch, at.m, at.n)) if mask is not None else ()
-    results = [(DQ, (*at.batch, at.m, at.d)), (DK, (*kv, at.n, at.d)), (DV, (*kv, at.n, at.e))]
-    results += [(DSCORE, scores)] if node.attrs.get("mask_grad") else []
-    results += [(DSINK, at.batch[-1:])] if sink is not None else []
+    rows, scores = (*at.batch, at.m, at.d), (*at.batch, at.m, at.n)
+    # The whole operator goes through key heads; a pass knows the first query head of each.
+    kv = tuple(var(f"x{i}", size) for i, size in enumerate(k.shape[:-2])) if whole else at.kv
+    keys = [(DK, (*kv, at.n, at.d)), (DV, (*kv, at.n, at.e))]
+    of_mask = [(DSCORE, scores if not whole else broadcast(mask.type, scores))] if node.attrs.get("mask_grad") else []
+    results = {
+        "attention_backward": [(DQ, rows), *keys, *of_mask, *([(DSINK, at.batch[-1:])] if sink is not None else [])],
+        "attention_backward_keys": keys,
+        "attention_backward_queries": [(DQ, rows), *of_mask],
+    }[node.op.name]
     first = len(low.region.inputs)
-    for i, v_ in enumerate(low.region.outputs):
-        value, where = results[v_.index]
-        low.stmts.append(Store(Access(first + i, where), Ref(value), v_.dtype))
+    for i, out in enumerate(low.region.outputs):
+        value, where = results[out.index]
+        low.stmts.append(Store(Access(first + i, where), Ref(value), out.dtype))
     flops = 2 * product((*q.shape[:-1], k.shape[-2])) * (3 * q.shape[-1] + 2 * v.shape[-1])
-    return at.kernel(flops)
+    own = {"wrt": node.op.name.removeprefix("attention_backward_"), "heads": (q.shape[-3], k.shape[-3])}
+    return at.kernel(flops, **({} if whole else own))
 
 
 __all__ = ["backward", "forward"]

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from ..errors import TesselError
 from ..ir.types import Dim, product
-from .header import load_header
+from .header import ATTENTION, load_header
 from .index import Index, delinearize, substitute, var
 from .kernel import Axis, Kernel, Load, Store, axes_read
 
@@ -31,6 +33,7 @@ def choose(kernel: Kernel, knobs: Mapping[str, int] | None = None) -> Choice:
     if knobs is not None and set(load_header(kernel.family).knobs) <= set(knobs):
         return Choice(dict(knobs), "given")
     rule = {"pointwise": _pointwise, "reduction": _reduction, "matmul": _matmul, "attention": _attention}
+    rule |= {"attention_backward": _attention}
     header = load_header(kernel.family)
     got = {**rule[kernel.family](kernel), **header.plain}
     if knobs:
@@ -42,9 +45,13 @@ def formula_values(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dic
     """What the formulas of a header may name: knobs, item sizes in bytes, head widths, whether products are plain."""
     ins = [p.type.dtype.itemsize for p in kernel.params if not p.out] or [4]
     outs = [p.type.dtype.itemsize for p in kernel.params if p.out] or [4]
-    widths = {**head_widths(kernel), "score_bytes": score_bytes(kernel)} if kernel.family == "attention" else {}
-    plain = kernel.family in ("matmul", "attention") and plain_dot(kernel, vendor)
-    sizes = {"itemsize": max(ins), "out_itemsize": max(outs), "widest": max(*ins, *outs, 4)}
+    widths: dict[str, int] = {}
+    if kernel.family in ATTENTION:
+        by_keys = int(kernel.attrs.get("wrt") == "keys")
+        widths = {**head_widths(kernel), "score_bytes": score_bytes(kernel), "by_keys": by_keys}
+    plain = kernel.family in ("matmul", *ATTENTION) and plain_dot(kernel, vendor)
+    itemsize = operand_dtype(kernel).itemsize if kernel.family in ATTENTION else max(ins)
+    sizes = {"itemsize": itemsize, "out_itemsize": max(outs), "widest": max(*ins, *outs, 4)}
     return {**knobs, **widths, **sizes, "plain": int(plain)}
 
 
@@ -125,16 +132,22 @@ def plain_dot(kernel: Kernel, vendor: str) -> bool:
     So are integers; and f64 on NVIDIA where a narrower load feeds the product, at which Triton's
     compiler (3.7) aborts: "Currently fp64 don't support largeK MMA".
     """
-    part = "a" if kernel.family == "matmul" else "q"
-    number = getattr(kernel.provides[part], "number", None)
-    dtype = next(s.dtype for s in kernel.parts[part] if getattr(s, "out", None) == number)  # type: ignore[union-attr]
+    dtype = operand_dtype(kernel)
     loads = [s.dtype for part in kernel.parts.values() for s in part if isinstance(s, Load)]
     narrow = any(d.itemsize < 8 for d in loads)
     return not dtype.is_floating_point or (vendor == "nvidia" and dtype.itemsize == 8 and narrow)
 
 
+def operand_dtype(kernel: Kernel) -> torch.dtype:
+    """The type of what a product's left operand, or attention's queries, hold."""
+    part = "a" if kernel.family == "matmul" else "q"
+    number = getattr(kernel.provides[part], "number", None)
+    return next(s.dtype for s in kernel.parts[part] if getattr(s, "out", None) == number)  # type: ignore[union-attr]
+
+
 def _attention(kernel: Kernel) -> dict[str, int]:
-    bm, bn = (min(max(16, next_power(size_or(kernel.axis(a).extent, 4096))), 256) for a in "mn")
+    most = 128 if kernel.family == "attention_backward" else 256
+    bm, bn = (min(max(16, next_power(size_or(kernel.axis(a).extent, 4096))), most) for a in "mn")
     return {"BM": bm, "BN": bn, "num_warps": 1, "num_stages": 1}
 
 

@@ -28,7 +28,8 @@ from ..errors import TesselError, check, did_you_mean
 from .formula import evaluate
 
 TEMPLATES = Path(__file__).parent.parent / "codegen" / "templates"
-FAMILIES = ("pointwise", "reduction", "matmul", "attention")
+ATTENTION = ("attention", "attention_backward")
+FAMILIES = ("pointwise", "reduction", "matmul", *ATTENTION)
 
 
 @lru_cache(maxsize=1)
@@ -185,4 +186,4 @@ def _path(name: str, entry: Mapping[str, Any]) -> LoadPath:
     return LoadPath(name=name, **{"shared_least": fields["shared"], **fields})
 
 
-__all__ = ["FAMILIES", "TEMPLATES", "Header", "LoadPath", "environment", "load_header"]
+__all__ = ["ATTENTION", "FAMILIES", "TEMPLATES", "Header", "LoadPath", "environment", "load_header"]
