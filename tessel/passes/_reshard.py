@@ -6,8 +6,9 @@
 
 A shortest path over shardings (Dijkstra): the steps are the collectives and the local slice, a step costs the
 bytes that a device sends, or what the caller's cost function says. So the answer is exact, and never worse
-than going through a third sharding (the triangle inequality). Of equal costs the fewer steps win, then the
-fixed order of steps.
+than going through a third sharding over the same axes (the triangle inequality). Copies along other axes take
+no part: to cut them up for the way would cost less by bytes and more by calls. Of equal costs the fewer steps
+win, then the fixed order of steps.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, permutations
+from itertools import combinations, permutations, product
 from math import prod
 from typing import TypeAlias
 
@@ -126,7 +127,7 @@ def _search(
 
 
 def _steps(at: Sharding, goal: Sharding, shape: Shape, mesh: Mapping[str, int], nbytes: int) -> Iterator[Step]:
-    """What can be done from ``at``; only what may lead to ``goal``."""
+    """What can be done from ``at``; slices only over axes that the goal has too."""
 
     def step(kind: str, axes: tuple[str, ...], after: Sharding, dim: int = -1, split: int = -1, how: str = "") -> Step:
         sent = 0 if kind == "slice" else payload(kind, nbytes, prod(mesh[a] for a in axes))
@@ -143,24 +144,24 @@ def _steps(at: Sharding, goal: Sharding, shape: Shape, mesh: Mapping[str, int], 
         for some in _subsets(open_):
             rest = tuple(p for p in at.partial if p[0] not in some)
             yield step("all_reduce", some, Sharding(at.dims, rest), how=how)
-            dims = {goal.dim_of(a) for a in some}
-            if len(dims) == 1 and (d := dims.pop()) is not None and divides(d, some):
-                axes = tuple(a for a in goal.dims[d] if a in some)
-                scattered = Sharding(at.dims, rest).with_dim(d, at.dims[d] + axes)
-                yield step("reduce_scatter", axes, scattered, d, how=how)
+            for axes, d in product(permutations(some), range(at.rank)):
+                if divides(d, axes):
+                    scattered = Sharding(at.dims, rest).with_dim(d, at.dims[d] + axes)
+                    yield step("reduce_scatter", axes, scattered, d, how=how)
     used = {*at.axes, *(a for a, _ in at.partial)}
-    for d, wanted in enumerate(goal.dims):
-        for axis in wanted:
-            if axis not in used and divides(d, (axis,)):
+    # dimensions that the goal leaves whole serve too: what is sliced there for nothing an all-to-all carries on
+    for axis in (a for axes in goal.dims for a in axes if a not in used):
+        for d in range(at.rank):
+            if divides(d, (axis,)):
                 yield step("slice", (axis,), at.with_dim(d, (*at.dims[d], axis)), d)
     for d, axes in enumerate(at.dims):
         for n in range(1, len(axes) + 1):
             head, tail = axes[:-n], axes[-n:]
             yield step("all_gather", tail, at.with_dim(d, head), d)
-            dims = {goal.dim_of(a) for a in tail}
-            if len(dims) == 1 and (e := dims.pop()) is not None and e != d and divides(e, tail):
-                moved = at.with_dim(d, head).with_dim(e, (*at.dims[e], *tail))
-                yield step("all_to_all", tail, moved, d, split=e)
+            for e in range(at.rank):
+                if e != d and divides(e, tail):
+                    moved = at.with_dim(d, head).with_dim(e, (*at.dims[e], *tail))
+                    yield step("all_to_all", tail, moved, d, split=e)
         for order in permutations(axes):
             if order != axes:
                 taking = tuple(a for a in mesh if a in axes)
