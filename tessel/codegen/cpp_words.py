@@ -72,7 +72,7 @@ def cast(text: str, source: torch.dtype, to: torch.dtype) -> str:
     if want == "bool":
         return f"({text} != 0)"
     if have != want:
-        text = f"to<{want}>({text})"
+        text = f"converted<{want}>({text})"
     return f"round_{_HALVES[to]}({text})" if to in _HALVES else text
 
 
@@ -85,7 +85,7 @@ def literal(value: Any, dtype: torch.dtype) -> str:
     type_ = value_type(dtype)
     if isinstance(value, sympy.Basic):
         if not value.is_number:
-            return f"to<{type_}>({_number(value)})"
+            return f"converted<{type_}>({_number(value)})"
         value = int(value) if value.is_integer else float(value)
     if type_ == "bool":
         return "true" if value else "false"

@@ -799,7 +799,7 @@ template <class K> INLINE void put_past_bool(u8* p, vi v, K k) { put_past(p, byt
 
 // ---------------------------------------------------------------- conversions
 
-template <class To, class From> INLINE To to(From x) {
+template <class To, class From> INLINE To converted(From x) {
   if constexpr (is_float<From>::value && !is_float<To>::value && sizeof(To) < 8) return (To)(i64)x;
   else return (To)x;
 }
