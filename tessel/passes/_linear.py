@@ -63,11 +63,11 @@ def carries(node: Node, operands: Sequence[Sharding | None], users: Sequence[Nod
         same = tuple(p for p in sums[0] if p in sums[1])
         if same:
             # an operand that is broadcast would be combined larger than it is
-            return Carried((same, same), same) if all(v.shape == node.type.shape for v in values) else nothing
+            return Carried((same, same), same) if all(v.type.nbytes == node.type.nbytes for v in values) else nothing
         at = 0 if sums[0] else 1
         axes = {a for a, _ in sums[at]}
         other = operands[1 - at]
-        waits = any(u.op.name in _VIEWS | _SUMS for u in users) and values[at].shape == node.type.shape
+        waits = any(u.op.name in _VIEWS | _SUMS for u in users) and values[at].type.nbytes == node.type.nbytes
         if waits and not given[1 - at] and (other is None or not axes & set(other.axes)):
             return Carried((sums[0], sums[1]), sums[at], (1 - at,))
         return nothing

@@ -155,6 +155,10 @@ class _Partition:
         self.unread: dict[Value, Sharding] = {}  # inputs to be brought to how they are used, at their first use
         self.uses, self.users = graph.uses(), graph.users()
         self.known: dict[Any, Split] = {}
+        self.weights = {n.out for n in graph.inputs if n.attrs["role"] == "param"}
+        for node in graph.nodes:
+            if node.op.kind == "view" and node.operands[0] in self.weights:
+                self.weights.update(node.outs)
 
     # ------------------------------------------------------------ inputs and outputs
 
@@ -299,6 +303,7 @@ class _Partition:
             tuple(tuple(self.have[v]) for v in rule.operands),
             tuple(self.layouts.of[v] for v in rule.results),
             tuple(v.dtype for v in (*rule.operands, *rule.results)),
+            tuple((self.uses[v], v in self.weights) for v in rule.operands),
             carried,
         )
         known = self.known.get(key)
@@ -312,7 +317,9 @@ class _Partition:
             parts = prod(self.mesh[a] for axes in split.values() for a in axes)
             cost = self.work(node, rule, parts)
             for v, want in zip(rule.operands, found[0], strict=True):
-                cost += self.nearest(v, want)[0]
+                # several readers share what is brought for one; a parameter is brought in the backward again, and
+                # its gradient back: three times against the two of an activation (Rajbhandari et al. 2020)
+                cost += self.nearest(v, want)[0] * (1.5 if v in self.weights else 1.0 / max(self.uses[v], 1))
             for v, got in zip(rule.results, found[1], strict=True):
                 dims = tuple(tuple(a for a in axes if a not in carried.axes) for axes in self.layouts.of[v].dims)
                 goal = Sharding(dims, carried.result)

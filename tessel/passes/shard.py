@@ -10,7 +10,8 @@ value which annotation brought it and through which node. Mesh axes flow along t
 strings, from operands to results and back, until nothing changes: first those of the user's first
 priority; among these first through pointwise operators and views, then through the axes that a product
 keeps, last along those that it folds (the order of Shardy). Where two axes lists of a factor differ, their
-common beginning counts; where a mesh axis could split two factors, the one of the larger tensor gets it.
+common beginning counts; where a mesh axis could split two factors, the one of a parameter that the user split
+gets it (computation follows parameters that stay where they are), else that of the larger tensor.
 The result does not depend on anything but graph, mesh and seeds.
 """
 
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from ..errors import check
-from ..ir.node import Graph, Node, Value
+from ..ir.node import INPUT, Graph, Node, Value
 from ..ir.sharding import Sharding
 from ..ir.types import TensorType
 from ._factors import Axes, Rule, project, rule_of
@@ -31,6 +32,8 @@ PASS_THROUGH, KEPT, FOLDED = range(3)
 _THROUGH = frozenset({"pointwise", "view", "composite"})
 # Sweeps that one class may take; a graph settles in a few.
 MOST_SWEEPS = 1000
+# What makes a parameter that the user split outweigh any activation.
+ANCHOR = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class _Propagation:
         self.shut: dict[Value, frozenset[int]] = {}
         self.found = Layouts(mesh)
         self.rules = {node: rule_of(node) for node in graph.nodes if node.operands or node.types}
+        self.anchors: set[Value] = set()  # parameters that the user split, and views of them
         self.levels = {node: _levels(node, rule) for node, rule in self.rules.items()}
 
     def plant(self, seed: Seed) -> None:
@@ -157,6 +161,11 @@ class _Propagation:
         for d, axes in enumerate(seed.sharding.dims):
             for axis in axes:
                 self.found.why[v, d, axis] = Why(seed.why)
+        if v.op is INPUT and v.node.attrs["role"] == "param" and seed.sharding.axes:
+            self.anchors.add(v)
+            for node in self.graph.nodes:
+                if node.op.kind == "view" and node.operands[0] in self.anchors:
+                    self.anchors.update(node.outs)
         if seed.stored is not None:
             self.found.stored[v] = seed.stored.closed()
 
@@ -190,7 +199,7 @@ class _Propagation:
         """The axes that each factor should be split by and where they come from, the largest tensor's first."""
         offers: dict[str, list[tuple[int, Axes, tuple[Value, int]]]] = {}
         for v, shape in tensors:
-            weight = prod(v.shape)
+            weight = prod(v.shape) + (ANCHOR if v in self.anchors else 0)
             for d, term in enumerate(shape):
                 if self.axes[v][d]:
                     for name, axes in project(term, self.axes[v][d], rule.sizes, self.mesh)[0].items():
