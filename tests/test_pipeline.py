@@ -22,7 +22,7 @@ BEFORE_FUSION = tuple(p for p in PASSES if p[0] != "fuse")
 
 
 def test_order() -> None:
-    assert [name for name, _ in PASSES][:3] == ["canonicalize", "decompose", "gradients"]
+    assert [name for name, _ in PASSES][:3] == ["canonicalize", "decompose", "masks"]
 
 
 def test_trace_records_each_pass() -> None:
@@ -31,6 +31,7 @@ def test_trace_records_each_pass() -> None:
     assert [(s.name, s.before, s.after) for s in trace.steps] == [
         ("canonicalize", 3, 2),
         ("decompose", 2, 3),
+        ("masks", 3, 3),
         ("gradients", 3, 3),
         ("recurrences", 3, 3),
         ("small_products", 3, 3),

@@ -44,6 +44,7 @@ __all__ = [
     "size_hints",
     "static_input_indices",
     "unbacked_bindings",
+    "without_modes",
 ]
 
 
@@ -56,6 +57,24 @@ def boxed(fn: Callable[..., Any]) -> Callable[[list[Any]], Any]:
     """Mark a callable as taking one list, which it may clear so that inputs are freed early."""
     fn._boxed_call = True  # type: ignore[attr-defined]
     return fn
+
+
+def compiling_backend() -> Any:
+    """The backend that what Dynamo is tracing goes to, without torch's wrappers; None outside a trace."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    tx = InstructionTranslator.current_tx()
+    found = tx.output.compiler_fn if tx is not None else None
+    while (inner := getattr(found, "_torchdynamo_orig_backend", None) or getattr(found, "compiler_fn", None)) is not None:
+        found = inner
+    return found
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Real tensors and real arithmetic inside, whatever is being traced."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()  # type: ignore[no-any-return]
 
 
 def core_decompositions() -> dict[Any, Callable[..., Any]]:

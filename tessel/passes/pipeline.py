@@ -17,7 +17,7 @@ from ..ir.node import Graph
 from ..ir.text import print_graph
 from ..ir.verify import verify
 from ..ops import OPS
-from . import canonicalize, decompose, gradients, inplace, layouts, recurrences, small_products
+from . import canonicalize, decompose, gradients, inplace, layouts, masks, recurrences, small_products
 
 Pass: TypeAlias = "Callable[[Graph, Options], Graph]"
 
@@ -61,6 +61,7 @@ def _fuse(graph: Graph, options: Options) -> Graph:
 PASSES: tuple[tuple[str, Pass], ...] = (
     ("canonicalize", lambda graph, options: canonicalize.run(graph)),
     ("decompose", lambda graph, options: decompose.run(graph)),
+    ("masks", lambda graph, options: masks.run(graph)),
     ("gradients", lambda graph, options: gradients.run(graph, options)),
     ("recurrences", lambda graph, options: recurrences.run(graph)),
     ("small_products", lambda graph, options: small_products.run(graph)),
