@@ -23,8 +23,12 @@ from .experts import join_experts
 from .flex import join_flex
 from .importer import Imported, import_graph
 from .locs import qualified_name
+from .loops import complete_examples
 from .losses import join_losses
+from .recompute import partition
 from .rolled import roll
+from .scans import lower_scans
+from .selective import fold_states
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def aot(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Compil
         fw_compiler=compiler("forward"),
         bw_compiler=compiler("backward"),
         inference_compiler=compiler("inference"),
-        partition_fn=compat.min_cut_rematerialization_partition,
+        partition_fn=partition,
         decompositions=decompositions(),
         keep_inference_input_mutations=True,
     )
