@@ -22,6 +22,7 @@ EXEMPT = {
     "assert_scalar": "has no tensors",
     "assert_true": "has no results; tested by its error",
     "kernel": "is run through its region",
+    "loop": "is run through its region",
     **dict.fromkeys(COLLECTIVE, "needs several ranks; tests/test_partition.py compares all of them with one device"),
 }
 
@@ -291,6 +292,9 @@ def libraries() -> Iterator[Case]:
     yield "linear_scan", (real(3, 7, 5), real(3, 7, 5)), {"dim": 1}
     yield "linear_scan", (real(6), real(6)), {"dim": -1}
     yield "linear_scan", (real(3, 7, 5), real(3, 7, 5)), {"dim": 1, "reverse": True}
+    scanned = (real(2, 7, 3), positive(2, 7, 3), -positive(3, 5), real(2, 7, 5), real(2, 7, 5))
+    yield "selective_scan", scanned, {}
+    yield "selective_scan_backward", (real(2, 7, 3), *scanned), {}
     conv = "convolution"
     # x, weight, bias, stride, padding, dilation, transposed, output padding, groups
     yield conv, (real(3, 4, 11), real(5, 4, 3), None, (1,), (0,), (1,), False, (0,), 1), {}

@@ -14,6 +14,16 @@ def _linear_scan(c: Lowering, a: Value, b: Value, dim: int, reverse: bool) -> Va
     return c("linear_scan", a, b, dim=axis(dim, len(a.shape)), **more)
 
 
+@register(TABLE, "tessel.selective_scan.default")
+def _selective_scan(c: Lowering, *operands: Value) -> Value:
+    return c("selective_scan", *operands)
+
+
+@register(TABLE, "tessel.selective_scan_backward.default")
+def _selective_scan_backward(c: Lowering, *operands: Value) -> tuple[Value, ...]:
+    return c.many("selective_scan_backward", *operands)
+
+
 @register(TABLE, "aten.detach_copy.default")
 def _detached(c: Lowering, x: Value) -> Value:
     return c("copy", x)

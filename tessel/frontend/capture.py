@@ -74,7 +74,9 @@ def aot(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Compil
     Returns:
         What a Dynamo backend has to return.
     """
-    roll(gm)
+    if lower_scans(gm) + roll(gm):
+        complete_examples(gm)
+        fold_states(gm)
     keep_composites(gm)
     notes = [*join_flex(gm)[1], *join_attention(gm)[1], *join_experts(gm)[1], *join_losses(gm)[1]]
     names = _input_names(gm)

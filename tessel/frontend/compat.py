@@ -31,6 +31,7 @@ __all__ = [
     "aot_options",
     "autocast_disabled",
     "boxed",
+    "compiling_backend",
     "core_decompositions",
     "detect_fake_mode",
     "disable_dynamo",
@@ -65,8 +66,10 @@ def compiling_backend() -> Any:
 
     tx = InstructionTranslator.current_tx()
     found = tx.output.compiler_fn if tx is not None else None
-    while (inner := getattr(found, "_torchdynamo_orig_backend", None) or getattr(found, "compiler_fn", None)) is not None:
+    inner = found
+    while inner is not None:
         found = inner
+        inner = getattr(found, "_torchdynamo_orig_backend", None) or getattr(found, "compiler_fn", None)
     return found
 
 

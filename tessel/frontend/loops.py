@@ -22,9 +22,21 @@ from typing import Any
 import torch
 from torch import fx
 
+from .compat import FakeTensor
 from .scan_op import linear_scan
 
-__all__ = ["WITH_START", "NotAffine", "Step", "emit", "example", "has_side_effects"]
+__all__ = [
+    "WITH_START",
+    "NotAffine",
+    "Step",
+    "complete_examples",
+    "emit",
+    "emit_affine",
+    "erase_unused",
+    "example",
+    "filled",
+    "has_side_effects",
+]
 
 _MOST_PARTS = 4096
 WITH_START = "tessel_with_start"  # metadata of all states of a carry: its start, and the node that has both
@@ -61,13 +73,52 @@ def example(x: Any) -> Any:
     return x.meta.get("example_value", x.meta.get("val")) if isinstance(x, fx.Node) else x
 
 
+def complete_examples(gm: fx.GraphModule) -> None:
+    """Give nodes that were put into a Dynamo graph the fake results that Dynamo's own nodes have."""
+    missing = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method") and example(n) is None]
+    known = [example(n) for n in gm.graph.nodes if n.op == "placeholder"] if missing else []
+    mode = next((x.fake_mode for x in known if isinstance(x, FakeTensor)), None)
+    if mode is None:
+        return
+    with mode, torch.no_grad():
+        for node in missing:
+            if any(example(n) is None for n in node.all_input_nodes):
+                continue  # a region's result
+            args: Any = fx.node.map_arg(node.args, example)
+            kwargs: Any = fx.node.map_arg(node.kwargs, example)
+            if node.op == "call_method":
+                made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                made = node.target(*args, **kwargs)  # type: ignore[operator]
+            node.meta["example_value"] = made
+
+
+def erase_unused(nodes: Iterable[fx.Node]) -> None:
+    """Erase what nothing reads among these nodes and what they read, as far as it only computes."""
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        made = node.op in ("call_function", "call_method", "get_attr")
+        if made and not node.users and not node._erased and not _writes(node):
+            stack += node.all_input_nodes
+            node.graph.erase_node(node)
+
+
 def emit(root: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[fx.Node]]:
     """Write the loop at the host graph's insertion point: the last carries, and the results of all steps."""
     try:
-        plan = _Affine(step).plan()
+        return emit_affine(root, step)
     except NotAffine:
         return _as_scan(root, step)
-    return _Written(root.graph, step, plan).write()
+
+
+def emit_affine(root: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[fx.Node]]:
+    """``emit`` for a step whose carries are linear recurrences.
+
+    Raises:
+        NotAffine: they are not; the graph is as it was.
+    """
+    return _Written(root.graph, step, _Affine(step).plan()).write()
 
 
 def _as_scan(root: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -235,8 +286,11 @@ class _Written:
         states = [self.history(*x) for x in zip(self.plan, self.carries, self.step.init, strict=True)]
         for out, state in zip(outs, states, strict=False):
             self.batched.setdefault(out, state)
-        lasts = [self.call(operator.getitem, s, -1) for s in states]
-        return lasts, [self.everywhere(v) for v in outs[n:]]
+        results = [self.everywhere(v) for v in outs[n:]]
+        for carry in self.carries:
+            if not (before := self.batched[carry]).users and before not in results:
+                self.graph.erase_node(before)
+        return [self.call(operator.getitem, s, -1) for s in states], results
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(target, args, kwargs)
@@ -265,7 +319,7 @@ class _Written:
         x = default if x is None else x
         if not isinstance(x, _Part):
             return self.call(torch.full, shape, x, dtype=dtype)
-        return self.call(_filled, x.node, shape, dtype, x.timed)
+        return self.call(filled, x.node, shape, dtype, x.timed)
 
     def value(self, x: Any) -> Any:
         """An expression in nodes of the step, for all steps: a number or a ``_Part``."""
@@ -397,7 +451,7 @@ def _deeper(x: torch.Tensor, more: int) -> torch.Tensor:
     return x.reshape(x.shape[0], *(1 for _ in range(more)), *x.shape[1:])
 
 
-def _filled(x: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, timed: bool) -> torch.Tensor:
+def filled(x: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, timed: bool) -> torch.Tensor:
     """Broadcast to the shape of all states."""
     if timed and x.dim() < len(shape):
         x = _deeper(x, len(shape) - x.dim())

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from .loops import WITH_START, Step, emit, example, has_side_effects
+from .loops import WITH_START, Step, emit, erase_unused, example, has_side_effects
 
 __all__ = ["roll"]
 
@@ -326,7 +326,7 @@ class _Loop:
             step = Step(
                 fx.GraphModule({}, step_graph), tuple(self.carries), tuple(xs), tuple(extras), self.stretch.repeats
             )
-            _, ys = emit(self.gm, step)
+            lasts, ys = emit(self.gm, step)
             everything = dict(zip(results, ys, strict=True))
             for node, where in self.stores.items():
                 self._fill(where, everything[node])
@@ -336,6 +336,7 @@ class _Loop:
         for row in reversed(self.rows):
             for node in reversed(row):
                 graph.erase_node(node)
+        erase_unused(lasts)
         found = {k: v for k, v in self.first[-1].meta.items() if k in ("stack_trace", "nn_module_stack")}
         for node in graph.nodes:
             if node not in known:

@@ -7,7 +7,10 @@ adjoint recurrence, run the other way:
 
     g[t] = dh[t] + a[t + 1] * g[t + 1],    db = g,    da[t] = g[t] * h[t - 1]
 
-The kernels here are plain torch, for eager runs.
+    selective_scan(w, dt, A, B, C) -> y         see ``ops/selective.py``; its gradient keeps no states
+
+The kernels here are plain torch, for eager runs. ``scan_start`` and ``scan_result`` mark an associative scan while it
+is captured (see ``scan_trace``); none is left in a graph that is compiled.
 """
 
 from __future__ import annotations
@@ -18,9 +21,23 @@ import torch
 from torch import Tensor
 
 from ..ops.scan import linear_scan_ref
+from ..ops.selective import selective_scan_backward_ref, selective_scan_ref
 
 _LIB = torch.library.Library("tessel", "FRAGMENT")
 _LIB.define("linear_scan(Tensor a, Tensor b, int dim, bool reverse) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+_LIB.define(
+    "selective_scan(Tensor w, Tensor dt, Tensor A, Tensor B, Tensor C) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_LIB.define(
+    "selective_scan_backward(Tensor grad, Tensor w, Tensor dt, Tensor A, Tensor B, Tensor C) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIB.define("scan_start(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIB.define("scan_result(Tensor x, Tensor ys) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIB.impl("scan_start", lambda x: x[0].clone(memory_format=torch.contiguous_format), "CompositeImplicitAutograd")
+_LIB.impl("scan_result", lambda x, ys: torch.cat([x[:1], ys]), "CompositeImplicitAutograd")
 
 
 def _shifted(x: Tensor, dim: int, later: bool) -> Tensor:
@@ -53,6 +70,27 @@ _LIB.impl("linear_scan", linear_scan_ref, "CompositeExplicitAutograd")
 torch.library.register_fake("tessel::linear_scan", _fake, lib=_LIB)
 torch.library.register_autograd("tessel::linear_scan", _differentiate, setup_context=_setup, lib=_LIB)
 
-linear_scan = torch.ops.tessel.linear_scan.default
 
-__all__ = ["linear_scan"]
+def _empty_like_all(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
+
+
+def _differentiate_selective(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    return torch.ops.tessel.selective_scan_backward(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
+
+
+_LIB.impl("selective_scan", selective_scan_ref, "CompositeExplicitAutograd")
+_LIB.impl("selective_scan_backward", selective_scan_backward_ref, "CompositeExplicitAutograd")
+torch.library.register_fake("tessel::selective_scan", lambda w, *_: _empty_like_all(w)[0], lib=_LIB)
+torch.library.register_fake("tessel::selective_scan_backward", lambda _, *xs: _empty_like_all(*xs), lib=_LIB)
+torch.library.register_autograd(
+    "tessel::selective_scan",
+    _differentiate_selective,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lib=_LIB,
+)
+
+linear_scan = torch.ops.tessel.linear_scan.default
+selective_scan = torch.ops.tessel.selective_scan.default
+
+__all__ = ["linear_scan", "selective_scan"]

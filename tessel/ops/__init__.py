@@ -27,12 +27,14 @@ from .norm import NORM
 from .random import RANDOM
 from .reduce import REDUCE
 from .scan import SCAN
+from .selective import SELECTIVE
 from .view import VIEW
 
 OPS = table(
     ELEMENTWISE.values(),
     REDUCE.values(),
     SCAN.values(),
+    SELECTIVE.values(),
     MATMUL.values(),
     ATTENTION.values(),
     VIEW.values(),

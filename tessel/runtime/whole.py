@@ -16,14 +16,20 @@ from ..ir.node import Node
 from .experts_cpu import experts_kernels
 from .loss_cpu import loss_kernels
 from .matmul_cpu import by_library
+from .scan_cpu import selective_kernels
 
 __all__ = ["WHOLE", "whole"]
 
-_MAKERS = {"linear_cross_entropy": loss_kernels, "experts": experts_kernels}
-WHOLE = frozenset(f"{name}{suffix}" for name in _MAKERS for suffix in ("", "_backward"))
+_MAKERS = {
+    "linear_cross_entropy": loss_kernels,
+    "experts": experts_kernels,
+    "selective_scan": selective_kernels,  # the forward is opened, and fused by the fuse pass
+}
+WHOLE = frozenset(f"{name}{suffix}" for name in _MAKERS for suffix in ("", "_backward")) - {"selective_scan"}
 _WHAT = {
     "linear_cross_entropy": "Tessel's kernel: logits are never written",
     "experts": "Tessel's kernel: all experts of a layer at once",
+    "selective_scan": "Tessel's kernel: states are made again, chunk by chunk, never written",
 }
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -45,6 +51,8 @@ def whole(
     why = None
     if dtype not in _CPU_DTYPES or (dtype == torch.bfloat16 and "avx512_bf16" not in features):
         why = f"{str(dtype).removeprefix('torch.')} has no kernel on this CPU"
+    if node.op.name == "selective_scan_backward" and dtype != torch.float32:
+        why = "only float32 has a kernel"
     why = why or by_library(node, features, wanted)
     if why is None:
         name = node.op.name.removesuffix("_backward")
