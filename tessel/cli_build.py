@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .cli_model import model_options, parse_options
 from .config import Options
 from .errors import TesselError, check, did_you_mean
+from .planfile import read_plan
+from .plantext import node_text
 from .report import Report
 from .targets import get_target
 
@@ -62,12 +64,22 @@ def compile_command(
 )
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tiles to list, with --kernel.")
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="A field of tessel.Options; repeatable.")
-def explain(model: str, target: str, kernel: str | None, top: int, options: tuple[str, ...], **size: Any) -> None:
+@click.argument("node", required=False)
+def explain(
+    model: str, node: str | None, target: str, kernel: str | None, top: int, options: tuple[str, ...], **size: Any
+) -> None:
     """Compile MODEL and print what became of it: passes, kernels, what fused, what fell back and why.
+
+    `tessel explain plan.json NODE` says what a sharding plan does with a node, what it communicates and why, and what
+    other splits would cost.
 
     For a GPU, here or not, nothing is run. With --kernel: the tiles that its template can have, the time that each is
     predicted to take, term by term, and why the others are ruled out.
     """
+    if node is not None or (model.endswith(".json") and not model.startswith("hf:")):
+        check(node is not None, lambda: f"explain {model}: name a node of the plan, `tessel explain {model} NODE`")
+        click.echo(node_text(read_plan(model), str(node)))
+        return
     from .models import load_model
 
     given = Options.of(parse_options(options))

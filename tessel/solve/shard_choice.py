@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from ..ir.sharding import Sharding
 from .comm import R, State, Step
 from .units import Param, Unit
 
-__all__ = ["Choice", "Role", "Setting", "Split", "Weight", "role_of"]
+__all__ = ["Choice", "Role", "Setting", "Split", "Weight", "matches", "role_of"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Setting:
         remat: which modes of ``memory.MODES`` a block may have; ``auto`` all.
         levels: which levels a parameter may have.
         roles: whether an axis's name says what it may split, see ``Role``.
+        pinned: pairs (name of parameters, ``*`` for any part of it; the sharding that they must be kept in).
     """
 
     train: bool = False
@@ -27,6 +30,7 @@ class Setting:
     remat: str = "auto"
     levels: tuple[int, ...] = (0, 1, 2, 3)
     roles: bool = True
+    pinned: tuple[tuple[str, Sharding], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,3 +134,13 @@ class Choice:
     @property
     def nbytes(self) -> float:
         return sum(w.nbytes for w in self.weights)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a name, or its end, is what a pattern with ``*`` says.
+
+    >>> matches("layers.*.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight")
+    True
+    """
+    inner = re.escape(pattern).replace(r"\*", "[^.]+")
+    return re.search(rf"(^|\.){inner}$", name) is not None

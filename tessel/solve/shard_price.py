@@ -18,15 +18,16 @@ from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 
+from ..ir.sharding import Sharding
 from ..ir.types import DTYPE_NAMES
 from ..ops.dims import Factor, Shape
 from ..targets import Target, calibration_of
 from .comm import Atom, Layouts, MeshAxis, P, R, State, Step, V, bytes_sent
 from .memory import is_cheap, param_bytes
-from .shard_choice import Choice, Role, Setting, Split, Weight, role_of
+from .shard_choice import Choice, Role, Setting, Split, Weight, matches, role_of
 from .units import Param, Tensor, Unit, Use, numel, place_of, view_back
 
-__all__ = ["Pricer", "shard_dim"]
+__all__ = ["Pricer", "shard_dim", "weight_sharding"]
 
 _SUMS = ("sum", "mean")
 _NEVER = ("scan",)  # the state that one piece hands to the next is no collective
@@ -251,6 +252,9 @@ class Pricer:
         for picked in product(*per_axis):
             if any(picked) and not self._can_shard(param, state, picked):
                 continue
+            stored = weight_sharding(param, state, picked, self.axes, 3)
+            if any(matches(n, param.name) and stored != wanted for n, wanted in self.setting.pinned):
+                continue
             kinds = [(level, a.size) for level, a, c in zip(picked, self.axes, state) if c < 0]
             held = param_bytes(elements, itemsize, kinds, self.setting.optimizer if train else None)
             steps = list(self._param_steps(elements * itemsize, state, picked, first))
@@ -309,6 +313,22 @@ def shard_dim(param: Param, state: State, levels: Sequence[int], axes: Sequence[
         if n // taken % parts == 0:  # type: ignore[operator]
             return d
     return None
+
+
+def weight_sharding(
+    param: Param, state: State, levels: Sequence[int], axes: Sequence[MeshAxis], least: int
+) -> Sharding:
+    """How what is kept apart from level ``least`` on lies: 3 the parameter, 2 its gradient, 1 its optimizer state."""
+    dims: list[list[str]] = [[] for _ in param.type.shape]
+    for axis, code in zip(axes, state):
+        if code >= 0:
+            dims[code].append(axis.name)
+    more = [a.name for a, level in zip(axes, levels) if level >= least and level > 0]
+    if more:
+        d = shard_dim(param, state, levels, axes)
+        assert d is not None
+        dims[d] += more
+    return Sharding(tuple(map(tuple, dims)))
 
 
 def _param_atoms(param: Param) -> tuple[Atom, ...]:

@@ -22,16 +22,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..errors import check
+from ..errors import TesselError, check
 from .memory import MODES
 from .shard_price import Choice, Pricer
 from .shard_tables import Array, Picked, Solved, Tables, Var, pareto
 from .units import Param, Segment, Unit
 
-__all__ = ["Answer", "search"]
+__all__ = ["Answer", "Search", "alternatives", "search"]
 
 _WORK = 100_000  # labels that the exact frontier of one segment may touch before points of several prices must do
 _LABELS = 2000  # labels a layout in the chain's search
+_NONE, _ENOUGH = 1e-9, 2e-4  # a gap that is none; one that nobody would search on for
 _ROUNDS = 40  # prices to try; each halves what is unknown or better
 
 # ---------------------------------------------------------------- the chain
@@ -54,7 +55,7 @@ class Answer:
     """The result of a search.
 
     Attributes:
-        segments: what was picked, in order; empty where nothing fits.
+        segments: what was picked, in order; what needs the least memory where nothing fits.
         seconds: of a step.
         nbytes: of parameters, their state and what lives until the backward, on one device.
         bound: no plan that fits takes less; ``price`` is the λ it was found at, in seconds a byte.
@@ -73,9 +74,14 @@ class Answer:
     took: float = 0.0
 
     @property
+    def fits(self) -> bool:
+        """Whether there is a plan within the cap."""
+        return self.seconds < inf
+
+    @property
     def gap(self) -> float:
         """How far the answer may be from the best: 0.01 is one in a hundred."""
-        return max(0.0, self.seconds / self.bound - 1) if self.bound > 0 and self.segments else 0.0
+        return max(0.0, self.seconds / self.bound - 1) if self.fits and self.bound > 0 else 0.0
 
 
 Path: TypeAlias = "list[tuple[Tables, dict[Var, int], float, float]]"
@@ -88,7 +94,7 @@ class _Chain:
     order: list[int]
     tables: list[list[Tables]]  # for each kind of segment, for each mode
     points: list[Points] = field(default_factory=list)
-    exact: bool = True
+    exact: bool = True  # the points are all there are
 
     def solve(self, price: float) -> _Optimum:
         """The optimum of ``seconds + price · bytes`` over the whole chain."""
@@ -145,12 +151,16 @@ class _Chain:
                 tables, s = solved[way]
                 return tables, tables.values(s, (a, b))
 
-            self.points.append(
-                Points(np.stack([s.seconds for _, s in solved]), np.stack([s.nbytes for _, s in solved]), values)
-            )
+            seconds, nbytes = (np.stack([getattr(s, n) for _, s in solved]) for n in ("seconds", "nbytes"))
+            order = np.lexsort((nbytes, seconds), axis=0)
+            held = np.take_along_axis(nbytes, order, axis=0)
+            before = np.minimum.accumulate(held, axis=0)
+            beaten = np.concatenate([np.zeros_like(held[:1], dtype=bool), held[1:] >= before[:-1]])
+            np.put_along_axis(seconds, order, np.where(beaten, inf, np.take_along_axis(seconds, order, axis=0)), axis=0)
+            self.points.append(Points(seconds, nbytes, values))
 
-    def mix(self, cap: float, price: float, limit: float) -> tuple[Path, float, float] | None:
-        """The fastest chain of points within ``cap`` that takes less than ``limit`` seconds.
+    def mix(self, cap: float, price: float, limit: float) -> tuple[tuple[Path, float, float] | None, bool]:
+        """The fastest chain of points within ``cap`` that takes less than ``limit`` seconds, and whether all were seen.
 
         A point, or a label, that cannot be part of such a chain at ``price`` is left out.
         """
@@ -163,6 +173,7 @@ class _Chain:
             rest.append(np.min(least[kind] + rest[-1][None, :], axis=1))
         rest.reverse()
         limit += price * cap
+        complete = self.exact
         labels = {a: (np.zeros(1), np.zeros(1)) for a in range(len(ahead[0]))}
         trail: list[dict[int, tuple[Array, Array]]] = []
         for i, kind in enumerate(self.order):
@@ -182,13 +193,13 @@ class _Chain:
                 order = np.lexsort((m, t))
                 order = order[_falling(m[order])]
                 if len(order) > _LABELS:
-                    self.exact = False
+                    complete = False
                     order = order[np.linspace(0, len(order) - 1, _LABELS).astype(int)]
                 labels[b], marks[b] = (t[order], m[order]), (come[order], by[order])
             trail.append(marks)
         ends = [(float(t[i]), float(m[i]), b, int(i)) for b, (t, m) in labels.items() for i in np.flatnonzero(m <= cap)]
         if not ends:
-            return None
+            return None, complete
         seconds, nbytes, b, i = min(ends)
         path: Path = []
         for kind, marks in zip(reversed(self.order), reversed(trail)):
@@ -197,7 +208,7 @@ class _Chain:
             t, m = self.points[kind].seconds[way, a, b], self.points[kind].nbytes[way, a, b]
             path.append((tables, values, float(t), float(m)))
             i, b = int(marks[b][0][i]), a
-        return path[::-1], seconds, nbytes
+        return (path[::-1], seconds, nbytes), complete
 
 
 @dataclass
@@ -224,53 +235,85 @@ def _falling(x: Array) -> Array:
     return np.flatnonzero(x < before)
 
 
-def search(
-    segments: Sequence[Segment],
-    order: Sequence[int],
-    pricer: Pricer,
-    cap: float,
-    progress: Callable[[str], None] | None = None,
-) -> Answer:
-    """The fastest plan whose parameters, state and kept activations take at most ``cap`` bytes.
+class Search:
+    """A search that can be asked again with another cap: prices and tables are made once.
 
     Args:
         segments: the kinds of segments.
         order: the chain, by their numbers; equal ones share their tables.
         pricer: prices; ``pricer.setting.remat`` says which modes there are.
-        cap: bytes on one device.
-        progress: told in words what is being done.
 
     Raises:
-        TesselError: there are no segments.
+        TesselError: there are no segments, or no way to run one of them.
     """
-    check(bool(order), lambda: "nothing to plan: no parameter flows into any result of the graph")
-    started = time.perf_counter()
-    say = progress or (lambda _: None)
-    say("prices")
-    choices = {u: pricer.choices(u) for s in segments for u in s.units}
-    remat = pricer.setting.remat
-    modes = (MODES if remat == "auto" else (remat,)) if pricer.setting.train else ("none",)
-    best: Answer | None = None
-    for pinned in _pins(choices):
-        tables = [[Tables(s, pricer, m, choices, pinned) for m in modes] for s in segments]
-        if any(not d for modes_ in tables for t in modes_ for d in t.domains.values()):
+
+    def __init__(self, segments: Sequence[Segment], order: Sequence[int], pricer: Pricer) -> None:
+        check(bool(order), lambda: "nothing to plan: no parameter flows into any result of the graph")
+        started = time.perf_counter()
+        choices = {u: pricer.choices(u) for s in segments for u in s.units}
+        for unit, own in choices.items():
+            if not own:
+                wanted = ", ".join(f"{n} as {s}" for n, s in pricer.setting.pinned) or "the mesh"
+                raise TesselError(f"{unit.name} ({unit.op}, {unit.node.loc.short}): no way to run it fits {wanted}")
+        remat = pricer.setting.remat
+        modes = (MODES if remat == "auto" else (remat,)) if pricer.setting.train else ("none",)
+        self.chains: list[_Chain] = []
+        for pinned in _pins(choices):
+            tables = [[Tables(s, pricer, m, choices, pinned) for m in modes] for s in segments]
+            if all(d for modes_ in tables for t in modes_ for d in t.domains.values()):
+                chain = _Chain(list(order), tables)
+                chain.exact = chain.all_points()
+                self.chains.append(chain)
+        check(bool(self.chains), lambda: "the units that share a parameter agree on no way to keep it")
+        self._took = time.perf_counter() - started
+
+    def answer(self, cap: float, progress: Callable[[str], None] | None = None) -> Answer:
+        """The fastest plan whose parameters, state and kept activations take at most ``cap`` bytes on a device.
+
+        ``progress`` is told in words what is being done.
+        """
+        started = time.perf_counter()
+        answers = [_solve(chain, cap, progress or (lambda _: None)) for chain in self.chains]
+        best = min(answers, key=lambda a: (a.seconds, a.nbytes))
+        best.bound = min(a.bound for a in answers)
+        best.least = min(a.least for a in answers)
+        best.exact = all(a.exact for a in answers)
+        best.took = time.perf_counter() - started + self._took
+        self._took = 0.0
+        return best
+
+
+def alternatives(picked: Picked, pricer: Pricer, price: float) -> dict[Unit, list[tuple[Choice, float]]]:
+    """For each product of a segment its other splits, and by how much each is worse than what was picked.
+
+    Seconds, with memory at its price; what goes in and out stays, everything else in the segment may change.
+    """
+    segment = picked.segment
+    choices = {u: pricer.choices(u) for u in segment.units}
+    storage = {w.param: w.storage for c in picked.choices.values() for w in c.weights if len(w.param.users) > 1}
+
+    def best(some: Mapping[Unit, Sequence[Choice]]) -> float:
+        tables = Tables(segment, pricer, picked.mode, some, storage)
+        if not all(tables.domains.values()):
+            return inf
+        ends = tuple(e.index(() if s is None else s) for e, s in zip(tables.ends, (picked.entry, picked.exit)))
+        solved = tables.solve(price)
+        return float((solved.seconds + price * solved.nbytes)[ends])
+
+    own = best(choices)
+    found: dict[Unit, list[tuple[Choice, float]]] = {}
+    for unit in segment.units:
+        if unit.node.op.kind not in ("contract", "attention"):
             continue
-        chain = _Chain(list(order), tables)
-        answer = _solve(chain, cap, say)
-        if best is None or _better(answer, best):
-            bound = answer.bound if best is None else min(answer.bound, best.bound)
-            least = answer.least if best is None else min(answer.least, best.least)
-            best = answer
-            best.bound, best.least = bound, least
-        else:
-            best.bound, best.least = min(best.bound, answer.bound), min(best.least, answer.least)
-    assert best is not None
-    best.took = time.perf_counter() - started
-    return best
+        ways = {c.splits: c for c in choices[unit] if c.splits != picked.choices[unit].splits}
+        costs = [(c, best({**choices, unit: [x for x in choices[unit] if x.splits == s]})) for s, c in ways.items()]
+        found[unit] = [(c, max(0.0, cost - own)) for c, cost in sorted(costs, key=lambda x: x[1]) if cost < inf][:4]
+    return found
 
 
-def _better(a: Answer, b: Answer) -> bool:
-    return bool(a.segments) and (not b.segments or a.seconds < b.seconds)
+def search(segments: Sequence[Segment], order: Sequence[int], pricer: Pricer, cap: float) -> Answer:
+    """One answer of a ``Search``."""
+    return Search(segments, order, pricer).answer(cap)
 
 
 def _pins(choices: Mapping[Unit, Sequence[Choice]]) -> Iterator[dict[Param, Any]]:
@@ -296,7 +339,7 @@ def _solve(chain: _Chain, cap: float, say: Callable[[str], None]) -> Answer:
     if fast.nbytes <= cap:
         return _answer(fast.path(), fast.seconds, fast.nbytes, fast.seconds, 0.0, least, True)
     if least > cap:
-        return Answer([], inf, least, inf, inf, least, chain.exact)
+        return _answer(lean.path(), inf, least, inf, inf, least, chain.exact)
     bound, price = fast.seconds, 0.0
     optima: list[_Optimum] = [lean]
     for _ in range(_ROUNDS):
@@ -314,16 +357,16 @@ def _solve(chain: _Chain, cap: float, say: Callable[[str], None]) -> Answer:
     best = lean.path(), lean.seconds, lean.nbytes
     if not chain.exact:
         chain.points_of([*optima[-4:], *(chain.solve(price * f) for f in (0.7, 0.9, 1.1, 1.4))])
+    complete = False
     for slack in (2e-4, 2e-3, inf):  # a good answer first: it leaves less to look at
         say(f"mixing layers: a step takes {bound:.4g} to {best[1]:.4g} s")
-        if best[1] <= bound * (1 + 1e-9):
+        if best[1] <= bound * (1 + (_NONE if chain.exact else _ENOUGH)):
             break
-        mixed = chain.mix(cap, price, min(best[1], bound * (1 + slack)))
+        mixed, complete = chain.mix(cap, price, min(best[1], bound * (1 + slack)))
         if mixed is not None and mixed[1] < best[1]:
             best = mixed
-    if chain.exact:
-        bound = best[1]
-    return _answer(*best, bound, price, least, chain.exact)
+    exact = complete and slack == inf
+    return _answer(*best, best[1] if exact else bound, price, least, exact)
 
 
 def _answer(path: Path, seconds: float, nbytes: float, bound: float, price: float, least: float, exact: bool) -> Answer:

@@ -67,13 +67,14 @@ class Tensor:
 class Use:
     """An operand: what it is before ``views``; ``source`` is None for what no parameter flows into.
 
-    ``roles`` are those of an input of the graph, by dimension.
+    ``roles`` are those of an input of the graph, by dimension; ``name`` that of what no parameter flows into.
     """
 
     source: Tensor | Param | None
     views: tuple[Node, ...]
     type: TensorType
     roles: tuple[tuple[int, str], ...] = ()
+    name: str = ""
 
 
 @dataclass(eq=False)
@@ -120,7 +121,7 @@ def units_of(graph: Graph, names: dict[Value, str]) -> tuple[list[Unit], list[Pa
             known[node.out] = Use(params[-1], (), node.type)
         else:
             roles = _input_roles(node.type) if node.attrs["role"] == "input" else ()
-            known[node.out] = Use(None, (), node.type, roles)
+            known[node.out] = Use(None, (), node.type, roles, node.attrs["name"])
             constants.append((node.attrs["name"], node.type))
     leaving = set(graph.results())
     for node in graph.nodes:
@@ -129,7 +130,7 @@ def units_of(graph: Graph, names: dict[Value, str]) -> tuple[list[Unit], list[Pa
         if all(u.source is None for u in uses) or node.op.kind == "effect":
             for v in node.outs:
                 if isinstance(v.type, TensorType):
-                    known[v] = Use(None, (), v.type)
+                    known[v] = Use(None, (), v.type, (), names[v])
                     constants.append((names[v], v.type))
             continue
         if node.op.name in VIEWS:
@@ -324,7 +325,7 @@ def _signature(units: Sequence[Unit], before: Tensor | None, after: Tensor | Non
     return "\n".join(lines)
 
 
-def repeats(signatures: Sequence[str]) -> tuple[int, int, int]:
+def repeats(signatures: Sequence[object]) -> tuple[int, int, int]:
     """The longest repeated stretch: ``(start, length, times)``; ``(0, len, 1)`` if nothing repeats.
 
     >>> repeats("eabababn")

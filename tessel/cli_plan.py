@@ -1,0 +1,155 @@
+"""``tessel plan``, ``lint`` and ``diff``: sharding plans on the command line. ``explain`` reads them too."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from .cli_model import MODEL_HELP
+from .errors import TesselError, check
+from .planfile import read_plan
+from .plantext import diff_text, findings, plan_text
+
+__all__ = ["diff", "lint", "plan"]
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@click.command(epilog=MODEL_HELP)
+@click.argument("model")
+@click.option("--mesh", required=True, help="Axes and sizes, the slowest first: dp=2,tp=4.")
+@click.option("--target", required=True, help="A name from `tessel targets`.")
+@click.option("--global-batch", type=click.IntRange(min=1), help="Rows of a step over the whole mesh.")
+@click.option("--seq", type=click.IntRange(min=1), help="Tokens in a row.")
+@click.option("--dtype", help="float32, bfloat16, float16 or float64 (hf: bfloat16).")
+@click.option("--layers", type=click.IntRange(min=1), help="Layers to plan, in place of the model's own.")
+@click.option("--memory", help="What a device may hold: 80GiB, 64e9 [what it has].")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), help="Ranks that share a node.")
+@click.option("--train", is_flag=True, help="Plan a training step: backward, gradients, optimizer.")
+@click.option("--optimizer", default="adamw", show_default=True, help="adamw, sgd or sgd-momentum.")
+@click.option("--remat", default="auto", show_default=True, type=click.Choice(["auto", "none", "selective", "full"]))
+@click.option("--microbatches", default=1, show_default=True, type=click.IntRange(min=1), help="Parts of the batch.")
+@click.option("--free-axes", is_flag=True, help="Let every axis split anything, whatever its name.")
+@click.option("--annotate", type=click.Path(path_type=Path), help="JSON: parameter's name to its sharding.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The plan file to write.")
+def plan(
+    model: str, mesh: str, target: str, memory: str | None, annotate: Path | None, out: Path | None, free_axes: bool,
+    global_batch: int | None, seq: int | None, dtype: str | None, layers: int | None, train: bool, microbatches: int,
+    **asked: Any,
+) -> None:  # fmt: skip
+    """Find the fastest sharding of MODEL on a mesh that fits in memory, and say why; no weights, no devices needed.
+
+    The names of axes say what they split: dp and fsdp the batch, tp all but the batch, sp and cp the sequence; other
+    names anything.
+    """
+    from .planner import Request, capture_model, make_plan  # torch with it: only where it is needed
+    from .targets.mesh import Mesh
+
+    axes = Mesh.parse(mesh)
+    request = Request(
+        train=train, memory=None if memory is None else parse_memory(memory), microbatches=microbatches,
+        roles=not free_axes, pinned={} if annotate is None else read_annotations(annotate), **asked,
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with console.status("capturing the model") as status:
+        captured = capture_model(
+            model, batch=global_batch, seq=seq, dtype=dtype, layers=layers, train=train, microbatches=microbatches
+        )
+        made = make_plan(captured, axes, target, request, status.update)
+    click.echo(plan_text(made))
+    if out is not None:
+        made.write(out)
+        click.echo(f"\nwritten: {out}")
+
+
+@click.command(epilog=MODEL_HELP)
+@click.argument("plan_file", type=click.Path(path_type=Path))
+@click.argument("model")
+@click.option("--world", type=click.IntRange(min=1), help="Devices that will run it.")
+@click.option("--layers", type=click.IntRange(min=1), help="Layers of the model, as it was planned.")
+@click.option("--dtype", help="As it was planned (hf: bfloat16).")
+@click.option("--group-size", type=click.IntRange(min=1), help="Weights that share a scale, in a quantized model.")
+def lint(
+    plan_file: Path, model: str, world: int | None, layers: int | None, dtype: str | None, group_size: int | None
+) -> None:
+    """Check a plan against MODEL and against itself; exits with 1 if something is wrong."""
+    from .models import load_model
+    from .planner import parameters_of
+
+    found: list[str] = []
+    try:
+        made = read_plan(plan_file)
+        made.check_model(world=world)
+    except TesselError as e:
+        raise click.ClickException(str(e)) from e
+    kind = dtype or ("bfloat16" if model.startswith("hf:") else None)
+    module, _, _ = load_model(model, dtype=kind, layers=layers, device="meta")
+    config: Any = getattr(module, "config", None)
+    values = config.to_dict() if hasattr(config, "to_dict") else {}
+    quantized = values.get("quantization_config") or {}
+    group = group_size or (quantized.get("group_size") if isinstance(quantized, dict) else None)
+    found += findings(made, parameters_of(module), values, group)
+    for line in found:
+        click.echo(line)
+    if found:
+        raise click.ClickException(f"{len(found)} findings")
+    click.echo("nothing found")
+
+
+@click.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+def diff(a: Path, b: Path) -> None:
+    """What differs between two plans."""
+    click.echo(diff_text(read_plan(a), read_plan(b)))
+
+
+def parse_memory(text: str) -> int:
+    """Bytes.
+
+    >>> parse_memory("80GiB"), parse_memory("64e9"), parse_memory("1.5 GB")
+    (85899345920, 64000000000, 1500000000)
+
+    Raises:
+        TesselError: no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\d{1,2})?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(match.group(2).upper()) if match else None
+    if match is None or unit is None:
+        raise TesselError(f"--memory {text!r}: expected a size such as 80GiB, 80GB or a number of bytes")
+    size = int(float(match.group(1)) * unit)
+    check(0 < size < 10**15, lambda: f"--memory {text!r}: not from 1 byte to a petabyte")
+    return size
+
+
+def read_annotations(path: Path) -> dict[str, Any]:
+    """Parameters' names, ``*`` for any part, to how they must be kept: ``{"layers.*.up_proj.weight": ["tp", null]}``.
+
+    A dimension is an axis, a list of axes from major to minor, or null.
+
+    Raises:
+        TesselError: the file cannot be read or says something else.
+    """
+    from .ir.sharding import Sharding
+
+    try:
+        check(path.stat().st_size < 2**20, lambda: f"--annotate {path}: more than 1 MiB")
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise TesselError(f"--annotate {path}: cannot read: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise TesselError(f"--annotate {path}: no JSON: {e}") from e
+    ok = isinstance(given, dict) and all(isinstance(v, list) for v in given.values())
+    check(ok, lambda: f"--annotate {path}: expected an object of lists, one entry a dimension")
+    found = {}
+    for name, dims in given.items():
+        axes = [[] if d is None else [d] if isinstance(d, str) else d for d in dims]
+        words = all(isinstance(d, list) and all(isinstance(a, str) for a in d) for d in axes)
+        check(words, lambda n=name: f"--annotate {path}: {n}: a dimension is an axis, a list of axes or null")  # type: ignore[misc]
+        found[name] = Sharding(tuple(tuple(d) for d in axes))
+    return found

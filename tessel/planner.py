@@ -1,0 +1,337 @@
+"""From a model to a sharding plan: capture, search, and everything that the plan file says.
+
+    plan = make_plan(captured, Mesh({"dp": 8, "tp": 8}), "h100", Request(train=True))
+
+A model of many equal layers is captured with two of them; the others are known by their parameters: names, shapes and
+dtypes must be those of the captured ones, counted on, or everything is captured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from math import prod
+from typing import Any
+
+import torch
+
+from .errors import TesselError, check
+from .frontend.capture import export_program, import_program
+from .ir.node import Builder, Graph, Value, make_input
+from .ir.sharding import Sharding
+from .ir.text import value_names
+from .ir.types import DTYPE_NAMES, TensorType
+from .models import load_model
+from .ops import OPS
+from .planfile import ShardingPlan, fingerprint_of
+from .planreport import entries_of, split_axes
+from .solve.comm import axes_of
+from .solve.memory import optimizer_bytes
+from .solve.shard_choice import Setting, matches
+from .solve.shard_price import Pricer
+from .solve.shard_search import Answer, Search
+from .solve.shortage import shortage
+from .solve.transient import transient_bytes
+from .solve.units import Param, Segment, repeats, segments_of, units_of
+from .targets import get_target
+from .targets.mesh import Mesh
+
+__all__ = ["Captured", "Request", "capture_model", "make_plan"]
+
+_VIEWS = ("reshape", "permute", "copy")
+_TRIES = 5  # times that what is transient is taken off the cap and the search repeated
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+        train: price backward, gradients and optimizer too.
+        memory: bytes a device may hold; the device's own by default.
+        microbatches: parts of the batch that run one after another.
+        gpus_per_node: ranks that share a node.
+        pinned: parameter's name, ``*`` for any part, to the sharding it must have.
+    """
+
+    train: bool = False
+    optimizer: str = "adamw"
+    remat: str = "auto"
+    memory: int | None = None
+    microbatches: int = 1
+    gpus_per_node: int | None = None
+    roles: bool = True
+    pinned: Mapping[str, Sharding] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model's graph, and how often its repeated stretch stands in the model.
+
+    Attributes:
+        layers: of the model; ``held`` of them are in the graph.
+        parameters: of the whole model: name, shape, dtype.
+        global_batch, seq: of one step; None where the inputs do not say.
+    """
+
+    name: str
+    graph: Graph
+    parameters: tuple[tuple[str, tuple[int, ...], str], ...]
+    layers: int = 0
+    held: int = 0
+    global_batch: int | None = None
+    seq: int | None = None
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the parameters; the batch is not part of it."""
+        return fingerprint_of(self.parameters)
+
+
+def capture_model(
+    spec: str, *, batch: int | None = None, seq: int | None = None, dtype: str | None = None, layers: int | None = None,
+    train: bool = False, microbatches: int = 1,
+) -> Captured:  # fmt: skip
+    """The graph of a model by name (see ``load_model``) on meta tensors, with its loss if it is trained.
+
+    Args:
+        batch: rows of a step over the whole mesh; ``microbatches`` must divide it.
+        train: a language model that returns logits gets the cross-entropy of its last product as loss.
+
+    Raises:
+        TesselError: as ``load_model`` and ``export_graph``.
+    """
+    started = time.perf_counter()
+    if batch is not None and batch % microbatches:
+        raise TesselError(f"a batch of {batch} rows does not divide into {microbatches} microbatches")
+    rows = None if batch is None else batch // microbatches
+    size: dict[str, Any] = {"batch": rows, "seq": seq, "dtype": dtype, "device": "meta"}
+    size["dtype"] = dtype or ("bfloat16" if spec.startswith("hf:") else None)
+    module, args, kwargs = load_model(spec, **size, layers=layers)
+    parameters = parameters_of(module)
+    count = layers or _layer_count(module)
+    short = None
+    if spec.startswith("hf:") and count > 4:
+        two, args2, kwargs2 = load_model(spec, **size, layers=2)
+        if _grown(parameters_of(two), 2, count) == sorted(parameters):
+            short = two, args2, kwargs2
+    graph = import_program(export_program(*(short or (module, args, kwargs)))).graph.live()
+    notes = []
+    if train:
+        graph, said = _with_loss(graph)
+        notes.append(said)
+    if short is not None:
+        notes.append(
+            f"captured 2 of {count} layers; the parameters of the others have the same names, shapes and dtypes"
+        )
+    first = next((n.type for n in graph.inputs if n.attrs["role"] == "input"), None)
+    inner = first.shape[1] if first is not None and first.rank > 1 else None
+    outer = first.shape[0] if first is not None and first.rank else None
+    return Captured(
+        spec, graph, tuple(parameters), count, 2 if short is not None else count,
+        microbatches * outer if isinstance(outer, int) else None, inner if isinstance(inner, int) else None,
+        time.perf_counter() - started, tuple(notes),
+    )  # fmt: skip
+
+
+def parameters_of(module: Any) -> list[tuple[str, tuple[int, ...], str]]:
+    if not isinstance(module, torch.nn.Module):
+        return []
+    return [(n, tuple(p.shape), DTYPE_NAMES[p.dtype]) for n, p in module.named_parameters()]
+
+
+def _layer_count(module: Any) -> int:
+    config = getattr(module, "config", None)
+    found = getattr(config, "num_hidden_layers", None)
+    return found if isinstance(found, int) else 0
+
+
+def _grown(parameters: Sequence[tuple[str, tuple[int, ...], str]], held: int, layers: int) -> list[Any]:
+    """The parameters of a model of ``layers``, told from one of ``held``: those of its last layer again and again."""
+    out = []
+    for name, shape, dtype in parameters:
+        out.append((name, shape, dtype))
+        parts = name.split(".")
+        at = next((i for i, p in enumerate(parts) if p == str(held - 1)), None)
+        if at is not None:
+            out += [(".".join([*parts[:at], str(i), *parts[at + 1 :]]), shape, dtype) for i in range(held, layers)]
+    return sorted(out)
+
+
+def _with_loss(graph: Graph) -> tuple[Graph, str]:
+    """The graph with a loss for its logits: the last product and the cross-entropy as one operator."""
+    out = graph.outputs[0] if len(graph.outputs) == 1 else None
+    node = out.node if isinstance(out, Value) else None
+    while node is not None and node.op.name in _VIEWS:
+        node = node.args[0].node
+    weight = None
+    if node is not None and node.op.name == "matmul" and node.type.rank == 2:
+        transposed = node.args[1].node
+        if transposed.op.name == "permute" and transposed.args[0].node.op.kind == "input":
+            weight = transposed.args[0]
+    if node is None or weight is None:
+        return graph, "no loss was added: the result is no product with a parameter; gradients start at the results"
+    x = node.args[0]
+    target = make_input("target", TensorType((x.shape[0],), torch.int64))
+    builder = Builder((*graph.inputs, target), node.loc)
+    builder.nodes = list(graph.nodes)
+    loss = builder.node(OPS["linear_cross_entropy"], x, weight, None, target.out).out
+    made = builder.finish((loss,), graph.effects, graph.name).live()
+    return made, "the loss is the cross-entropy of the logits, computed with the last product and never stored whole"
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is searched: kinds of segments, the chain of them, and which layer each place of it is."""
+
+    segments: list[Segment]
+    kinds: list[Segment]
+    order: list[int]
+    chain: list[Segment]
+    layer: list[int | None]
+    params: list[Param]
+
+
+def problem_of(captured: Captured) -> Problem:
+    """The graph's segments, its repeated stretch as often as the model has layers.
+
+    Raises:
+        TesselError: the model has more layers than the graph, and no stretch of the graph repeats.
+    """
+    units, params, _ = units_of(captured.graph, value_names(captured.graph))
+    segments = segments_of(units)
+    numbers: dict[str, int] = {}
+    kinds: list[Segment] = []
+    ids = []
+    for s in segments:
+        if s.signature not in numbers:
+            numbers[s.signature] = len(kinds)
+            kinds.append(s)
+        ids.append(numbers[s.signature])
+    start, length, times = repeats(ids)
+    layer: list[int | None] = [None] * len(segments)
+    chain = list(segments)
+    more = captured.layers - captured.held
+    if more > 0:
+        check(times == captured.held, lambda: f"{captured.name}: its layers differ from each other; capture all")
+        end = start + length * times
+        last = segments[end - length : end]
+        chain = [*segments[:end], *(last * more), *segments[end:]]
+        ids = [*ids[:end], *(ids[end - length : end] * more), *ids[end:]]
+        copies = [i for i in range(captured.held, captured.layers) for _ in range(length)]
+        layer = [*layer[:end], *copies, *layer[end:]]
+    return Problem(segments, kinds, ids, chain, layer, params)
+
+
+def make_plan(
+    captured: Captured, mesh: Mesh, target: str, request: Request, progress: Callable[[str], None] | None = None
+) -> ShardingPlan:
+    """The best plan that fits.
+
+    Raises:
+        TesselError: nothing fits; the message says what needs how much. Or the request is wrong.
+    """
+    started = time.perf_counter()
+    record = get_target(target)
+    optimizer_bytes(request.optimizer, 2)
+    axes = axes_of(mesh, record, request.gpus_per_node)
+    limit = request.memory if request.memory is not None else record.level("memory").capacity_bytes
+    check(limit > 0, lambda: f"memory: expected a positive number of bytes, got {limit}")
+    setting = Setting(
+        request.train, request.optimizer, request.microbatches, request.remat if request.train else "none",
+        roles=request.roles, pinned=tuple(request.pinned.items()),
+    )  # fmt: skip
+    problem = problem_of(captured)
+    _check_pinned(request.pinned, captured)
+    pricer = Pricer(record, axes, setting)
+    answer, held = _search(problem, pricer, limit, progress)
+    if not answer.fits:
+        raise TesselError(shortage(answer, pricer, limit, mesh, held))
+    entries = entries_of(answer, pricer, problem.chain, problem.layer, captured.held)
+    seconds = {
+        "capture": captured.seconds,
+        "solve": answer.took,
+        "all": captured.seconds + time.perf_counter() - started,
+    }
+    data: dict[str, Any] = {
+        "format": "tessel-plan",
+        "version": 1,
+        "model": {
+            "name": captured.name,
+            "fingerprint": captured.fingerprint,
+            "parameters": sum(prod(shape) for _, shape, _ in captured.parameters),
+        },
+        "mesh": {
+            "axes": [{"name": a.name, "size": a.size, "wires": str(a)} for a in axes],
+            "world": mesh.devices,
+            "target": target,
+            "gpus_per_node": request.gpus_per_node or min(mesh.devices, getattr(axes[-1].links, "node", mesh.devices)),
+        },
+        "settings": {
+            "train": request.train,
+            "optimizer": request.optimizer if request.train else None,
+            "remat": setting.remat,
+            "microbatches": request.microbatches,
+            "global_batch": captured.global_batch,
+            "seq": captured.seq,
+            "memory_limit": limit,
+            "batch_axes": split_axes(answer, pricer, "batch"),
+            "sequence_axes": split_axes(answer, pricer, "sequence"),
+        },
+        **entries.sections(transient=held),
+        "certificate": {
+            "bound": answer.bound,
+            "gap": answer.gap,
+            "price": answer.price,
+            "exact": answer.exact,
+        },
+        "provenance": {
+            "tessel": version("tessel"),
+            "torch": torch.__version__,
+            "captured": f"{captured.held} of {captured.layers} layers" if captured.layers else "everything",
+            "seconds": {k: round(v, 3) for k, v in seconds.items()},
+            "notes": [*captured.notes, *entries.notes],
+        },
+    }
+    return ShardingPlan(data)
+
+
+def _search(
+    problem: Problem, pricer: Pricer, limit: int, progress: Callable[[str], None] | None
+) -> tuple[Answer, dict[str, float]]:
+    """The search under the cap, less what is transient in the answer: searched again until both fit.
+
+    The bound of the first search holds for every plan: something transient takes no less than nothing.
+    """
+    searching = Search(problem.kinds, problem.order, pricer)
+    took, bound, spared = 0.0, 0.0, 0.0
+    held = {"temporaries": 0.0, "inputs": 0.0}
+    for i in range(_TRIES):
+        answer = searching.answer(limit - spared, progress)
+        took += answer.took
+        bound = answer.bound if i == 0 else bound
+        held = transient_bytes(answer, pricer)
+        if not answer.fits or answer.nbytes + sum(held.values()) <= limit:
+            break
+        spared = max(spared, sum(held.values())) * (1.0 if i < _TRIES - 2 else 1.1)
+    else:
+        raise TesselError("no plan was found whose temporaries fit; give more memory, or more microbatches")
+    return replace(answer, took=took, bound=min(bound, answer.bound)), held
+
+
+def _check_pinned(pinned: Mapping[str, Sharding], captured: Captured) -> None:
+    for pattern, sharding in pinned.items():
+        found = [(n, shape) for n, shape, _ in captured.parameters if matches(pattern, n)]
+        if not found:
+            names = ", ".join(n for n, _, _ in captured.parameters[:8])
+            raise TesselError(f"annotation {pattern!r}: no parameter has that name; parameters are {names}, ...")
+        for name, shape in found:
+            if len(shape) != sharding.rank:
+                raise TesselError(f"annotation {pattern!r}: {sharding} for {name}, whose shape is {list(shape)}")

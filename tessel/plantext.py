@@ -1,0 +1,258 @@
+"""Plans in words: the report on a terminal, one node, the difference of two plans, what lint finds."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+from .errors import TesselError, did_you_mean
+from .ir.sharding import Sharding
+from .planfile import ShardingPlan
+
+__all__ = ["diff_text", "findings", "node_text", "plan_text"]
+
+_KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries", "inputs")
+_TERMS = {
+    "forward": "work of the forward",
+    "backward": "work of the backward",
+    "again": "work done again instead of kept",
+    "exposed": "communication that no work hides",
+    "bubble": "waiting for other stages",
+}
+
+
+def plan_text(plan: ShardingPlan) -> str:
+    """The report."""
+    d = plan.data
+    s, mesh, memory, times, proof = d["settings"], d["mesh"], d["memory"], d["time"], d["certificate"]
+    what = f"training, {s['optimizer']}, remat {s['remat']}" if s["train"] else "inference"
+    size = "".join(f", {n} {s[k]}" for k, n in (("global_batch", "batch"), ("seq", "sequence")) if s[k])
+    lines = [
+        f"{d['model']['name']}: {d['model']['parameters'] / 1e9:.3g} billion parameters, {what}{size}"
+        + (f", {s['microbatches']} microbatches" if s["microbatches"] > 1 else ""),
+        f"{mesh['world']} × {mesh['target']}: " + ", ".join(a["wires"] for a in mesh["axes"]),
+        "",
+        f"a step takes {_time(times['step'])}",
+    ]
+    lines += [f"  {_time(times[k]):>10}  {words}" for k, words in _TERMS.items() if times[k] > 0]
+    lines.append(f"  of {_time(times['communication'])} of communication")
+    exact = "the best of all plans" if proof["exact"] else f"at most {proof['gap']:.2%} from the best plan"
+    lines += ["", f"memory a device: {_size(memory['total'])} of {_size(s['memory_limit'])} ({exact})"]
+    lines += [f"  {_size(memory[k]):>10}  {k}" for k in _KINDS if memory[k] > 0]
+    if "pipeline" in d:
+        p = d["pipeline"]
+        lines += ["", f"pipeline: {p['stages']} stages, {p['schedule']}, bubble {p['bubble']:.1%} of the work"]
+    lines += ["", "parameters (major to minor axes of each dimension)"]
+    lines += _table(_parameter_rows(d))
+    lines += ["", "products (axis: the factor of the dims string that it splits)"]
+    lines += _table(_product_rows(d))
+    lines += ["", "communication of one device in a step"]
+    lines += _table(_collective_rows(d))
+    keeps = Counter(n["keep"] for n in d["nodes"])
+    if s["train"] and set(keeps) != {"none"}:
+        parts = ", ".join(f"{k} {n / len(d['nodes']):.0%}" for k, n in sorted(keeps.items()))
+        lines += ["", f"activations kept or computed again, part of all nodes: {parts}"]
+    took = d["provenance"]["seconds"]
+    lines += ["", "notes"] + [f"  {n}" for n in d["provenance"]["notes"]]
+    lines.append("  " + ", ".join(f"{k} {_time(v)}" for k, v in took.items()))
+    return "\n".join(lines)
+
+
+def _pattern(name: str) -> str:
+    """A name with its layer left open."""
+    return re.sub(r"\.\d+(?=[.:])", ".*", re.sub(r"#\d+$", "", name))
+
+
+def _parameter_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    rows: Counter[tuple[str, ...]] = Counter()
+    for name, t in d["tensors"].items():
+        levels = ", ".join(f"{a}: {_LEVEL[n]}" for a, n in t.get("level", {}).items())
+        used = f"used as {t['use']}" if "use" in t else ""
+        rows[_pattern(name), t["sharding"], used, levels] += 1
+    for row, n in rows.items():
+        yield (f"{n} ×", *row)
+
+
+_LEVEL = {0: "whole", 1: "optimizer state apart", 2: "state and gradients apart", 3: "gathered for use"}
+
+
+def _product_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    rows: Counter[tuple[str, ...]] = Counter()
+    why: dict[tuple[str, ...], str] = {}
+    for n in d["nodes"]:
+        if n["op"] in ("matmul", "attention", "grouped_mm", "linear_cross_entropy", "embedding"):
+            key = (_pattern(n["name"]), ", ".join(f"{a}: {f}" for a, f in n["splits"].items()))
+            rows[key] += 1
+            other = n.get("instead", [])
+            if other and key not in why:
+                splits = ", ".join(f"{a}: {f}" for a, f in other[0]["splits"].items())
+                why[key] = f"next best {splits or 'whole'}: +{_time(other[0]['seconds'])}"
+    for row, count in rows.items():
+        yield (f"{count} ×", *row, why.get(row, ""))
+
+
+def _collective_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for c in d["collectives"]:
+        total = groups.setdefault((c["phase"], c["kind"], c["axis"]), [0, 0.0, 0.0])
+        total[0] += c["times"]
+        total[1] += c["times"] * c["bytes"]
+        total[2] += c["times"] * c["seconds"]
+    for (phase, kind, axis), (n, nbytes, seconds) in sorted(groups.items(), key=lambda x: -x[1][1]):
+        yield f"{n:.0f} ×", kind, f"over {axis}", phase, _size(nbytes), _time(seconds)
+
+
+def _table(rows: Iterator[tuple[str, ...]]) -> list[str]:
+    found = list(rows)
+    if not found:
+        return ["  none"]
+    wide = [max(len(r[i]) for r in found) for i in range(len(found[0]))]
+    return ["  " + "  ".join(c.ljust(w) for c, w in zip(r, wide)).rstrip() for r in found]
+
+
+# ---------------------------------------------------------------- one node
+
+
+def node_text(plan: ShardingPlan, text: str) -> str:
+    """What a plan says of a node: by its name, the end of it, or a part of it.
+
+    Raises:
+        TesselError: there is no such node.
+    """
+    d = plan.data
+    node = next(nodes_named(d, text), None)
+    if node is None:
+        raise TesselError(f"no node {text!r}; {did_you_mean(text, [n['name'] for n in d['nodes']])[:300]}")
+    lines = [f"{node['name']} ({node['op']}) at {node['where']}"]
+    splits = ", ".join(f"{a} splits {f}" for a, f in node["splits"].items())
+    lines.append(f"  {splits or 'whole on every device'}; work {_time(node['seconds'])} a step; keeps: {node['keep']}")
+    lines += [f"  reads {t}" for t in node["reads"] if t] + [f"  makes {t}" for t in node["makes"]]
+    own = [c for c in d["collectives"] if c["node"] == node["name"]]
+    for c in own:
+        times = f"{c['times']} × " if c["times"] > 1 else ""
+        lines.append(
+            f"  {c['phase']}: {times}{c['kind']} of {c['tensor']} over {c['axis']}, {_size(c['bytes'])} a device, "
+            f"{_time(c['seconds'])}: {c['why']}"
+        )
+    same = [n for n in d["nodes"] if "instead" in n and _pattern(n["name"]) == _pattern(node["name"])]
+    said = node if "instead" in node else next((n for n in same if n["splits"] == node["splits"]), None)
+    for other in said["instead"] if said is not None else ():
+        splits = ", ".join(f"{a} splits {f}" for a, f in other["splits"].items())
+        lines.append(f"  instead: {splits or 'whole'}: the step takes {_time(other['seconds'])} more")
+    return "\n".join(lines)
+
+
+def nodes_named(data: Mapping[str, Any], text: str) -> Iterator[Mapping[str, Any]]:
+    """The nodes whose name is, or ends in, or holds a text, in this order of preference."""
+    for test in (str.__eq__, str.endswith, str.__contains__):
+        found = [n for n in data["nodes"] if test(n["name"], text)]
+        if found:
+            yield from found
+            return
+
+
+# ---------------------------------------------------------------- two plans
+
+
+def diff_text(a: ShardingPlan, b: ShardingPlan) -> str:
+    """What differs between two plans; layers that differ alike stand once."""
+    lines = []
+    for section in ("model", "mesh", "settings"):
+        for key in a.data[section]:
+            x, y = a.data[section][key], b.data[section].get(key)
+            if x != y:
+                lines.append(f"{section}.{key}: {_value(x)} -> {_value(y)}")
+    for section, show in (("time", _time), ("memory", _size)):
+        for key in a.data[section]:
+            x, y = a.data[section][key], b.data[section][key]
+            if x != y:
+                lines.append(f"{section}.{key}: {show(x)} -> {show(y)}" + (f" ({y / x - 1:+.1%})" if x else ""))
+    both = (("", {n: t["sharding"] for n, t in p.data["tensors"].items()}) for p in (a, b))
+    lines += _changed(*(x for _, x in both))
+    lines += _changed(*({n["name"]: _splits(n) for n in p.data["nodes"]} for p in (a, b)))
+    lines += _changed(*({f"keep {n['name']}": n["keep"] for n in p.data["nodes"]} for p in (a, b)))
+    return "\n".join(lines) if lines else "the plans are the same"
+
+
+def _splits(node: Mapping[str, Any]) -> str:
+    return ", ".join(f"{x}: {f}" for x, f in node["splits"].items()) or "whole"
+
+
+def _changed(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
+    rows: Counter[tuple[str, str, str]] = Counter()
+    for name in dict.fromkeys([*a, *b]):
+        x, y = a.get(name, "absent"), b.get(name, "absent")
+        if x != y:
+            rows[_pattern(name), x, y] += 1
+    return [f"{n} × {name}: {x} -> {y}" for (name, x, y), n in rows.items()]
+
+
+def _value(x: Any) -> str:
+    if isinstance(x, list) and x and isinstance(x[0], dict):  # the mesh's axes
+        return ",".join(f"{a['name']}={a['size']}" for a in x)
+    return str(x)
+
+
+# ---------------------------------------------------------------- lint
+
+
+def findings(
+    plan: ShardingPlan, parameters: Sequence[tuple[str, tuple[int, ...], str]], config: Mapping[str, Any],
+    group_size: int | None = None,
+) -> list[str]:  # fmt: skip
+    """What is wrong with a plan for a model; an empty list for nothing.
+
+    Args:
+        parameters: of the model: name, shape, dtype.
+        config: of the model, as far as it has one: ``num_key_value_heads``.
+        group_size: elements along the summed dimension that share a scale, in a quantized model.
+    """
+    d, mesh = plan.data, plan.mesh
+    s = d["settings"]
+    out = []
+    memory = d["memory"]["total"]
+    if memory > s["memory_limit"]:
+        out.append(f"memory: {_size(memory)} a device, more than the limit of {_size(s['memory_limit'])}")
+    own = {n: (list(shape), dtype) for n, shape, dtype in parameters}
+    for name, t in d["tensors"].items():
+        if name not in own:
+            out.append(f"{name}: in the plan, not in the model")
+        elif (t["shape"], t["dtype"]) != own[name]:
+            out.append(f"{name}: {t['dtype']}{t['shape']} in the plan, {own[name][1]}{own[name][0]} in the model")
+    missing = [n for n in own if n not in d["tensors"]]
+    out += [f"{n}: in the model, not in the plan" for n in missing[:5]]
+    heads = config.get("num_key_value_heads")
+    for name, t in d["tensors"].items():
+        use = Sharding.parse(t.get("use", t["sharding"]))
+        parts = prod(mesh[a] for a in use.dims[0]) if use.rank == 2 else 1
+        if isinstance(heads, int) and re.search(r"\.[kv]_proj\.weight$", name) and heads % parts:
+            over = ", ".join(f"{a}={mesh[a]}" for a in use.dims[0])
+            out.append(f"{name}: split in {parts} ({over}), the model has {heads} key and value heads")
+        if group_size and use.rank == 2:
+            width = t["shape"][1] // prod(mesh[a] for a in use.dims[1])
+            if use.dims[1] and width % group_size:
+                out.append(f"{name}: shards of {width} columns cut groups of {group_size} that share a scale")
+    for what, axes, n in (
+        ("sequence", s.get("sequence_axes", []), s["seq"]),
+        ("batch", s.get("batch_axes", []), s["global_batch"] and s["global_batch"] // s["microbatches"]),
+    ):
+        parts = prod(mesh[a] for a in axes if a in mesh)
+        if n and n % parts:
+            out.append(f"{what}: {n} does not divide by {parts} ({', '.join(axes)})")
+    return out
+
+
+def _size(nbytes: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
