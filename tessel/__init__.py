@@ -9,25 +9,41 @@ print(tessel.explain(model, x))      # what became of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .annotate import Annotations, annotate
 from .backend import name_of
 from .config import Options
 from .driver import Session, resolve_target
 from .errors import TesselError
 from .report import Report
 from .targets import TARGETS
+from .targets.mesh import Mesh
 from .wrapper import RecompileLimit, compile_function, explain_call
 
 if TYPE_CHECKING:
     import torch
 
     from .build import Loaded
+    from .distributed import Distributed
 
 __version__ = "0.1.0"
-__all__ = ["TARGETS", "Options", "RecompileLimit", "Report", "TesselError", "compile", "explain", "load"]
+__all__ = [
+    "TARGETS",
+    "Annotations",
+    "Mesh",
+    "Options",
+    "RecompileLimit",
+    "Report",
+    "TesselError",
+    "annotate",
+    "compile",
+    "distribute",
+    "explain",
+    "load",
+]
 
 
 def compile(
@@ -128,3 +144,35 @@ def load(folder: str | Path, weights: Mapping[str, torch.Tensor] | None = None, 
     from .build import load as load_build  # what reads builds is not needed for anything else
 
     return load_build(folder, weights, device)
+
+
+def distribute(
+    model: torch.nn.Module,
+    plan: Any = None,
+    *,
+    mesh: Mesh | None = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    annotations: Annotations | None = None,
+    train: bool | None = None,
+) -> Distributed:
+    """This process's part of a model on a mesh, ready to train or to infer; under torchrun, on every process.
+
+    Called with the whole inputs it gives the model's whole results; its parameters, under the model's names,
+    and their gradients are this rank's shards.
+
+    Args:
+        model: with its parameters, the same on every process; they are read, not changed.
+        plan: a laid-out model instead of the arguments below.
+        mesh: as many devices as there are processes, as ``Mesh({"dp": 2, "tp": 4})``.
+        args, kwargs: example arguments; sizes are fixed to theirs.
+        annotations: instead of what ``annotate`` was told about the model.
+        train: with gradients; by default if the model is in training mode.
+
+    Raises:
+        TesselError: torch.distributed is not initialised, the world is not the mesh, an annotation does not fit
+            (its file and line are named), or torch cannot capture the model as one graph.
+    """
+    from .distributed import distribute as run  # what talks to other processes is not needed for anything else
+
+    return run(model, plan, mesh=mesh, args=args, kwargs=kwargs, annotations=annotations, train=train)

@@ -27,7 +27,7 @@ from .errors import TesselError, check, did_you_mean
 from .ir.node import Graph, Node, Value
 from .ir.sharding import AXIS, Sharding
 from .ir.types import Loc, TensorType
-from .passes.shard import Seed
+from .passes._layouts import Seed
 
 Spec = Sequence[Any]
 _INPUT = re.compile(r"inputs\[(\d+)\]\Z")

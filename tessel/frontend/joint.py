@@ -116,15 +116,15 @@ class _Capture:
                 if self.train:
                     wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
                     check(bool(wanted), lambda: "no result of the model depends on a parameter that needs a gradient")
-                    torch.autograd.backward(wanted, [torch.empty_like(x) for x in wanted])
+                    leaf = [x for x in (*model.parameters(), *tensors_of(args, kwargs)) if x.requires_grad]
+                    # not backward(): nobody's gradients are touched
+                    torch.autograd.grad(wanted, leaf, [torch.empty_like(x) for x in wanted], allow_unused=True)
         except TesselError:
             raise
         except Exception as e:  # Dynamo raises everything that the model may raise, and classes of its own
             raise TesselError(f"torch cannot capture the model as one graph: {type(e).__name__}: {e}") from e
         finally:
             undo()
-            for p in model.parameters() if self.train else ():
-                p.grad = None
         return self.step(tensors_of(args, kwargs), leaves, numbered, tree)
 
     def numbered(self, leaves: list[Any]) -> tuple[Any, ...]:

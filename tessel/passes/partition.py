@@ -27,10 +27,10 @@ from ..ir.sharding import Sharding
 from ..ir.types import Loc, TensorType
 from ..targets.mesh import Mesh
 from ._factors import Rule, Split, layout, project, rule_of
+from ._layouts import Layouts
 from ._linear import Carried, carries
 from ._rank import Action, Local, Move, write_rank
 from ._reshard import Price, Step, by_bytes, rematerializes, reshard
-from .shard import Layouts
 
 # What work costs beside bytes sent, on an H100: 794 TFLOP/s reached in bf16 and 3.35 TB/s of memory against
 # 394 GB/s of an all-gather over 8 (the figures of NVIDIA's and NCCL's authors).

@@ -1,0 +1,184 @@
+"""Real processes over gloo: results and gradients of one device, bytes of the plan, errors that stop everyone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from ranks import annotations
+from test_partition import Layer
+from torch import nn
+
+import tessel
+from tessel.distributed import Distributed, distribute
+from tessel.errors import TesselError
+from tessel.frontend.joint import capture_step
+from tessel.runtime.shares import share
+from tessel.spmd import lay_out
+from tessel.targets.mesh import Mesh
+
+DATA = [("shard", "inputs[0]", ("dp", None))]
+TENSOR = [("shard", "*.q.weight", ("tp", None)), ("shard", "*.up.weight", ("tp", None))]
+SEQUENCE = [("output", "layers.*", ("dp", "tp", None)), ("output", "embed", ("dp", "tp", None))]
+KEPT = [
+    ("shard", n, ("dp", None), {"gather": ["dp"]})
+    for n in ("*.q.weight", "*.up.weight", "*.down.weight", "embed.weight")
+]
+# name -> mesh, annotations, how each rank runs its program
+Cases = dict[str, tuple[dict[str, int], list[tuple[Any, ...]], str]]
+TWO: Cases = {
+    "data": ({"dp": 2}, DATA, "interpreted"),
+    "kept split": ({"dp": 2}, DATA + KEPT, "interpreted"),
+    "tensor and sequence": ({"dp": 1, "tp": 2}, TENSOR + SEQUENCE, "interpreted"),
+}
+FOUR: Cases = {
+    "kept split": ({"dp": 4}, DATA + KEPT, "interpreted"),
+    "tensor and sequence, over data": ({"dp": 2, "tp": 2}, DATA + TENSOR + SEQUENCE, "interpreted"),
+    "tensor, over data, compiled": ({"dp": 2, "tp": 2}, DATA + TENSOR, "compiled"),
+}
+
+
+class Model(nn.Module):
+    """A decoder of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 32)
+        self.layers = nn.ModuleList(Layer(32, 4) for _ in range(2))
+        self.head = nn.Linear(32, 64, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def step(rank: int, cases: Cases) -> None:
+    """Every case, on one rank of one group of processes."""
+    torch.manual_seed(0)
+    module, ids = Model(), torch.randint(64, (4, 8))
+    want = module(ids)
+    loss(want, ids).backward()
+    captured = capture_step(module, (ids,), train=True)
+    for name, (mesh, lines, run) in cases.items():
+        placed = distribute(module, lay_out(captured, Mesh(mesh), annotations(lines)), run=run)  # type: ignore[arg-type]
+        got = placed(ids)
+        loss(got, ids).backward()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        check_gradients(placed, module, name, rank)
+        assert placed.sent == placed.spmd.bytes, f"{name}: sent {placed.sent}, the plan says {placed.spmd.bytes}"
+        if name == "kept split":
+            sizes = [sum(p.numel() for p in m.parameters()) for m in (placed, module)]
+            assert sizes[0] < 0.75 * sizes[1]
+        with torch.no_grad():
+            torch.testing.assert_close(placed(ids), want, rtol=1e-5, atol=1e-5)
+        with pytest.raises(TesselError, match=r"laid out for shape \[4, 8\], called with \[2, 8\]"):
+            placed(ids[:2])
+    with pytest.raises(TesselError, match="the mesh dp=3 has 3 devices, the world . processes"):
+        distribute(module, lay_out(captured, Mesh({"dp": 3}), annotations([])))
+
+
+def check_gradients(placed: Distributed, module: nn.Module, name: str, rank: int) -> None:
+    mine = dict(placed.module.named_parameters())
+    for n, p in module.named_parameters():
+        assert p.grad is not None and mine[n].grad is not None, f"{name}: {n} has no gradient"
+        want = share(p.grad, placed.shardings[n], placed.spmd.mesh, rank)
+        torch.testing.assert_close(mine[n].grad, want, rtol=1e-4, atol=1e-6, msg=lambda m, n=n: f"{name}: {n}: {m}")
+
+
+def optimize(rank: int) -> None:
+    """Two steps of AdamW on shards are two steps on the whole; what the user annotated is found."""
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    x = torch.randn(4, 8)
+    with tessel.annotate(whole) as a:
+        a.shard("0.weight", ("tp", None))
+        a.shard("0.bias", ("tp",))
+    placed = distribute(whole, mesh=Mesh({"tp": dist.get_world_size()}), args=(x,), run="interpreted")
+    assert placed.module[0].weight.shape == (16 // dist.get_world_size(), 8)  # type: ignore[index]
+    both = [(m, torch.optim.AdamW(m.parameters(), lr=0.1)) for m in (whole, placed)]
+    for _ in range(2):
+        for m, optimizer in both:
+            optimizer.zero_grad()
+            m(x).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(placed(x), whole(x), rtol=1e-5, atol=1e-5)
+
+
+def process(rank: int, world: int, cases: Cases, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TESSEL_CACHE_DIR=folder)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        step(rank, cases)
+        optimize(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_processes(world: int, cases: Cases) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o700)
+        mp.spawn(process, (world, cases, port, folder), nprocs=world)
+
+
+def test_two_processes_give_what_one_device_gives() -> None:
+    run_processes(2, TWO)
+
+
+@pytest.mark.slow
+def test_four_processes_give_what_one_device_gives() -> None:
+    run_processes(4, FOUR)
+
+
+def test_without_processes_it_says_what_to_do() -> None:
+    with pytest.raises(TesselError, match=r"torch\.distributed is not initialised; start with torchrun"):
+        tessel.distribute(nn.Linear(4, 4), mesh=tessel.Mesh({"dp": 1}), args=(torch.ones(1, 4),))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (("shard", "0.weigt", (None,)), r"nothing has such a name; did you mean '0.weight'\?"),
+        (("shard", "0.weight", ("tp",)), "1 dims are given"),
+        (("shard", "0.weight", ("xx", None)), "names mesh axis 'xx'; the mesh has dp"),
+        (("shard", "inputs[3]", ("dp", None)), r"known: .*inputs\[0\]"),
+        (("output", "7", ("dp", None)), "nothing has such a name"),
+    ],
+)
+def test_bad_annotations_name_the_users_line(line: tuple[Any, ...], words: str) -> None:
+    module = nn.Sequential(nn.Linear(8, 8))
+    captured = capture_step(module, (torch.ones(2, 8),), train=False)
+    with tessel.annotate(module) as a:
+        getattr(a, line[0])(*line[1:])
+    with pytest.raises(TesselError, match=words) as e:
+        lay_out(captured, Mesh({"dp": 2}), a)
+    assert "test_distributed.py:" in str(e.value)
+
+
+def test_annotations_that_no_model_could_have() -> None:
+    with tessel.annotate(nn.Linear(2, 2)) as a:
+        for call, words in (
+            (lambda: a.shard("weight", ("dp", "dp")), "'dp' is used twice"),
+            (lambda: a.shard("weight", "dp"), "give one entry a dimension"),
+            (lambda: a.shard("weight", (3, None)), ".*"),
+            (lambda: a.shard("weight", ("d p", None)), "'d p' is no name of a mesh axis"),
+            (lambda: a.shard("weight", ("dp", None), gather=["tp"]), "gather names 'tp'"),
+        ):
+            with pytest.raises((TesselError, TypeError), match=words):
+                call()
