@@ -204,7 +204,7 @@ class _Reader:
             parts = [self.condition(a, broadcast(a.type, tuple(place))) for a in node.args if isinstance(a, Value)]
             return parts[0] & parts[1] if len(parts) == 2 else _Found(rest=((v, True),))
         if name in ("bitwise_not", "logical_not"):
-            return _kept(v, wanted, self.condition(node.operands[0], place, not wanted))
+            return self.condition(node.operands[0], place, not wanted)
         if node.op.kind == "view":
             got = self.condition(node.operands[0], through_view(node, tuple(place)), wanted)
             return _kept(v, wanted, got)
