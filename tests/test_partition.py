@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import annotations, counts, cut, on_all_ranks
+from ranks import annotations, counts, cut, on_all_ranks, same_as_one_device
 from torch import nn
 
 from tessel.errors import TesselError
@@ -75,6 +75,56 @@ def test_megatron_tensor_parallel() -> None:
     assert spmd.backward is not None
     assert counts(spmd.forward) == counts(spmd.backward) == {"all_reduce tp": 2}
     assert spmd.bytes == 939_524_096
+
+
+class Grouped(nn.Module):
+    """Attention alone, with as many key heads as said."""
+
+    def __init__(self, hidden: int, heads: int, groups: int) -> None:
+        super().__init__()
+        self.heads, self.groups = heads, groups
+        self.q, self.o = (nn.Linear(hidden, hidden, bias=False) for _ in range(2))
+        self.k, self.v = (nn.Linear(hidden, hidden // heads * groups, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            y.unflatten(-1, (n, -1)).transpose(1, 2)
+            for y, n in ((self.q(x), self.heads), (self.k(x), self.groups), (self.v(x), self.groups))
+        )
+        got = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o(got.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("groups", "kinds", "nbytes"),
+    [
+        # Ulysses (Jacobs et al. 2023): q, k, v and the result change from tokens to heads and back
+        (64, {"all_to_all sp": 4}, 58_720_256),
+        # keys and values of few heads are cheaper to gather: the bytes of ring attention (Liu et al. 2023)
+        (8, {"all_gather sp": 2}, 29_360_128),
+    ],
+)
+def test_split_sequences(groups: int, kinds: dict[str, int], nbytes: int) -> None:
+    """A split sequence is all that is said; how attention copes is the cheapest way."""
+    with torch.device("meta"):
+        model = Grouped(HIDDEN, HEADS, groups).to(torch.bfloat16)
+        x = torch.empty(1, SEQUENCE, HIDDEN, dtype=torch.bfloat16)
+    lines = [("shard", "inputs[0]", (None, "sp", None))]
+    spmd = laid(capture_step(model, (x,), train=False), {"sp": DEVICES}, lines, whole=False)
+    assert counts(spmd.forward) == kinds
+    assert spmd.bytes == nbytes
+    assert str(spmd.forward.outputs[0]) == "{·,sp,·}"
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("batch", ["dp", None])
+def test_split_sequences_compute_attention(groups: int, batch: str | None) -> None:
+    """Causal offsets and the gradients of keys that several ranks read, against one device."""
+    torch.manual_seed(0)
+    model, x = Grouped(16, 4, groups), torch.randn(2, 8, 16)
+    step = capture_step(model, (x,), train=True)
+    spmd = laid(step, {"dp": 2, "sp": 2}, [("shard", "inputs[0]", (batch, "sp", None))])
+    same_as_one_device(spmd, model, [x])
 
 
 def test_megatron_sequence_parallel_forward() -> None:

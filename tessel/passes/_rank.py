@@ -12,7 +12,7 @@ import torch
 from ..errors import TesselError
 from ..ir.node import Builder, Graph, Node, Value, make_input, map_values
 from ..ir.sharding import Sharding
-from ..ir.types import TensorType, Type
+from ..ir.types import NOWHERE, Loc, TensorType, Type
 from ..ir.verify import same_type
 from ..ops import OPS, Piece
 from ..targets.mesh import Mesh
@@ -22,11 +22,12 @@ from ._reshard import Step, sources
 
 @dataclass(frozen=True)
 class Move:
-    """A value brought from one sharding to another, and for whom."""
+    """A value brought from one sharding to another, why, and for which line (its reader's)."""
 
     value: Value
     steps: tuple[Step, ...]
     why: str
+    loc: Loc = NOWHERE
 
     @property
     def before(self) -> Sharding:
@@ -119,7 +120,7 @@ class _Writer:
 
     def move(self, move: Move) -> None:
         x = self.env[move.value, move.before]
-        self.builder.loc = move.value.node.loc
+        self.builder.loc = move.loc
         for step in move.steps:
             x = self.step(x, step)
         self.env[move.value, move.after] = x

@@ -94,7 +94,7 @@ class Program:
                 prod(self.mesh[a] for a in s.axes),
                 s.bytes,
                 f"{m.value.type}{s.before}",
-                m.value.node.loc,
+                m.loc,
                 m.why,
             )
             for m in self.moves()
@@ -223,8 +223,8 @@ class _Partition:
         at_hand = [s for s in self.have[v] if set(after.partial) <= set(s.partial)]
         return min(((self.cost(v, s, after), s) for s in at_hand), key=lambda c: c[0])
 
-    def bring(self, v: Value, after: Sharding, why: str) -> None:
-        """Have a value in a sharding."""
+    def bring(self, v: Value, after: Sharding, why: str, reader: Node | None = None) -> None:
+        """Have a value in a sharding, for a node that reads it so or because it is to lie so."""
         if after in self.have[v]:
             return
         _, before = self.nearest(v, after)
@@ -234,7 +234,9 @@ class _Partition:
                 f"{v.op.name} {v.type} at {v.node.loc} goes from {before} to {after} through a whole copy on every "
                 f"device: {why}"
             )
-        self.program.actions.append(Move(v, steps, f"{why}; {self.layouts.because(v)}"))
+        # what a partial sum is made of is said by the line that computes it, all else by the line that reads it
+        loc = v.node.loc if before.partial or reader is None else reader.loc
+        self.program.actions.append(Move(v, steps, f"{why}; {self.layouts.because(v)}", loc))
         self.have[v].append(after)
 
     # ------------------------------------------------------------ nodes
@@ -244,7 +246,7 @@ class _Partition:
         for v in rule.operands:
             if v in self.unread:
                 target = self.unread.pop(v)
-                self.bring(v, target, f"{node.op.name} at {node.loc} is its first use")
+                self.bring(v, target, f"{node.op.name} at {node.loc} is its first use", node)
                 self.have[v] = [target]
         lying = [self.have[v][-1] if self.uses[v] == 1 or not self.have[v][-1].partial else None for v in rule.operands]
         alone = len(node.types) == 1 and self.uses[node.out] == 1
@@ -254,7 +256,7 @@ class _Partition:
             split = self.choose(node, rule, carried)
         reads, results = self.shardings(node, rule, split, carried)
         for v, want in zip(rule.operands, reads, strict=True):
-            self.bring(v, want, f"{node.op.name} at {node.loc} reads it as {want}")
+            self.bring(v, want, f"{node.op.name} at {node.loc} reads it as {want}", node)
         self.program.actions.append(Local(node, split, tuple(reads), tuple(results), carried.once))
         for v, got in zip(rule.results, results, strict=True):
             self.have[v] = [got]
@@ -310,7 +312,7 @@ class _Partition:
         if known is not None:
             return known
         best: tuple[tuple[int, float], Split] | None = None
-        for split in self.candidates(rule, carried):
+        for split in self.candidates(node, rule, carried):
             found = self.try_shardings(rule, split, carried)
             if found is None:
                 continue
@@ -333,7 +335,7 @@ class _Partition:
         self.known[key] = best[1]
         return best[1]
 
-    def candidates(self, rule: Rule, carried: Carried) -> Iterator[Split]:
+    def candidates(self, node: Node, rule: Rule, carried: Carried) -> Iterator[Split]:
         """Every way to give each mesh axis that is in sight to one factor, or to none."""
         sight: dict[str, dict[str, int]] = {}
         orders: dict[str, list[str]] = {}
@@ -352,6 +354,13 @@ class _Partition:
                                 at[factor] = max(at.get(factor, 0), prod(v.shape))
                         order = orders.setdefault(factor, [])
                         order += [a for a in some if a not in order]
+        if node.op.name in ("attention", "attention_backward"):
+            # heads may be split though nothing is: a sequence that is changes places with them (Ulysses)
+            for a in sight:
+                for factor, f in rule.dims.factors.items():
+                    if f.kind == "map" and rule.sizes[factor] % self.mesh[a] == 0 and rule.may_split(factor):
+                        sight[a].setdefault(factor, 0)
+                        orders.setdefault(factor, []).append(a)
         axes_in_sight = [a for a in self.mesh if a in sight]
         choices: list[list[str | None]] = [
             [*sorted(sight[a], key=lambda f, a=a: -sight[a][f]), None]  # type: ignore[misc]
@@ -361,7 +370,7 @@ class _Partition:
             split: Split = {}
             for factor in dict.fromkeys(f for f in pick if f is not None):
                 mine = {a for a, f in zip(axes_in_sight, pick, strict=True) if f == factor}
-                split[factor] = tuple(a for a in orders[factor] if a in mine)
+                split[factor] = tuple(dict.fromkeys(a for a in orders[factor] if a in mine))
             yield split
 
     def work(self, node: Node, rule: Rule, parts: int) -> float:
