@@ -341,7 +341,7 @@ def _whole(node: Node, place: Place, options: Options) -> tuple[Any, str]:
     """What runs an operator of several products that stays whole (None: its reference), and why."""
     if options.matmul == "library":
         return None, "options.matmul is 'library': its reference in torch, a chunk at a time"
-    return whole(node, place.how, place.target.features, wanted=options.matmul == "template")
+    return whole(node, place.how, place.target, options.source_dir(), wanted=options.matmul == "template")
 
 
 def _run_passes(imported: Imported, options: Options, place: Place, record: Compilation, stage: list[str]) -> Graph:

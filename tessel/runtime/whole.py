@@ -1,19 +1,23 @@
 """Operators that are made of several matrix products and have a kernel of their own, outside the tile programs.
 
-    run, why = whole(node, "native", target.features)
+    run, why = whole(node, "native", target, folder)
 
 ``run`` takes what the operator's reference takes; ``None``: the reference runs, for the reason in ``why``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..ir.node import Node
+from ..targets import Target
 from .experts_cpu import experts_kernels
+from .fused_gpu import GpuExperts, GpuLoss
 from .loss_cpu import loss_kernels
 from .matmul_cpu import by_library
 from .scan_cpu import selective_kernels
@@ -34,20 +38,32 @@ _WHAT = {
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
+_GPU: dict[str, Any] = {"linear_cross_entropy": GpuLoss, "experts": GpuExperts}
+
+
+@cache
+def _on_gpu(name: str, target: Target, folder: Path) -> Any:
+    return _GPU[name](target, folder)
+
+
 def whole(
-    node: Node, how: str, features: Collection[str], wanted: bool = False
+    node: Node, how: str, target: Target, folder: Path, wanted: bool = False
 ) -> tuple[Callable[..., Any] | None, str]:
     """What runs a node of ``WHOLE``, and why.
 
     Args:
         node: one of these operators.
         how: ``Place.how``.
-        features: of the CPU.
+        target: where it runs.
+        folder: where Triton kernels are written.
         wanted: the kernel is asked for wherever there is one.
     """
+    name, dtype, features = node.op.name.removesuffix("_backward"), node.operands[1].dtype, target.features
     if how != "native":
-        return None, "its reference in torch, a chunk at a time"
-    dtype = node.operands[1].dtype
+        if how == "torch" or name not in _GPU or dtype.itemsize > 4:
+            return None, f"{str(dtype).removeprefix('torch.')} has no kernel here: its reference in torch"
+        made = _on_gpu(name, target, folder)
+        return (made.forward if name == node.op.name else made.backward), _WHAT[name].replace("kernel", "kernels")
     why = None
     if dtype not in _CPU_DTYPES or (dtype == torch.bfloat16 and "avx512_bf16" not in features):
         why = f"{str(dtype).removeprefix('torch.')} has no kernel on this CPU"
@@ -55,7 +71,6 @@ def whole(
         why = "only float32 has a kernel"
     why = why or by_library(node, features, wanted)
     if why is None:
-        name = node.op.name.removesuffix("_backward")
         kernels: Any = _MAKERS[name]()
         if not isinstance(kernels, str):
             return (kernels.forward if name == node.op.name else kernels.backward), _WHAT[name]

@@ -1,0 +1,163 @@
+"""Triton kernels of losses and experts: products that a host function strings together (``runtime/fused_gpu.py``).
+
+    source = grouped_source("inner", x.dtype, target, {"act": "silu", "interleaved": False, ...})
+
+They are no tile programs: which expert's rows a program has is read on the device, and a row of logits is folded as
+it is made. The record is that of the other kernels all the same, so that they are written, launched, interpreted
+and compiled for absent GPUs in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import check
+from ..ir.types import TensorType, product, symbol
+from ..targets import Target
+from ..tiles.header import environment
+from ..tiles.kernel import Kernel, Param
+from .helpers import helpers_for
+from .source import Source
+
+__all__ = ["grouped_source", "loss_source", "tile_of"]
+
+_SCRATCH = 2048  # bytes that a program takes beside its tiles: barriers, and sums that warps exchange
+SPAN = 8  # blocks of classes that one program folds
+_IMPORTS = "import triton\nimport triton.language as tl\n"
+_F32, _I32, _I64 = torch.float32, torch.int32, torch.int64
+# Offsets into operands and results, as products of sizes: what decides the index type.
+_LARGEST = {
+    "fold": (("n", "k"), ("v", "k")),
+    "gradients": (("n", "k"), ("v", "k"), ("n", "v")),
+    **dict.fromkeys(("inner", "product", "back"), (("slots", "k"), ("slots", "n", "two"), ("experts", "b_apart"))),
+    "outer": (("slots", "m"), ("slots", "n"), ("experts", "m", "n")),
+}
+
+
+def tile_of(part: str, target: Target, dtype: torch.dtype) -> dict[str, int]:
+    """Rows, columns and steps of a tile: what every device's shared memory and registers hold for these kernels.
+
+    ``inner`` sums gate and up at once and ``back`` reads both: half the columns keep that in registers.
+    """
+    if target.vendor == "interpret":
+        return {"BM": 16, "BN": 16, "BK": 16, "num_warps": 1, "num_stages": 1}
+    wide = dtype.itemsize == 4
+    return {
+        "BM": 64,
+        "BN": 32 if part in ("inner", "back") else 64,
+        "BK": 32 if wide else 64,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def loss_source(part: str, dtype: torch.dtype, target: Target, attrs: Mapping[str, Any], bias: bool) -> Source:
+    """``fold`` or ``gradients`` of ``linear_loss.triton.j2``.
+
+    Args:
+        part: the kernel. ``fold`` gives for each span of classes the largest logit, the sum of exponentials less it,
+            the plain sum and the picked logit of each token; ``gradients`` gives that of a chunk of logits.
+        dtype: of x, weight and bias.
+        attrs: of the operator, ``classes`` filled in.
+        bias: whether there is one.
+    """
+    params: list[tuple[str, torch.dtype]] = [("x", dtype), ("weight", dtype), *([("bias", dtype)] if bias else [])]
+    params.append(("target", _I64))
+    sizes = ["n", "v", "k", "x_step", "w_step"]
+    if part == "fold":
+        outs = [(name, _F32) for name in ("top", "total", "plain", "picked")]
+    else:
+        params += [("lse", _F32), ("grad", _F32)]
+        sizes.append("first")
+        outs = [("d", dtype)]
+    smoothing = attrs.get("label_smoothing", 0.0)
+    context = {
+        "bias": bias,
+        "ignore": attrs.get("ignore_index", -100),
+        "offset": attrs.get("offset", 0),
+        "softcap": attrs.get("softcap", 0.0),
+        "even": smoothing / attrs["classes"],
+        "own": 1.0 - smoothing,
+    }
+    more = {"SPAN": SPAN} if part == "fold" else {}
+    return _source("linear_loss", part, params, outs, sizes, context, target, dtype, more)
+
+
+# Of each kernel: what it reads in the dtype of the layer, what else, what it writes, its sizes.
+_ROUTE = (("order", _I32), ("bounds", _I32))
+_BY_EXPERT = ["experts", "n", "k", "b_apart", "b_column", "b_row", "slots", "choices"]
+
+
+def grouped_source(part: str, dtype: torch.dtype, target: Target, attrs: Mapping[str, Any]) -> Source:
+    """``inner``, ``product``, ``back`` or ``outer`` of ``grouped.triton.j2``.
+
+    Args:
+        part: ``inner``: rows of tokens times gate and up, and what becomes of them; ``product``: rows of slots times
+            a matrix, in f32; ``back``: the gradient through down and the gate; ``outer``: a gradient of the matrices.
+        dtype: of tokens and matrices.
+        attrs: ``act``, ``interleaved``, ``alpha``, ``limit``, and the switches ``bias``, ``scaled``, ``keep`` and
+            ``gathered`` of the part at hand.
+    """
+    check(part in ("inner", "product", "back", "outer"), lambda: f"no grouped kernel {part!r}")
+    context = {"act": "silu", "interleaved": False, "alpha": 1.0, "limit": 0.0, "bias": False, "scaled": False}
+    context |= {"keep": False, "gathered": "", **attrs}
+    params: list[tuple[str, torch.dtype]] = [("a", dtype), ("b", dtype)]
+    sizes = list(_BY_EXPERT)
+    if part == "inner":
+        params += [("bias", dtype)] if context["bias"] else []
+        outs = [("h", dtype), *([("pre", dtype)] if context["keep"] else [])]
+    elif part == "product":
+        params += [("bias", dtype)] if context["bias"] else []
+        params += [("scale", _F32)] if context["scaled"] else []
+        outs = [("out", _F32)]
+    elif part == "back":
+        params += [("pre", dtype), ("scale", _F32)]
+        outs = [("dpre", dtype), ("h", dtype), ("parts", _F32)]
+    else:
+        outs = [("out", dtype)]
+        sizes = ["m", "n", "experts", "slots", "choices"]
+    return _source("grouped", part, [*params, *_ROUTE], outs, sizes, context, target, dtype, {})
+
+
+def _source(
+    family: str,
+    part: str,
+    params: Sequence[tuple[str, torch.dtype]],
+    outs: Sequence[tuple[str, torch.dtype]],
+    sizes: Sequence[str],
+    context: Mapping[str, Any],
+    target: Target,
+    dtype: torch.dtype,
+    more: Mapping[str, int],
+) -> Source:
+    name = f"{family}_{part}"
+    args = (*(f"{p}_ptr" for p, _ in (*params, *outs)), *sizes)
+    module: Any = environment().get_template(f"{family}.triton.j2").module
+    text = str(getattr(module, part)({"name": name, "args": args, **context}))
+    code = "\n".join(line.rstrip() for line in text.split("\n") if line.strip()) + "\n"
+    interpret = target.vendor == "interpret"
+    knobs = {**tile_of(part, target, dtype), **more}
+    operands = 3 if part == "inner" else 2  # tiles of the left operand and of one or two right ones
+    size = TensorType((symbol("numel"),), dtype)
+    record = tuple(Param(p, size.with_(dtype=d), i >= len(params), i) for i, (p, d) in enumerate((*params, *outs)))
+    largest = [product(2 if name == "two" else symbol(name) for name in names) for names in _LARGEST[part]]
+    tile_bytes = max(knobs["BM"], knobs["BN"]) * knobs["BK"] * dtype.itemsize
+    return Source(
+        name=name,
+        header=f"# {part} of {family}\n# tile: {', '.join(f'{n}={v}' for n, v in knobs.items())}\n",
+        body="\n\n".join([_IMPORTS, *(h + "\n" for h in helpers_for(code, interpret)), code]),
+        args=args,
+        sizes=tuple(sizes),
+        grid=(),
+        constexprs=knobs,
+        knobs=knobs,
+        smem_bytes=max(operands * tile_bytes * knobs["num_stages"], knobs["BM"] * knobs["BN"] * 4) + _SCRATCH,
+        extents=tuple(largest),
+        always_wide=False,
+        checks=False,
+        interpret=interpret,
+        kernel=Kernel(name, family, record, (), ()),
+    )
