@@ -39,12 +39,12 @@ class _Other(Exception):
 class _Product:
     """One product by expert: what it multiplies, and by which order of the slots."""
 
-    rows: fx.Node
-    weight: fx.Node
+    rows: Any
+    weight: Any
     turned: bool
-    bias: fx.Node | None
-    index: fx.Node  # [slots]: the experts, before sorting
-    perm: fx.Node | None  # None: slots in their own order
+    bias: Any
+    index: Any  # [slots]: the experts, before sorting
+    perm: Any  # None: slots in their own order
 
 
 def join_experts(gm: fx.GraphModule) -> tuple[int, list[str]]:
@@ -104,7 +104,7 @@ def _flattened(node: Any) -> Any:
     return node.args[0]
 
 
-def _with_bias(node: fx.Node) -> tuple[fx.Node, fx.Node | None, list[fx.Node]]:
+def _with_bias(node: Any) -> tuple[Any, Any, list[Any]]:
     """A product, the bias of each expert that is added to it in place, and that addition."""
     added = [u for u in node.users if _is(u, "add_") and u.args[0] is node]
     if not added:
@@ -138,7 +138,7 @@ def _product(node: Any) -> _Product:
     return _batched(made, bias)
 
 
-def _batched(made: fx.Node, bias: fx.Node | None) -> _Product:
+def _batched(made: Any, bias: Any) -> _Product:
     _need(_is(made, "squeeze") and _is(made.args[0], "bmm"), "a batched product")
     a, b = made.args[0].args
     turned = _is(a, "unsqueeze") and a.args[1] == 1
@@ -150,13 +150,13 @@ def _batched(made: fx.Node, bias: fx.Node | None) -> _Product:
     return _Product(_uncast(rows.args[0]), weights.args[0], turned, bias and bias.args[0], weights.args[1], None)
 
 
-def _transposed(node: fx.Node) -> fx.Node:
+def _transposed(node: Any) -> Any:
     dims = {d % 3 for d in node.args[1:] if isinstance(d, int)}
     _need(dims == {1, 2}, "matrices turned")
-    return node.args[0]  # type: ignore[return-value]
+    return node.args[0]
 
 
-def _sorted(offsets: Any) -> tuple[fx.Node, int]:
+def _sorted(offsets: Any) -> tuple[Any, int]:
     """The sort of the experts' numbers whose counts, summed up, are these offsets; the number of experts."""
     _need(_is(offsets, "cumsum"), "offsets that are running counts")
     counts = offsets.args[0]
@@ -172,7 +172,7 @@ def _sorted(offsets: Any) -> tuple[fx.Node, int]:
     return sort, bins
 
 
-def _gate(node: Any) -> tuple[fx.Node, dict[str, Any]]:
+def _gate(node: Any) -> tuple[Any, dict[str, Any]]:
     """The product before ``act(gate) * up``, and what is done."""
     node = _uncast(node)
     _need(_is(node, "mul") and len(node.args) == 2, "gate times up")
@@ -188,7 +188,7 @@ def _gate(node: Any) -> tuple[fx.Node, dict[str, Any]]:
     return pre, {"act": "gelu_tanh" if how == "tanh" else name, "interleaved": alternating, "alpha": 1.0, "limit": 0.0}
 
 
-def _halves(gate: Any, up: Any) -> tuple[fx.Node, bool]:
+def _halves(gate: Any, up: Any) -> tuple[Any, bool]:
     """What gate and up are parts of, and whether its columns alternate."""
     _need(_is(gate, "getitem") and _is(up, "getitem"), "gate and up of one product")
     source = gate.args[0]
@@ -200,7 +200,7 @@ def _halves(gate: Any, up: Any) -> tuple[fx.Node, bool]:
     return source, True
 
 
-def _limited(plus: fx.Node, glu: Any) -> tuple[fx.Node, dict[str, Any]]:
+def _limited(plus: Any, glu: Any) -> tuple[Any, dict[str, Any]]:
     """``(clamp(up) + 1) * (clamp(gate) * sigmoid(alpha * clamp(gate)))``."""
     _need(plus.args[1] == 1 and _is(plus.args[0], "clamp") and _is(glu, "mul"), "a limited gate")
     gate, sigmoid = glu.args
@@ -214,7 +214,7 @@ def _limited(plus: fx.Node, glu: Any) -> tuple[fx.Node, dict[str, Any]]:
     return pre, {"act": "limited", "interleaved": alternating, "alpha": float(alpha), "limit": float(limit)}
 
 
-def _layer(node: fx.Node) -> dict[str, Any]:
+def _layer(node: Any) -> dict[str, Any]:
     """The operands of the layer whose result ``node`` sums up.
 
     Raises:
@@ -223,7 +223,7 @@ def _layer(node: fx.Node) -> dict[str, Any]:
     _need(_arg(node, 1, "dim") == 1 and not _arg(node, 2, "keepdim", False), "a sum over choices")
     view = node.args[0]
     _need(_is(view, "view", "reshape") and _value(view).dim() == 3, "rows by token and choice")
-    weighted: Any = view.args[0]  # type: ignore[union-attr]
+    weighted = view.args[0]
     inverse = None
     if _is(weighted, "getitem"):
         weighted, inverse = weighted.args

@@ -48,8 +48,8 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     *operands, wanted = args
     cut = _OPERAND_COUNT + 2
-    attrs = dict(zip(_ATTR_NAMES, operands[cut:], strict=True))
-    return experts_backward_ref(*operands[:cut], **attrs, wanted=tuple(wanted))
+    attrs = {**dict(zip(_ATTR_NAMES, operands[cut:], strict=True)), "wanted": tuple(wanted)}
+    return experts_backward_ref(*operands[:cut], **attrs)
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:

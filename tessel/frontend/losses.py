@@ -75,7 +75,7 @@ def _value(x: Any) -> Any:
 
 def _covered(node: fx.Node) -> str | tuple[_Path, dict[str, Any]]:
     """How a loss follows from a linear layer, or why it is left alone (nothing: it has no such layer)."""
-    a = {**_KNOWN, **dict(zip(_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+    a: dict[str, Any] = {**_KNOWN, **dict(zip(_ARGUMENTS, node.args, strict=False)), **node.kwargs}
     logits, target = _value(a["input"]), _value(a["target"])
     if not isinstance(logits, torch.Tensor) or not isinstance(target, torch.Tensor):
         return ""

@@ -224,10 +224,9 @@ def _linear_backward_infer(
 ) -> tuple[TensorType, ...]:
     name = "linear_cross_entropy_backward"
     _need_linear(name, x, weight, bias, target)
-    for t in (grad, lse):
-        fits = isinstance(t, TensorType) and t.rank == 1 and dim_equal(t.shape[0], x.shape[0])
-        check(fits, lambda t=t: f"{name}: {t} must be [n] like {target}")
-    # a tuple: what is not wanted is empty
+    need_tensor(name, grad, lse)
+    fits = all(t.rank == 1 and dim_equal(t.shape[0], x.shape[0]) for t in (grad, lse))
+    check(fits, lambda: f"{name}: {grad} and {lse} must be [n] like {target}")
     dbias = weight.shape[:1] if wanted[2] and bias is not None else (0,)
     return (
         result(x.shape if wanted[0] else (0,), x.dtype, x),
