@@ -35,8 +35,8 @@ from tessel.models import load_model
 from tessel.ops import OPS
 from tessel.runtime import matmul_cpu, native
 from tessel.runtime.native import build
-from tessel.tiles.index import Cond, floordiv, mod, scale
-from tessel.tiles.kernel import Kernel
+from tessel.tiles.index import Cond, floordiv, mod, scale, value
+from tessel.tiles.kernel import Check, Kernel
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -325,6 +325,26 @@ def test_gather_and_bound_check() -> None:
         index[3] = wrong
         with pytest.raises(IndexError, match="index out of range"):
             fn((), table, index, out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_taken_by_number_are_asked_for_early(dtype: torch.dtype) -> None:
+    for width in (600, 5000):  # a row in one piece, and in several
+        table, index, more = rand(40, width, dtype=dtype), torch.randint(0, 40, (70,)), rand(width, dtype=dtype)
+        p = Program("pointwise", x0=70, x1=width)
+        a, i, b = p.like(table), p.like(index), p.like(more)
+        o = p.param((70, width), dtype, out=True)
+        at = p.load(i, "x0")
+        p.lists["body"].append(Check(at, 40, (), 'index "out" of range'))
+        p.store(o, ("x0", "x1"), p.op("add", p.load(a, value(at.number, 40), "x1"), p.load(b, "x1")))
+        (fn,) = compiled([p.kernel("taken")])
+        assert "soon0" in fn.source.body
+        out = poisoned((70, width), dtype)
+        fn((), table, index, more, out)
+        assert torch.equal(out, table[index] + more)
+        index[69] = 40
+        with pytest.raises(IndexError, match="index out of range"):
+            fn((), table, index, more, out)
 
 
 def test_whole_numbers_divide_as_eager_does() -> None:

@@ -24,6 +24,7 @@ from ..tiles.kernel import Axis, Compute, Kernel, Load, Store
 from . import cpp_attention, cpp_matmul
 from .cpp_attention_backward import attention_backward
 from .cpp_expr import Emitter
+from .cpp_gather import asked_early
 from .cpp_reduce import reduction
 from .cpp_scan import scan
 from .cpp_space import Space, space_of
@@ -154,8 +155,11 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
     e.nest([a.name for a in outer], [lane.name] if lane else [], wide)
     for stmt in kernel.body:
         e.emit(stmt)
-    loop = _loop(lane, e.blocks[1], wide, simd({"|": ["bad"]} if e.flags else {})) if lane else []
     count, where = items(outer, lane), coordinates(outer, lane)
+    if wide and lane is not None and not space.turned:
+        places, requests = asked_early(kernel, e, lane, where, e.blocks[0])
+        e.blocks = [[*e.blocks[0], *places], [*requests, *e.blocks[1]]]
+    loop = _loop(lane, e.blocks[1], wide, simd({"|": ["bad"]} if e.flags else {})) if lane else []
     if space.turned and lane is not None:
         count, where = squares(outer[:-1], outer[-1], lane)
     return {

@@ -200,13 +200,8 @@ class Across(Writer):
 
     def _ahead(self, stmts: Iterable[Stmt]) -> list[str]:
         """Lines that ask for later rows early: a row of a few pages is too short for the CPU's own prefetching."""
-        lines = []
-        for stmt in stmts:
-            text = self.early(stmt, self.space.rs[-1], self.lane) if isinstance(stmt, Load) else None
-            if text is not None:
-                kind = self.kernel.params[stmt.access.param].type.dtype  # type: ignore[union-attr]
-                turns = f"(64 / (W * {kind.itemsize}))"  # of the vectors that lie in one line, the first asks for it
-                lines.append(f"if ({turns} == 0 || u % {turns} == 0) {text}" if kind.itemsize < 8 else text)
+        asked = [(s, self.early(s, self.space.rs[-1], self.lane)) for s in stmts if isinstance(s, Load)]
+        lines = [self.once_a_line(s, text) for s, text in asked if text is not None]
         return list(dict.fromkeys(lines))
 
 

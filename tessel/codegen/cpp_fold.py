@@ -18,7 +18,8 @@ from .dialect import compute_dtype
 
 __all__ = ["Fold", "Writer", "indented"]
 
-_ROW = 64  # bytes from one row to the next, from which on rows are asked for
+_LINE = 64  # bytes of a line of the caches
+_PAGE = 4096
 _EARLY = 16384  # bytes from what is read to what is asked for: some hundred lines on their way hide the latency
 
 _STEPS = {
@@ -124,10 +125,24 @@ class Writer:
         if load.access.mask or len(steps) < len(index.terms) or steps.get(lane.name) != 1 or not isinstance(row, int):
             return None
         nbytes = row * param.type.dtype.itemsize
-        if nbytes < _ROW:
+        if nbytes < _LINE:
             return None
         later = size_text(row * -(-_EARLY // nbytes))
         return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {later});"
+
+    def along(self, load: Load, lane: Axis) -> str | None:
+        """The line that asks for what a load reads a page further along ``lane``; None where that is no line."""
+        param = self.kernel.params[load.access.param]
+        index = self.space.at(load.access.address(param))
+        steps = {atom.name: c for atom, c in index.terms if atom.kind == "var"}
+        if load.access.mask or len(steps) < len(index.terms) or steps.get(lane.name) != 1:
+            return None
+        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {_PAGE // param.type.dtype.itemsize});"
+
+    def once_a_line(self, load: Load, text: str) -> str:
+        """A request made by the first only of the vectors ``u`` that lie in one line."""
+        size = self.kernel.params[load.access.param].type.dtype.itemsize
+        return f"if (W * {size} >= {_LINE} || u % ({_LINE} / (W * {size})) == 0) {text}"
 
     def better(self, f: Fold, acc: str, at: str, text: str) -> str:
         """The step of argmax and argmin."""

@@ -204,7 +204,7 @@ class _Rows(Writer):
                     e.line(f"{name}[{place}] = {text};", inner)
                 self.buffer[stmt.out] = name
         if wide and only is None:
-            for line in self._ahead(number, lane):
+            for line in self._ahead(number, lane, copies):
                 e.line(line, inner)
         if e.flags:
             clauses.setdefault("|", []).append("bad")
@@ -228,17 +228,28 @@ class _Rows(Writer):
             return Part(body, folds, shared=True)
         return Part([*starts, "{", *indented(body, 1), "}"])
 
-    def _ahead(self, number: int, lane: Axis | None) -> list[str]:
-        """In the last of several passes over a row, what the first pass reads of a later row is asked for.
+    def _ahead(self, number: int, lane: Axis | None, copies: int) -> list[str]:
+        """Lines that ask for what is read later.
 
-        The CPU's own prefetching ends at a page, which is as long as many a row: each row would begin with a wait
-        for memory. For the last cache that is too short to be worth an instruction a vector.
+        In the last of several passes over a row, what the first pass reads of a later row: the CPU's own prefetching
+        ends at a page, which is as long as many a row, and each row would begin with a wait for memory. In a single
+        pass, what lies a page further, where the last cache holds it or where conversions leave few loads on their
+        way; floats from memory come as fast without.
         """
         first, last = min(self.loops), max(self.loops)
-        if number != last or first == last or lane is None or not self.outer or not from_memory(self.kernel):
+        if number != last or lane is None:
             return []
-        texts = [self.early(s, self.outer[-1], lane) for s in self.loops[first] if isinstance(s, Load)]
-        return list(dict.fromkeys(t for t in texts if t is not None))
+        loads = [s for s in self.loops[first] if isinstance(s, Load)]
+        if first == last:
+            near = not from_memory(self.kernel)
+            loads = [s for s in loads if near or self.kernel.params[s.access.param].type.dtype.itemsize < 4]
+            asked = [(s, self.along(s, lane)) for s in loads]
+            lines = [self.once_a_line(s, t) if copies > 1 else t for s, t in asked if t is not None]
+        elif self.outer and from_memory(self.kernel):
+            lines = [t for t in (self.early(s, self.outer[-1], lane) for s in loads) if t is not None]
+        else:
+            lines = []
+        return list(dict.fromkeys(lines))
 
     def _vectors(self, block: list[str], lane: Axis, folds: Sequence[Fold], copies: int) -> list[str]:
         """The innermost loop in steps of a vector, from ``begin`` to ``end``."""

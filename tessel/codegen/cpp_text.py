@@ -10,7 +10,7 @@ from .cpp_words import size_text
 
 __all__ = ["BLOCK", "coordinates", "items", "parts_of", "points", "simd", "squares", "steps"]
 
-SQUARE = (128, 128)  # points of the last two loops that are walked together where memory lies along both
+SQUARE = (64, 64)  # points of the last two loops walked together where memory lies along both: 16 KiB of floats
 BLOCK = 2048  # elements of the innermost loop that one thread takes at a time
 
 

@@ -129,13 +129,19 @@ def last_cache() -> int:
 
 
 def too_large(kernel: Kernel) -> frozenset[int]:
-    """The results that the last cache does not hold: they are best stored past the caches.
+    """The results that are best stored past the caches.
 
-    Half as much again is wanted, since results of about its size may stay in part for whoever reads them next.
+    They are at least half the last cache, and the kernel moves half as much again as it holds: little of them would
+    still be there for whoever reads them next, and lines stored past the caches are not read before.
     """
-    least = last_cache() * 3 // 2 or 1 << 62
-    sizes = {i: _nbytes(p) for i, p in enumerate(kernel.params) if p.out}
-    return frozenset(i for i, n in sizes.items() if isinstance(n, int) and n >= least)
+    last = last_cache() or 1 << 62
+    sizes = [_nbytes(p) for p in kernel.params]
+    whole = sum(n for n in sizes if isinstance(n, int))
+    return frozenset(
+        i
+        for i, (p, n) in enumerate(zip(kernel.params, sizes, strict=True))
+        if p.out and isinstance(n, int) and n >= last // 2 and whole >= last * 3 // 2
+    )
 
 
 def from_memory(kernel: Kernel) -> bool:
