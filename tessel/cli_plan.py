@@ -47,7 +47,7 @@ def plan(
     The names of axes say what they split: dp and fsdp the batch, tp all but the batch, sp and cp the sequence; other
     names anything.
     """
-    from .planner import Request, capture_model, make_plan  # torch with it: only where it is needed
+    from .planner import Request, capture_model, check_request, make_plan  # torch with it: only where it is needed
     from .targets.mesh import Mesh
 
     axes = Mesh.parse(mesh)
@@ -55,6 +55,7 @@ def plan(
         train=train, memory=None if memory is None else parse_memory(memory), microbatches=microbatches,
         roles=not free_axes, pinned={} if annotate is None else read_annotations(annotate), **asked,
     )  # fmt: skip
+    check_request(axes, target, request)
     console = Console(stderr=True)
     with console.status("capturing the model") as status:
         captured = capture_model(

@@ -27,7 +27,7 @@ from .models import load_model
 from .ops import OPS
 from .planfile import ShardingPlan, fingerprint_of
 from .planreport import entries_of, split_axes
-from .solve.comm import axes_of
+from .solve.comm import MeshAxis, axes_of
 from .solve.memory import optimizer_bytes
 from .solve.shard_choice import Setting, matches
 from .solve.shard_price import Pricer
@@ -35,12 +35,13 @@ from .solve.shard_search import Answer, Search
 from .solve.shortage import shortage
 from .solve.transient import transient_bytes
 from .solve.units import Param, Segment, repeats, segments_of, units_of
-from .targets import get_target
+from .targets import Target, get_target
 from .targets.mesh import Mesh
 
-__all__ = ["Captured", "Request", "capture_model", "make_plan"]
+__all__ = ["Captured", "Request", "capture_model", "check_request", "make_plan"]
 
 _VIEWS = ("reshape", "permute", "copy")
+_ALL = 4  # layers that are always captured one by one
 _TRIES = 5  # times that what is transient is taken off the cap and the search repeated
 
 
@@ -115,7 +116,7 @@ def capture_model(
     parameters = parameters_of(module)
     count = layers or _layer_count(module)
     short = None
-    if spec.startswith("hf:") and count > 4:
+    if spec.startswith("hf:") and count > _ALL:
         two, args2, kwargs2 = load_model(spec, **size, layers=2)
         if _grown(parameters_of(two), 2, count) == sorted(parameters):
             short = two, args2, kwargs2
@@ -230,6 +231,22 @@ def problem_of(captured: Captured) -> Problem:
     return Problem(segments, kinds, ids, chain, layer, params)
 
 
+def check_request(mesh: Mesh, target: str, request: Request) -> tuple[Target, tuple[MeshAxis, ...], int]:
+    """The device, the mesh's axes with their wires, and the bytes a device may hold.
+
+    Raises:
+        TesselError: something in the request is wrong, whatever the model.
+    """
+    record = get_target(target)
+    optimizer_bytes(request.optimizer, 2)
+    limit = request.memory if request.memory is not None else record.level("memory").capacity_bytes
+    check(limit > 0, lambda: f"memory: expected a positive number of bytes, got {limit}")
+    for pattern, sharding in request.pinned.items():
+        for axis in sharding.axes:
+            check(axis in mesh, lambda p=pattern, a=axis: f"annotation {p!r}: {a!r} is no axis of the mesh {mesh}")  # type: ignore[misc]
+    return record, axes_of(mesh, record, request.gpus_per_node), limit
+
+
 def make_plan(
     captured: Captured, mesh: Mesh, target: str, request: Request, progress: Callable[[str], None] | None = None
 ) -> ShardingPlan:
@@ -239,11 +256,7 @@ def make_plan(
         TesselError: nothing fits; the message says what needs how much. Or the request is wrong.
     """
     started = time.perf_counter()
-    record = get_target(target)
-    optimizer_bytes(request.optimizer, 2)
-    axes = axes_of(mesh, record, request.gpus_per_node)
-    limit = request.memory if request.memory is not None else record.level("memory").capacity_bytes
-    check(limit > 0, lambda: f"memory: expected a positive number of bytes, got {limit}")
+    record, axes, limit = check_request(mesh, target, request)
     setting = Setting(
         request.train, request.optimizer, request.microbatches, request.remat if request.train else "none",
         roles=request.roles, pinned=tuple(request.pinned.items()),

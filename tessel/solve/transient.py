@@ -12,7 +12,7 @@ from .memory import kept_of
 from .shard_price import Pricer
 from .shard_search import Answer
 from .shard_tables import Picked
-from .units import Tensor, numel
+from .units import Tensor, Unit, numel
 
 __all__ = ["transient_bytes"]
 
@@ -64,5 +64,10 @@ def _segment(picked: Picked, pricer: Pricer) -> float:
             gathered.append(nbytes if 3 in w.levels else 0.0)
             grads.append(nbytes if max(w.levels, default=0) >= 2 else 0.0)
     ahead = sum(sorted(gathered)[-2:])  # one in use, the next on its way
-    chunk = _CHUNK if any(u.op == "linear_cross_entropy" for u in picked.choices) else 0
+    chunk = max((_logits(u) for u in picked.choices if u.op == "linear_cross_entropy"), default=0.0)
     return again + 2 * largest + ahead + max(grads) + chunk
+
+
+def _logits(unit: Unit) -> float:
+    """Bytes of logits and their gradients that a fused cross-entropy holds at a time."""
+    return min(_CHUNK, 8.0 * unit.sizes["n"] * unit.sizes["v"])
