@@ -87,8 +87,10 @@ class Distributed(torch.nn.Module):
         rank, mesh = by.rank, spmd.mesh
         self.shardings: dict[str, Sharding] = spmd.inputs()
         self._take_shards(model, mesh, rank)
-        by.prepare(_groups(spmd))
         forward, backward = spmd.forward, spmd.backward
+        by.prepare(_groups(spmd))
+        if any(n.op.random for n in forward.graph.nodes):
+            by.check_random_state()
         self._forward = _runner(spmd.step.forward, forward, by, run, "inference" if backward is None else "forward")
         self._backward: Run | None = None
         if backward is not None and spmd.step.backward is not None:

@@ -17,6 +17,7 @@ from .ir.node import Builder, Graph, Node, Value, make_input, map_values
 from .ir.sharding import Sharding
 from .ir.types import TensorType
 from .ops import OPS
+from .passes._draws import draw_apart
 from .passes._factors import Split
 from .passes._reshard import Price
 from .passes.partition import Collective, Program, partition
@@ -56,8 +57,8 @@ class Spmd:
 
 
 def prepared(imported: Imported) -> Graph:
-    """The graph that is laid out: canonical, its composites opened."""
-    return run_pipeline(imported.graph, passes=BEFORE_SHARD)
+    """The graph that is laid out: canonical, its composites opened, its draws apart from what they are used on."""
+    return draw_apart(run_pipeline(imported.graph, passes=BEFORE_SHARD))
 
 
 def lay_out(

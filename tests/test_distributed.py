@@ -39,7 +39,6 @@ TWO: Cases = {
     "tensor and sequence": ({"dp": 1, "tp": 2}, TENSOR + SEQUENCE, "interpreted"),
 }
 FOUR: Cases = {
-    "kept split": ({"dp": 4}, DATA + KEPT, "interpreted"),
     "tensor and sequence, over data": ({"dp": 2, "tp": 2}, DATA + TENSOR + SEQUENCE, "interpreted"),
     "tensor, over data, compiled": ({"dp": 2, "tp": 2}, DATA + TENSOR, "compiled"),
 }
@@ -117,6 +116,21 @@ def optimize(rank: int) -> None:
     torch.testing.assert_close(placed(x), whole(x), rtol=1e-5, atol=1e-5)
 
 
+def draw(rank: int) -> None:
+    """Dropout drops what it drops on one device, and costs no communication."""
+    module, x = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 8)), torch.ones(4, 8)
+    torch.manual_seed(1)
+    placed = distribute(module, mesh=Mesh({"dp": 2}), args=(x,), annotations=annotations(DATA), run="interpreted")
+    torch.manual_seed(7)
+    want = module(x)
+    torch.manual_seed(7)
+    torch.testing.assert_close(placed(x), want)
+    assert [c.kind for c in placed.spmd.forward.collectives()] == ["all_gather"]  # of the result
+    torch.manual_seed(rank)
+    with pytest.raises(TesselError, match="the random state of rank 1 is not that of rank 0"):
+        distribute(module, placed.spmd, run="interpreted")
+
+
 def process(rank: int, world: int, cases: Cases, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TESSEL_CACHE_DIR=folder)
@@ -124,6 +138,8 @@ def process(rank: int, world: int, cases: Cases, port: int, folder: str) -> None
     try:
         step(rank, cases)
         optimize(rank)
+        if world == 2:
+            draw(rank)
     finally:
         dist.destroy_process_group()
 

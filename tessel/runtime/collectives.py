@@ -6,6 +6,7 @@ Both count what they are asked to send, per device, by the formulas of ``tessel.
 from __future__ import annotations
 
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,22 @@ class ProcessGroups:
         """Make the groups of all these sets of axes, in this order, before anything runs."""
         for axes in sets:
             self.group(axes)
+
+    def check_random_state(self) -> None:
+        """Raise on every rank unless all would draw the same random numbers."""
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        state = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state()
+        mine = torch.tensor([zlib.crc32(bytes(state.tolist()))], device=device)
+        all_ = [torch.empty_like(mine) for _ in range(self.mesh.devices)]
+        dist.all_gather(all_, mine)
+        apart = [r for r, x in enumerate(all_) if int(x) != int(all_[0])]
+        check(
+            not apart,
+            lambda: (
+                f"the model draws random numbers, and the random state of rank {apart[0]} is not that of rank 0: call "
+                "torch.manual_seed with one seed on every rank before distribute"
+            ),
+        )
 
     def run(self, name: str, x: torch.Tensor, attrs: Mapping[str, Any]) -> torch.Tensor:
         """One collective on this rank's share."""
