@@ -1,0 +1,175 @@
+"""Loops over time that Dynamo unrolled: rolled back up whatever they look like, right with gradients, or left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import tessel
+
+Tensor = torch.Tensor
+
+
+def collected(a: Tensor, b: Tensor) -> Tensor:
+    """What is collected begins with what the recurrence starts from."""
+    states = [b[:, 0]]
+    for t in range(1, a.shape[1]):
+        states.append(a[:, t] * states[-1] + b[:, t])
+    return torch.stack(states, 1)
+
+
+def written(a: Tensor, b: Tensor) -> Any:
+    h, out = torch.zeros(a.shape[0], a.shape[2], dtype=a.dtype), torch.zeros_like(b)
+    for t in range(a.shape[1]):
+        h = a[:, t] * h
+        h = h + b[:, t]
+        out[:, t] = h
+    return out, h
+
+
+def backwards(a: Tensor, b: Tensor) -> Tensor:
+    h, out = torch.zeros(a.shape[0], a.shape[2], dtype=a.dtype), []
+    for t in reversed(range(a.shape[1])):
+        h = a[:, t] * h + b[:, t]
+        out.insert(0, h)
+    return torch.stack(out, 1)
+
+
+def unbound(a: Tensor, b: Tensor) -> Tensor:
+    h, out = a[:, 0] * 0.1, []
+    for x, y in zip(a.unbind(1), b.unbind(1), strict=True):
+        h = 0.1 * x * h - y * 0.5 + h * 0.2
+        out.append(torch.matmul(h[:, None, :], y[:, :, None])[:, 0])
+    return torch.cat(out, 1)
+
+
+def chunks(a: Tensor, b: Tensor) -> Tensor:
+    h, out = torch.zeros(a.shape[0], 2, a.shape[2], dtype=a.dtype), []
+    for i in range(0, a.shape[1], 2):
+        h = h * 0.5 + a[:, i : i + 2]
+        out.append(h * b[:, i : i + 2])
+    return torch.cat(out, 1)
+
+
+def bent(a: Tensor, b: Tensor) -> Any:
+    h, out = torch.zeros(a.shape[0], a.shape[2], dtype=a.dtype), []
+    for t in range(a.shape[1]):
+        h = torch.tanh(h * a[:, t] + b[:, t])
+        out.append(h * 2)
+    return torch.stack(out, 1), h
+
+
+def delta_rule(k: Tensor, v: Tensor) -> Tensor:
+    state, out = torch.zeros(k.shape[0], k.shape[2], v.shape[2], dtype=k.dtype), []
+    for t in range(k.shape[1]):
+        kt, vt = k[:, t], v[:, t]
+        known = (state * kt.unsqueeze(-1)).sum(-2)
+        state = state + kt.unsqueeze(-1) * (vt - known).unsqueeze(-2) * 0.1
+        out.append((state * vt.unsqueeze(-1)).sum(-2))
+    return torch.stack(out, 1)
+
+
+def two_back(a: Tensor, b: Tensor) -> Tensor:
+    """Two steps at a time are a step that looks back once."""
+    states = [b[:, 0], b[:, 1]]
+    for t in range(2, a.shape[1]):
+        states.append(torch.tanh(states[-1] + states[-2] * a[:, t]))
+    return torch.stack(states, 1)
+
+
+CASES = {
+    collected: "linear_scan",
+    written: "linear_scan",
+    backwards: "linear_scan",
+    unbound: "linear_scan",
+    chunks: "linear_scan",
+    bent: "loop",
+    delta_rule: "loop",
+    two_back: "loop",
+}
+
+
+def compiled(fn: Callable[..., Any], *args: Tensor) -> tuple[list[Tensor], tessel.report.Report]:
+    torch._dynamo.reset()
+    made = tessel.compile(fn, target="cpu", fullgraph=True)
+    got = made(*args)
+    return list(got) if isinstance(got, tuple) else [got], tessel.explain(made)
+
+
+def names(report: tessel.report.Report) -> list[str]:
+    return [n.op.name for n in report.compilations[0].passes[0].graph.nodes]
+
+
+@pytest.mark.parametrize("fn", CASES, ids=lambda f: f.__name__)
+def test_loops_are_rolled(fn: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    given = [torch.rand(2, 12, 3, dtype=torch.float64), torch.randn(2, 12, 3, dtype=torch.float64)]
+    given = [x.requires_grad_() for x in given]
+    got, report = compiled(fn, *given)
+    assert names(report).count(CASES[fn]) == 1
+    want = fn(*given)
+    want = list(want) if isinstance(want, tuple) else [want]
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+        assert x.stride() == y.stride()
+    grads = [torch.autograd.grad(sum(o.sin().sum() for o in outs), given) for outs in (got, want)]
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("fn", [collected, bent], ids=lambda f: f.__name__)
+def test_node_counts_do_not_depend_on_the_length(fn: Callable[..., Any]) -> None:
+    with torch.no_grad():
+        counts = {compiled(fn, torch.rand(2, n, 3), torch.rand(2, n, 3))[1].captured for n in (8, 32)}
+    assert len(counts) == 1
+
+
+def test_a_loop_is_one_kernel_where_its_state_is_a_line() -> None:
+    with torch.no_grad():
+        _, report = compiled(collected, torch.rand(2, 20, 40), torch.rand(2, 20, 40))
+    assert [k.family for k in report.kernels] == ["scan"]
+
+
+def noisy(a: Tensor) -> Tensor:
+    h = a[:, 0]
+    for t in range(a.shape[1]):
+        h = torch.nn.functional.dropout(h * a[:, t], 0.5)
+    return h
+
+
+def read_while_written(a: Tensor) -> Tensor:
+    out = torch.zeros_like(a)
+    for t in range(1, a.shape[1]):
+        out[:, t] = out[:, t - 1] * 0.5 + a[:, t]
+    return out
+
+
+def uneven(a: Tensor) -> Tensor:
+    h = a[:, 0]
+    for t in (1, 2, 4, 7, 11):
+        h = torch.tanh(h * a[:, t])
+    return h
+
+
+def weights(a: Tensor) -> Tensor:
+    """The same layer over and over has nothing to go over."""
+    w, h = a[0, :3, :3], a[:, 0]
+    for _ in range(8):
+        h = torch.tanh(h @ w)
+    return h
+
+
+@pytest.mark.parametrize("fn", [noisy, read_while_written, uneven, weights], ids=lambda f: f.__name__)
+def test_what_is_no_loop_stays(fn: Callable[..., Any]) -> None:
+    a = torch.rand(2, 12, 3, dtype=torch.float64)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        got, report = compiled(fn, a)
+        torch.manual_seed(1)
+        want = fn(a)
+    assert not {"loop", "linear_scan"} & set(names(report))
+    if fn is not noisy:
+        torch.testing.assert_close(got[0], want)
