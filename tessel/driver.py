@@ -43,6 +43,7 @@ from .runtime.replay import Replayed, check_replayable
 from .runtime.whole import WHOLE, whole
 from .solve.forced import forced_knobs, unused_entries
 from .targets import TARGETS, Target, get_target, match_device
+from .tiles.attention_io import least_bytes, moved_bytes
 from .tiles.cost import base_values, bytes_moved, node_bytes
 
 __all__ = ["Place", "Session", "compile_graph", "place_for", "resolve_target"]
@@ -420,6 +421,9 @@ def _describe(
         if place.how == "launch":
             limits = place.target.limits
             kernel.knobs = dict(source.knobs)
+            if limits is not None and source.kernel.family in ATTENTION:
+                kernel.moved_bytes = moved_bytes(source.kernel, source.knobs)
+                kernel.least_bytes = least_bytes(source.kernel, limits.shared_bytes_per_unit)
             kernel.resources = [
                 Resource("shared", source.smem_bytes, limit=limits.shared_bytes_per_block if limits else None)
             ]

@@ -66,6 +66,8 @@ class Kernel:
         resources: of a kernel for a GPU: shared memory (bytes) and, once compiled, registers a thread and spills
             (bytes).
         fault: why the device will not run it; empty as far as is known.
+        moved_bytes, least_bytes: of attention on a GPU: what its tiles move, and the least that any schedule could, up
+            to a constant (``tiles/attention_io.py``); None of others and of sizes known only at run time.
         rendered: the record of the text; no part of ``to_dict``.
     """
 
@@ -78,6 +80,8 @@ class Kernel:
     knobs: dict[str, int] = field(default_factory=dict)
     resources: list[Resource] = field(default_factory=list)
     fault: str = ""
+    moved_bytes: int | None = None
+    least_bytes: int | None = None
     rendered: Any = field(default=None, repr=False)
 
 
@@ -265,6 +269,10 @@ def _compilation_lines(c: Compilation) -> Iterable[str]:
     if any(k.resources for k in c.kernels):
         yield "what kernels need: predicted / compiled / limit"
         yield from _table([_resource_row(k) for k in c.kernels if k.resources])
+    moved = [(k, k.moved_bytes, k.least_bytes) for k in c.kernels if k.moved_bytes and k.least_bytes]
+    if moved:
+        yield "what attention moves: bytes of its tiles / lower bound"
+        yield from _table([(k.name, size(bytes_), size(least), f"x{bytes_ / least:.1f}") for k, bytes_, least in moved])
     if c.groups:
         yield "what fused and why"
         yield from _table(_group_rows(c.groups))
