@@ -15,10 +15,11 @@ from tessel.codegen.offline import offline_compile
 from tessel.codegen.triton import render
 from tessel.config import Options
 from tessel.errors import TesselError
+from tessel.ir.interp import interpret as evaluate
 from tessel.ir.node import Builder, make_input
 from tessel.ir.types import TensorType
 from tessel.ops import OPS
-from tessel.passes import fuse, gradients
+from tessel.passes import decode, fuse, gradients
 from tessel.targets import get_target
 from tessel.tiles.kernel import Kernel
 from tessel.tiles.lower import lower
@@ -162,13 +163,51 @@ def test_the_whole_backward_is_two_passes() -> None:
     opened = gradients.run(graph, TEMPLATE)
     assert {n.op.name for n in opened.nodes} >= {"attention_backward_keys", "attention_backward_queries"}
     assert gradients.run(graph, Options(attention="library")) is graph
-    from tessel.ir.interp import interpret as evaluate
-
     for got, want in zip(evaluate(opened, given_), evaluate(graph, given_), strict=True):
         torch.testing.assert_close(got, want)
     kernel, _ = kernel_of("attention_backward", given_, {**attrs, "mask_grad": True})
     with pytest.raises(TesselError, match="two passes"):
         render(kernel, get_target("triton-interpret"))
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("shared", [1, 2, 4])
+@pytest.mark.parametrize("mask", [None, "row", "heads", "nothing"])
+def test_one_query(parts: int, shared: int, mask: str | None) -> None:
+    """Heads as rows and parts of the keys side by side, merged, against the definition."""
+    q, k, v = rand(2, 4, 1, 8, dtype=F64), rand(2, shared, 24, 8, dtype=F64), rand(2, shared, 24, 5, dtype=F64)
+    held = {
+        None: None,
+        "row": rand(2, 1, 1, 24) > 0,
+        "heads": rand(4, 1, 24, dtype=F64),
+        "nothing": torch.zeros(1, 24, dtype=torch.bool),
+    }[mask]
+    args = [q, k, v] if held is None else [q, k, v, held]
+    inputs = [make_input(f"a{i}", type_of(x)) for i, x in enumerate(args)]
+    builder = Builder(inputs)
+    node = builder.node(OPS["attention"], *(n.out for n in inputs), causal=False, softcap=2.0)
+    graph = builder.finish(decode.split_attention_keys(builder, node, parts)).live()
+    for got, want in zip(evaluate(graph, args), OPS["attention"].ref(*args, softcap=2.0), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_when_keys_are_split() -> None:
+    """Few heads and many keys are cut in parts, down to a least; hidden keys and several queries are left alone."""
+
+    def heads(sq: int, n: int, **attrs: Any) -> list[Any]:
+        inputs = [
+            make_input(f"a{i}", TensorType((1, h, s, 64), F32)) for i, (h, s) in enumerate(((8, sq), (2, n), (2, n)))
+        ]
+        builder = Builder(inputs)
+        node = builder.node(OPS["attention"], *(i.out for i in inputs), **{"causal": False, **attrs})
+        graph = decode.run(builder.finish(tuple(node.outs)), TEMPLATE)
+        return next(n for n in graph.nodes if n.op.name == "attention").args[0].shape
+
+    assert heads(1, 4096) == (1, 2 * 16, 4, 64)
+    assert heads(1, 4096, causal=True, offset=4095) == (1, 32, 4, 64)
+    assert heads(1, 300) == (1, 2, 4, 64)  # not a multiple of anything large: heads as rows alone
+    assert heads(1, 4096, causal=True, offset=7) == (1, 8, 1, 64)
+    assert heads(2, 4096) == (1, 8, 2, 64)
 
 
 def offline() -> list[Kernel]:

@@ -52,7 +52,7 @@ def model_of(name: str) -> torch.nn.Module:
 
 def found(graph: Graph) -> list[dict[str, Any]]:
     """The attributes of each attention operator after the passes that read masks."""
-    until = [name for name, _ in PASSES].index("gradients")
+    until = [name for name, _ in PASSES].index("decode")
     nodes = run_pipeline(graph, Options(), passes=PASSES[:until]).nodes
     return [dict(n.attrs) for n in nodes if n.op.name in ("attention", "attention_backward")]
 

@@ -32,6 +32,7 @@ def test_trace_records_each_pass() -> None:
         ("canonicalize", 3, 2),
         ("decompose", 2, 3),
         ("masks", 3, 3),
+        ("decode", 3, 3),
         ("gradients", 3, 3),
         ("recurrences", 3, 3),
         ("small_products", 3, 3),

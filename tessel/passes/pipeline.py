@@ -17,7 +17,7 @@ from ..ir.node import Graph
 from ..ir.text import print_graph
 from ..ir.verify import verify
 from ..ops import OPS
-from . import canonicalize, decompose, gradients, inplace, layouts, masks, recurrences, small_products
+from . import canonicalize, decode, decompose, gradients, inplace, layouts, masks, recurrences, small_products
 
 Pass: TypeAlias = "Callable[[Graph, Options], Graph]"
 
@@ -62,6 +62,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("canonicalize", lambda graph, options: canonicalize.run(graph)),
     ("decompose", lambda graph, options: decompose.run(graph)),
     ("masks", lambda graph, options: masks.run(graph)),
+    ("decode", lambda graph, options: decode.run(graph, options)),
     ("gradients", lambda graph, options: gradients.run(graph, options)),
     ("recurrences", lambda graph, options: recurrences.run(graph)),
     ("small_products", lambda graph, options: small_products.run(graph)),
@@ -77,7 +78,7 @@ BEFORE_SHARD: tuple[tuple[str, Pass], ...] = PASSES[:2] + PASSES[:1]
 
 # Passes whose results only the C++ templates have kernels for.
 CPU_ONLY = frozenset({"recurrences", "small_products", "layouts"})
-GPU_ONLY = frozenset({"gradients"})
+GPU_ONLY = frozenset({"decode", "gradients"})
 
 
 def run_pipeline(
