@@ -15,6 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ..codegen.sizes import HELPERS, size_text
 from ..codegen.source import INT32_LIMIT, Source
+from ..errors import TesselError
 from .modules import execute, place
 
 __all__ = ["Interpreted", "Launcher", "interpreting", "load"]
@@ -113,6 +114,11 @@ class Interpreted:
             while cause is not None:
                 if isinstance(cause, IndexError | AssertionError):
                     raise IndexError(OUT_OF_RANGE) from None
+                if isinstance(cause, TypeError) and "0-dimensional arrays" in str(cause):
+                    raise TesselError(
+                        f"the interpreter of Triton {triton.__version__} does not work with numpy {np.__version__}: "
+                        "install Triton 3.7 or numpy 2.3"
+                    ) from e
                 cause = cause.__cause__
             raise
 
