@@ -163,7 +163,7 @@ def distribute(
 
     Args:
         model: with its parameters, the same on every process; they are read, not changed.
-        plan: a laid-out model instead of the arguments below.
+        plan: a plan file that was read; it says mesh, parameters and inputs.
         mesh: as many devices as there are processes, as ``Mesh({"dp": 2, "tp": 4})``.
         args, kwargs: example arguments; sizes are fixed to theirs.
         annotations: instead of what ``annotate`` was told about the model.

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
-from .annotate import Annotations, annotations_of
+from .annotate import Annotations, annotations_of, annotations_of_plan
 from .driver import Session, compile_graph
 from .errors import TesselError, check
 from .frontend.capture import GraphInfo
@@ -27,6 +28,7 @@ from .ir.node import Graph
 from .ir.sharding import Sharding
 from .ops.collective import Communicator, communicating
 from .passes.partition import Program
+from .planfile import ShardingPlan
 from .runtime.collectives import ProcessGroups
 from .runtime.shares import share
 from .spmd import Spmd, lay_out
@@ -51,8 +53,9 @@ def distribute(
 
     Args:
         model: with its parameters, the same on every process; they are read, not changed.
-        plan: a laid-out model (``Spmd``) instead of the arguments below.
-        mesh: as many devices as there are processes.
+        plan: a plan file that was read, or a laid-out model (``Spmd``). Of a plan file, mesh, parameters and
+            inputs are taken; what lies between follows by propagation.
+        mesh: as many devices as there are processes; not with a plan.
         args, kwargs: example arguments; sizes are fixed to theirs.
         annotations: instead of what ``tessel.annotate`` was told about the model.
         train: with gradients; by default if the model is in training mode.
@@ -63,14 +66,20 @@ def distribute(
         TesselError: torch.distributed is not initialised, the world is not the mesh, an annotation does not
             fit, or torch cannot capture the model as one graph.
     """
-    spmd = plan if isinstance(plan, Spmd) else None
-    if spmd is None:
-        if plan is not None:
-            raise TesselError(f"distribute: a plan is what tessel.spmd.lay_out gives, got {type(plan).__name__}")
-        check(mesh is not None, lambda: "distribute: give a mesh, as mesh=tessel.Mesh({'dp': 2})")
-        assert mesh is not None
-        step = capture_step(model, args, kwargs, train=model.training if train is None else train)
-        spmd = lay_out(step, mesh, annotations if annotations is not None else annotations_of(model))
+    if isinstance(plan, Spmd):
+        return Distributed(model, plan, ProcessGroups(plan.mesh), run)
+    if isinstance(plan, ShardingPlan):
+        plan.check_model(world=dist.get_world_size() if dist.is_initialized() else None)
+        mesh = Mesh(plan.mesh)
+        ranks = [x.dim() for x in tensors_of(args, kwargs or {})]
+        annotations = annotations_of_plan(plan, model, ranks)
+    elif plan is not None:
+        raise TesselError(f"distribute: a plan is a ShardingPlan (tessel.planfile.read_plan) or an Spmd, not {plan!r}")
+    check(mesh is not None, lambda: "distribute: give a plan, or a mesh as mesh=tessel.Mesh({'dp': 2})")
+    assert mesh is not None
+    said = annotations if annotations is not None else annotations_of(model)
+    step = capture_step(model, args, kwargs, train=model.training if train is None else train)
+    spmd = lay_out(step, mesh, said)
     return Distributed(model, spmd, ProcessGroups(spmd.mesh), run)
 
 
