@@ -157,7 +157,7 @@ def peak(name: str, dtype: torch.dtype, way: str) -> int:
     run = runner(way, case, dtype)
     for _ in range(2):
         run()
-    return min(resident(run) for _ in range(3))
+    return max(resident(run) for _ in range(3))
 
 
 def memory(name: str, dtype: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..codegen.cpp_loss import experts_unit, headers
+from ..codegen.cpp_whole import experts_unit, headers
 from ..errors import TesselError
 from ..ops.experts import ACTS
 from .native import build, stop

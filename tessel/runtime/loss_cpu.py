@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from ..codegen.cpp_loss import headers, loss_unit
+from ..codegen.cpp_whole import headers, loss_unit
 from ..errors import TesselError
 from .native import build, stop
 

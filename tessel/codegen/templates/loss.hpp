@@ -159,7 +159,8 @@ INLINE int gradients(const float* grad, const T* x, i64 x_step, const T* weight,
   });
 }
 
-// dx, dweight and dbias, each if it is given; `d_turned` and the sums in float are room of the caller's choice.
+// dx, dweight and dbias, each if it is given. A block of tokens and a span of classes at a time: the gradient of their
+// logits is made again from `lse`, and what it adds to dx and dweight is summed in float.
 template <class T>
 INLINE int backward(const float* grad, const T* x, i64 x_step, const T* weight, i64 w_step, const T* bias,
                     const i64* target, const float* lse, T* dx, T* dweight, T* dbias, i64 n, i64 v, i64 k,
