@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tessel.config import Options
 from tessel.frontend.capture import export_graph
 from tessel.ir.node import Graph
-from tessel.passes.pipeline import PASSES, run_pipeline
+from tessel.passes.pipeline import CPU_ONLY, PASSES, run_pipeline
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -166,6 +166,21 @@ def test_documents_stay_a_mask_beside_causal() -> None:
     graph, _ = check(lambda q, k, v: by_hand(q, k, v, edit), *qkv())
     (attrs,) = found(graph)
     assert attrs["causal"]
+
+
+class _Alibi(torch.nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
+        i = torch.arange(q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=-slopes[:, None, None] * (i[None] - i[:, None]).abs())
+
+
+def test_a_mask_is_computed_where_it_is_read() -> None:
+    graph = export_graph(_Alibi(), (*qkv(), torch.rand(4))).graph
+    done = run_pipeline(graph, Options(attention="template"), passes=[p for p in PASSES if p[0] not in CPU_ONLY])
+    first = next(n for n in done.nodes if n.op.name == "kernel")
+    assert first.attrs["family"] == "attention"
+    inside = {n.op.name for n in first.regions[0].nodes}
+    assert {"attention", "abs", "mul"} <= inside
 
 
 def test_repeated_heads_are_shared() -> None:

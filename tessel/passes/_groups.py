@@ -140,6 +140,20 @@ def outside_reads(group: Group) -> dict[Value, None]:
     return dict.fromkeys(v for v in every if v not in inside)
 
 
+def only_mask(group: Group, values: list[Value]) -> bool:
+    """Whether a group of attention reads values for its mask alone, where they are computed score by score."""
+    node = next(n for n in group.nodes if n.op.kind in ATTENTION)
+    at = 3 if node.op.kind == "attention" else 4
+    read: dict[Value, None] = {}
+    stack = [a for i, a in enumerate(node.args) if i != at and isinstance(a, Value)]
+    while stack:
+        v = stack.pop()
+        read[v] = None
+        if v.node in group.free:
+            stack += v.node.operands
+    return not any(v in read for v in values)
+
+
 def inline_problem(producer: Group, consumer: Group) -> str | None:
     """Why a producer's values cannot be computed where the consumer reads them."""
     if producer.family != "pointwise":

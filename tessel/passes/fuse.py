@@ -27,7 +27,17 @@ from ..ir.node import Builder, Graph, Node, Value, map_values
 from ..ir.types import TensorType
 from ..tiles.axes import Axes, join
 from ._copies import own_copies, torch_runs
-from ._groups import ATTENTION, FREE, MAX_NODES, MAX_TENSORS, Group, inline_problem, outside_reads, start
+from ._groups import (
+    ATTENTION,
+    FREE,
+    MAX_NODES,
+    MAX_TENSORS,
+    Group,
+    inline_problem,
+    only_mask,
+    outside_reads,
+    start,
+)
 from ._products import with_bias
 from ._regions import KERNEL, make_kernel
 from ._scans import scan_problem
@@ -235,7 +245,7 @@ class _Fuser:
         outside = [u for v in a.values for u in self.users.get(v, ()) if u not in a.nodes and u not in b.nodes]
         if outside:
             return "its value is read at other places, and something else needs it stored"
-        if a.family == "pointwise" and b.family in ATTENTION:
+        if a.family == "pointwise" and b.family in ATTENTION and not only_mask(b, through):
             return "attention loads its operands as they are"
         why = inline_problem(a, b)
         if why:
