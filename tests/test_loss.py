@@ -254,6 +254,20 @@ def test_writes_in_place_stay() -> None:
         torch.testing.assert_close(tessel.compile(fn, target="cpu")(x, target), fn(x, target))
 
 
+def test_a_classifier_is_left_alone() -> None:
+    """Fewer classes than features: its logits are smaller than the hidden states."""
+    torch._dynamo.reset()
+    weight, x, target = torch.randn(10, 16), torch.randn(6, 16), torch.randint(0, 10, (6,))
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(x, weight), target)
+
+    fast = tessel.compile(fn, target="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), fn(x))
+    assert not any("linear_cross_entropy" in name for name in called(fast))
+
+
 def test_float64_runs_by_the_reference() -> None:
     torch._dynamo.reset()
     x, weight, target = torch.randn(6, 8).double(), torch.randn(50, 8).double(), torch.randint(0, 50, (6,))

@@ -97,6 +97,9 @@ def _covered(node: fx.Node) -> str | tuple[_Path, dict[str, Any]]:
     floating = all(t.is_floating_point() and t.layout == torch.strided for t in values)
     if not floating or not same or values[0].dim() < 2 or values[1].dim() != 2:
         return "operands of different dtypes or layouts: the logits are written"
+    classes, width = values[1].shape
+    if isinstance(classes, int) and isinstance(width, int) and classes < 2 * width:
+        return ""  # a classifier: logits take less than what they are made of, and the backward would make them again
     return path, a
 
 
