@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_sequence import drawn
+from memory_graphs import drawn
 
 import tessel
 from tessel.ir.node import Graph, Node, Value
@@ -75,6 +75,8 @@ def test_memory_that_anybody_holds_is_left_alone(how: str) -> None:
     x = make().fill_(7)
     where = x.data_ptr()
     held = HOLDERS[how](x)
+    if how == "shared":  # it has moved, and anybody may get the memory it left
+        where = x.data_ptr()
     del x
     gc.collect()
     for _ in range(3):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
+from memory_graphs import drawn
 
 from tessel import TesselError
 from tessel.codegen.bindings import bindings
@@ -251,23 +251,7 @@ def simulated_peak(g: Graph, plan: Any) -> int:
 def test_reuse_never_raises_the_peak() -> None:
     saved = 0
     for seed in range(60):
-        draw = random.Random(seed)
-        x = make_input("x", TensorType((8, 8), torch.float32))
-        b = Builder([x])
-        made: list[Value] = [x.out]
-        for _ in range(draw.randint(5, 60)):
-            v = made[-draw.randint(1, min(len(made), 6))]
-            how = draw.random()
-            if how < 0.2:
-                made.append(b.add(OPS["cast"], v, dtype=draw.choice([torch.float64, torch.float32, torch.int8])))
-            elif how < 0.5:
-                beside = [w for w in made if w.type.dtype == v.type.dtype and w.type.shape[1:] == v.type.shape[1:]]
-                made.append(b.add(OPS["cat"], (v, draw.choice(beside)), dim=0))
-            elif how < 0.6:
-                made.append(b.add(OPS["permute"], v, dims=(1, 0)))
-            else:
-                made.append(b.add(OPS["neg"], v))
-        g = b.finish([made[-1], draw.choice(made)])
+        g = drawn(seed)
         plan = plan_buffers(g, lambda n: n.op.kind != "view", lambda n: True)
         plain = plan_buffers(g, lambda n: n.op.kind != "view", lambda n: True, reuse=False)
         saved += len(plan.reuse)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from memory_graphs import drawn
 from torch.nn import functional as F
 
 import tessel
@@ -36,26 +36,6 @@ def launched(node: Node) -> Launch | None:
         return None
     outs = tuple(("out", i) for i in range(len(node.outs)))
     return Launch(node.op.name, (), (*(("in", i) for i in range(len(node.operands))), *outs), tuple(node.symbols()))
-
-
-def drawn(seed: int) -> Graph:
-    draw = random.Random(seed)
-    x = make_input("x", TensorType((8, 8), torch.float32))
-    b = Builder([x])
-    made: list[Value] = [x.out]
-    for _ in range(draw.randint(5, 60)):
-        v = made[-draw.randint(1, min(len(made), 7))]
-        how = draw.random()
-        if how < 0.3:
-            made.append(b.add(OPS["cast"], v, dtype=draw.choice([torch.float64, torch.float32, torch.int8])))
-        elif how < 0.5:
-            beside = [w for w in made if w.type.dtype == v.type.dtype and w.type.shape[1:] == v.type.shape[1:]]
-            made.append(b.add(OPS["cat"], (v, draw.choice(beside)), dim=0))
-        elif how < 0.6:
-            made.append(b.add(OPS["permute"], v, dims=(1, 0)))
-        else:
-            made.append(b.add(OPS["neg"], v))
-    return b.finish([made[-1], draw.choice(made)])
 
 
 def test_places_of_values_alive_together_never_overlap() -> None:
