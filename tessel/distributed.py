@@ -218,7 +218,12 @@ def _interpreted(graph: Graph, constants: Mapping[str, torch.Tensor]) -> Run:
     def run(inputs: list[Any]) -> Sequence[Any]:
         given = iter(inputs)
         names = ((str(n.attrs["name"]), n.attrs["role"]) for n in graph.inputs)
-        return interpret(graph, [constants[name] if role == "constant" else next(given) for name, role in names])
+        values = [constants[name] if role == "constant" else next(given) for name, role in names]
+        got = interpret(graph, values)
+        held = dict(zip(graph.inputs, values, strict=True))
+        for (node, _), new in zip(graph.effects, got[len(graph.outputs) :], strict=True):
+            held[node].copy_(new)
+        return got[: len(graph.outputs)]
 
     return run
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from .annotate import Annotations, seeds
+from .errors import TesselError, did_you_mean
 from .frontend.importer import Imported
 from .frontend.joint import Step
 from .ir.node import Builder, Graph, Node, Value, make_input, map_values
@@ -43,12 +44,47 @@ class Spmd:
 
     def collectives(self) -> list[Collective]:
         """Those of one step, forward first."""
-        return self.forward.collectives() + (self.backward.collectives() if self.backward else [])
+        return [c for p in self.programs() for c in p.collectives()]
 
     @property
     def bytes(self) -> int:
         """What one device sends in one step."""
         return sum(c.bytes for c in self.collectives())
+
+    def explain(self, name: str) -> str:
+        """Why a parameter, a buffer or an input lies as it does, and what is moved for it or where it is used.
+
+        Args:
+            name: as in ``inputs()``, or a module's: then what its lines move.
+
+        Raises:
+            TesselError: there is no such name; the nearest is given.
+        """
+        nodes = {str(n.attrs["name"]): n for n in self.forward.graph.inputs}
+        modules = {n.loc.module for p in self.programs() for n in p.graph.nodes}
+        if name not in nodes and name not in modules:
+            raise TesselError(f"explain: nothing is called {name!r}; {did_you_mean(name, [*nodes, *modules])[:500]}")
+        lines = []
+        if name in nodes:
+            v, layouts = nodes[name].out, self.forward.layouts
+            lines.append(f"{name}: {v.type} lies as {layouts.arrives(v)}")
+            if layouts.arrives(v) != layouts.of[v]:
+                lines.append(f"  used as {layouts.of[v]}")
+            for d, axes in enumerate(layouts.of[v].dims):
+                for axis in axes:
+                    lines.append(f"  dim {d} is split over {axis}:")
+                    lines += [f"    {line}" for line in layouts.explain(v, d, axis)]
+        inside = [
+            (p, m) for p in self.programs() for m in p.moves() if name in (m.loc.module, m.value.node.attrs.get("name"))
+        ]
+        for program, move in inside:
+            for s in move.steps:
+                lines.append(f"  {program.graph.name}: {s.kind} over {', '.join(s.axes)}, {s.bytes} bytes: {move.why}")
+        return "\n".join(lines) if lines else f"{name}: nothing is moved"
+
+    def programs(self) -> tuple[Program, ...]:
+        """The forward and, with gradients, the backward."""
+        return (self.forward,) if self.backward is None else (self.forward, self.backward)
 
     def inputs(self) -> dict[str, Sharding]:
         """How every parameter, buffer and input of the model arrives, by name."""
@@ -153,7 +189,8 @@ def _saved_in_full_rank(step: Step) -> Step:
     for old in back.nodes:
         node = builder.append(old.replace(args=map_values(old.args, new.__getitem__)))
         new.update(zip(old.outs, node.outs, strict=True))
-    flat = builder.finish(map_values(back.outputs, new.__getitem__), (), back.name)
+    effects = tuple((n, new[v]) for n, v in back.effects)
+    flat = builder.finish(map_values(back.outputs, new.__getitem__), effects, back.name)
     return replace(
         step,
         forward=replace(step.forward, graph=forward.replace(outputs=tuple(outputs)).live()),

@@ -205,6 +205,19 @@ def test_every_collective_says_where_and_why() -> None:
     assert mover.before.partial == (("tp", "sum"),)
 
 
+def test_explain_goes_back_to_the_users_line() -> None:
+    spmd = laid(layer(True), {"tp": DEVICES}, TENSOR)
+    down = spmd.explain("down.weight").splitlines()
+    assert down[0] == "down.weight: bf16[8192,32768] lies as {·,tp}"
+    assert down[1] == "  dim 1 is split over tp:"
+    assert "through permute at" in down[2] and "through matmul at" in down[3]
+    assert down[-1].startswith("    shard 'up.weight' as {tp,·} at ") and "ranks.py:" in down[-1]
+    moved = spmd.explain("down")
+    assert "forward: all_reduce over tp, 234881024 bytes: add at" in moved
+    with pytest.raises(TesselError, match=r"nothing is called 'dwn'; did you mean 'down'\?"):
+        spmd.explain("dwn")
+
+
 def test_a_full_rematerialization_is_said() -> None:
     """Two axes that swap and do not divide either way: through a whole copy, and the line is named."""
     x = make_input("x", TensorType((6, 5), torch.float32))

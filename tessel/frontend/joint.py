@@ -158,14 +158,17 @@ class _Capture:
         names = [str(n.attrs["name"]) for n in backward.graph.inputs if n.attrs["role"] != "constant"]
         tangents = sum(n.startswith("tangents") for n in names)
         results = len(forward.graph.outputs) - (len(names) - tangents)
-        differentiable = tuple(
-            dict.fromkeys(
-                o.number
-                for x, o in zip(leaves, numbered, strict=True)
-                if isinstance(x, torch.Tensor) and x.requires_grad
-            )
+        returned = {o.number for o in numbered if isinstance(o, Output)}
+        check(
+            returned == set(range(results)),
+            lambda: (
+                f"the forward graph has {results} results, the model returns {len(returned)} of them: it changes a "
+                "tensor in a way that a distributed step does not carry"
+            ),
         )
-        differentiable = tuple(sorted(differentiable))
+        pairs = zip(leaves, numbered, strict=True)
+        wanted = {o.number for x, o in pairs if isinstance(x, torch.Tensor) and x.requires_grad}
+        differentiable = tuple(sorted(wanted))
         if len(differentiable) != tangents:
             raise TesselError(
                 f"the backward takes {tangents} gradients, the model has {len(differentiable)} such results"

@@ -69,7 +69,7 @@ def write_rank(
     outputs: Sequence[Sharding | None],
     effects: Sequence[Sharding],
 ) -> Graph:
-    """The graph that a rank runs: the same nodes in the same order on every rank, with its own offsets."""
+    """The graph that a rank runs, with its own offsets: the same collectives in the same order on every rank."""
     return _Writer(graph, mesh, rank).write(actions, inputs, outputs, effects)
 
 
@@ -151,7 +151,7 @@ class _Writer:
         pieces = [self.piece(node, rule, f, axes) for f, axes in action.split.items()]
         # zeros where only the first piece of a factor may count an operand
         once = {i for first, p in pieces if not first for i in p.once}
-        if any(self.coordinates[a] for a, _ in action.results[0].partial) if action.once else False:
+        if action.once and any(self.coordinates[a] for a, _ in action.results[0].partial):
             once |= set(action.once)
         count = iter(range(len(rule.operands)))
 

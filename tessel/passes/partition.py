@@ -8,9 +8,9 @@
 
 ``partition`` decides, once for all ranks: how each node's factors are split, in which sharding it reads its
 operands, and what moves in between. ``Program.rank(r)`` writes that down as the graph of rank ``r``. A node
-takes the split that costs least: the bytes that bring its operands there and its results to the shardings that
-propagation gave, and the work that is left on a device. Sums that are still partial go on through operators
-that are linear in them, until something needs them finished.
+takes the split over most devices, of these the one that costs least: the bytes that bring its operands there and
+its results to the shardings that propagation gave. Sums that are still partial go on through operators that are
+linear in them, until something needs them finished.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Program:
     warnings: list[str] = field(default_factory=list)
 
     def rank(self, rank: int) -> Graph:
-        """The graph that rank ``rank`` runs; it has the same nodes in the same order on every rank."""
+        """The graph that rank ``rank`` runs: the same collectives in the same order on every rank."""
         return write_rank(self.graph, self.mesh, rank, self.actions, self.inputs, self.outputs, self.effects)
 
     def moves(self) -> Iterator[Move]:
