@@ -239,13 +239,14 @@ def memory_table(rows: list[Row]) -> str:
 
 
 def bandwidth_table(rows: list[Row]) -> str:
-    head = ["case", "GB/s", "streaming copy, GB/s", "part"]
+    head = ["case", "GB/s", "streaming copy, GB/s", "reading, GB/s", "part", "of reading alone"]
     lines = []
     for r in rows:
         rates = [
-            f"{r[f'{w}_gb_s']:.1f} ±{r[f'{w}_iqr'] / 2:.0%}" if "part" in r else "failed" for w in ("kernel", "copy")
+            f"{r[f'{w}_gb_s']:.1f} ±{r[f'{w}_iqr'] / 2:.0%}" if "part" in r else "failed"
+            for w in ("kernel", "copy", "read")
         ]
-        lines.append([f"{r['case']} {SHORT[r['dtype']]}", *rates, _number(r, "part")])
+        lines.append([f"{r['case']} {SHORT[r['dtype']]}", *rates, _number(r, "part"), _number(r, "of_read")])
     return table(head, lines)
 
 
@@ -266,9 +267,8 @@ def report(found: dict[str, list[Row]], kinds: Sequence[str] = ("cold", "warm"))
                 if some := [r for r in rows if r["dtype"] == dtype]:
                     group(some, f"{part} {SHORT[dtype]}", "ratio")
     if rows := found.get("bandwidth"):
-        text.append(
-            f"\nbandwidth of kernels on arrays that no cache holds, and of a copy in turns\n\n{bandwidth_table(rows)}\n"
-        )
+        what = "bandwidth of kernels on arrays that no cache holds, and of a copy and a sum in turns"
+        text.append(f"\n{what}\n\n{bandwidth_table(rows)}\n")
         for dtype in DTYPES:
             if some := [r for r in rows if r["dtype"] == dtype]:
                 group(some, f"bandwidth {SHORT[dtype]}", "part")

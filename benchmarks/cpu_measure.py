@@ -235,31 +235,38 @@ def memory(way: str, name: str, dtype: torch.dtype) -> dict[str, int]:
 
 
 def bandwidth(name: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
-    """Bytes a second of a memory-bound kernel, and of a copy with non-temporal stores that takes turns with it.
+    """Bytes a second of a memory-bound kernel, and of a streaming copy and a sum that take turns with it.
 
-    Counted are the bytes of the arguments and of the result, each once; the copy's arrays are as large as the result
-    or the largest argument, and its figure is, as in ``tessel targets --show cpu``, bytes read plus written.
+    Counted are the bytes of the arguments and of the result, each once; the arrays of the copy and the sum are as large
+    as the result or the largest argument, and the copy's figure is, as in ``tessel targets --show cpu``, bytes read
+    plus written. "part" is the kernel's of the copy's, or, where hardly anything is written, of the sum's if that one
+    is higher; "of_read" is that of the sum's alone, which no such kernel can pass.
     """
-    from tessel.runtime.host_rates import copy_rate
+    from tessel.runtime.host_rates import copy_rate, read_rate
 
     with torch.no_grad():
         case = load(name, dtype)()
         run = runner("tessel", case)
-        moved = sum(t.nbytes for t in (*case.args, run()))
-        largest = max(t.nbytes for t in case.args)
-        rates: dict[str, list[float]] = {"kernel": [], "copy": []}
+        written = run().nbytes
+        moved = written + sum(t.nbytes for t in case.args)
+        largest, threads = max(t.nbytes for t in case.args), torch.get_num_threads()
+        rates: dict[str, list[float]] = {"kernel": [], "copy": [], "read": []}
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(rates["copy"]) < 7:
             run()
             start = time.perf_counter()
             run()
             rates["kernel"].append(moved / (time.perf_counter() - start) / 1e9)
-            rates["copy"].append(copy_rate(largest, torch.get_num_threads(), 0.05) / 1e9)
+            rates["copy"].append(copy_rate(largest, threads, 0.05) / 1e9)
+            rates["read"].append(read_rate(largest, threads, 0.05) / 1e9)
     out: dict[str, Any] = {"bytes": moved, "runs": len(rates["copy"])}
     for who, found in rates.items():
         low, mid, high = statistics.quantiles(found, n=4)
         out |= {f"{who}_gb_s": round(mid, 2), f"{who}_iqr": round((high - low) / mid, 4)}
-    return out | {"part": round(out["kernel_gb_s"] / out["copy_gb_s"], 4)}
+    reads = written < moved / 100
+    bar = max(out["copy_gb_s"], out["read_gb_s"]) if reads else out["copy_gb_s"]
+    out["part"] = round(out["kernel_gb_s"] / bar, 4)
+    return out | ({"of_read": round(out["kernel_gb_s"] / out["read_gb_s"], 4)} if reads else {})
 
 
 def quiet() -> None:
