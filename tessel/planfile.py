@@ -254,8 +254,6 @@ def _check_consistent(plan: ShardingPlan) -> None:
     mesh, data = plan.mesh, plan.data
     check(len(mesh) == len(data["mesh"]["axes"]), lambda: f"mesh: an axis is named twice in {plan._mesh_text()}")
     devices = prod(mesh.values())
-    if data.get("pipeline") is not None and "pp" not in mesh:
-        raise TesselError("pipeline: the mesh has no axis pp")
     check(devices == plan.world, lambda: f"mesh {plan._mesh_text()} has {devices} devices, world says {plan.world}")
     for name, t in data["tensors"].items():
         for what in ("sharding", "use", "state"):
@@ -286,7 +284,7 @@ def _check_sums(data: Mapping[str, Any]) -> None:
     parts = sum(v for k, v in memory.items() if k != "total")
     same = math.isclose(parts, memory["total"], rel_tol=1e-6, abs_tol=16)
     check(same, lambda: f"memory: the kinds add up to {parts:.0f} bytes, total says {memory['total']:.0f}")
-    parts = sum(times[k] for k in ("forward", "backward", "again", "exposed", "bubble"))
+    parts = sum(times[k] for k in ("forward", "backward", "again", "exposed"))
     same = math.isclose(parts, times["step"], rel_tol=1e-6, abs_tol=1e-9)
     check(same, lambda: f"time: the terms add up to {parts:.6g} s, step says {times['step']:.6g}")
     step = times["step"]

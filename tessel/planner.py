@@ -34,7 +34,7 @@ from .solve.shard_price import Pricer
 from .solve.shard_search import Answer, Search
 from .solve.shortage import shortage
 from .solve.transient import transient_bytes
-from .solve.units import Param, Segment, repeats, segments_of, units_of
+from .solve.units import Segment, repeats, segments_of, units_of
 from .targets import Target, get_target
 from .targets.mesh import Mesh
 
@@ -192,12 +192,10 @@ def _with_loss(graph: Graph) -> tuple[Graph, str]:
 class Problem:
     """What is searched: kinds of segments, the chain of them, and which layer each place of it is."""
 
-    segments: list[Segment]
     kinds: list[Segment]
     order: list[int]
     chain: list[Segment]
     layer: list[int | None]
-    params: list[Param]
 
 
 def problem_of(captured: Captured) -> Problem:
@@ -206,7 +204,7 @@ def problem_of(captured: Captured) -> Problem:
     Raises:
         TesselError: the model has more layers than the graph, and no stretch of the graph repeats.
     """
-    units, params, _ = units_of(captured.graph, value_names(captured.graph))
+    units, _, _ = units_of(captured.graph, value_names(captured.graph))
     segments = segments_of(units)
     numbers: dict[str, int] = {}
     kinds: list[Segment] = []
@@ -228,7 +226,7 @@ def problem_of(captured: Captured) -> Problem:
         ids = [*ids[:end], *(ids[end - length : end] * more), *ids[end:]]
         copies = [i for i in range(captured.held, captured.layers) for _ in range(length)]
         layer = [*layer[:end], *copies, *layer[end:]]
-    return Problem(segments, kinds, ids, chain, layer, params)
+    return Problem(kinds, ids, chain, layer)
 
 
 def check_request(mesh: Mesh, target: str, request: Request) -> tuple[Target, tuple[MeshAxis, ...], int]:
@@ -238,6 +236,7 @@ def check_request(mesh: Mesh, target: str, request: Request) -> tuple[Target, tu
         TesselError: something in the request is wrong, whatever the model.
     """
     record = get_target(target)
+    check("pp" not in mesh, lambda: f"mesh {mesh}: a plan does not cut pipeline stages; plan the mesh of one stage")
     optimizer_bytes(request.optimizer, 2)
     limit = request.memory if request.memory is not None else record.level("memory").capacity_bytes
     check(limit > 0, lambda: f"memory: expected a positive number of bytes, got {limit}")

@@ -52,7 +52,6 @@ class Entries:
                 "again": self.again,
                 "communication": sum(c["seconds"] * c["times"] for c in self.collectives),
                 "exposed": max(0.0, self.answer.seconds - forward - backward - self.again),
-                "bubble": 0.0,
                 "step": self.answer.seconds,
             },
         }

@@ -20,7 +20,6 @@ _TERMS = {
     "backward": "work of the backward",
     "again": "work done again instead of kept",
     "exposed": "communication that no work hides",
-    "bubble": "waiting for other stages",
 }
 
 
@@ -42,9 +41,6 @@ def plan_text(plan: ShardingPlan) -> str:
     exact = "the best of all plans" if proof["exact"] else f"at most {proof['gap']:.2%} from the best plan"
     lines += ["", f"memory a device: {_size(memory['total'])} of {_size(s['memory_limit'])} ({exact})"]
     lines += [f"  {_size(memory[k]):>10}  {k}" for k in _KINDS if memory[k] > 0]
-    if "pipeline" in d:
-        p = d["pipeline"]
-        lines += ["", f"pipeline: {p['stages']} stages, {p['schedule']}, bubble {p['bubble']:.1%} of the work"]
     lines += ["", "parameters (major to minor axes of each dimension)"]
     lines += _table(_parameter_rows(d))
     lines += ["", "products (axis: the factor of the dims string that it splits)"]

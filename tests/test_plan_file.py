@@ -307,6 +307,7 @@ def test_lint_finds_what_is_wrong(data: dict[str, Any], config: Path, tmp_path: 
         (("--mesh", "dp=2,dp=2"), "named twice"),
         (("--mesh", "dp=-2"), "a whole number of at least 1"),
         (("--mesh", "dp"), "is not <axis>=<size>"),
+        (("--mesh", "pp=2,dp=2"), "does not cut pipeline stages"),
         (("--memory", "many"), "expected a size such as 80GiB"),
         (("--optimizer", "adam"), "did you mean 'adamw'"),
         (("--microbatches", "3"), "a batch of 8 rows does not divide into 3"),

@@ -160,9 +160,7 @@ class Layouts:
         nbytes: of the whole tensor.
         atoms: what may be split.
         axes: of the mesh.
-        states: the layouts that matter; all that divide if not given.
         train: whether there is a gradient: without one V is not told from R, and backward is free.
-        grad_bytes: of the whole gradient; as the tensor's if not given.
     """
 
     def __init__(
@@ -171,10 +169,8 @@ class Layouts:
         atoms: Sequence[Atom],
         axes: Sequence[MeshAxis],
         train: bool = False,
-        grad_bytes: int | None = None,
     ) -> None:
         self.nbytes, self.atoms, self.axes, self.train = nbytes, tuple(atoms), tuple(axes), train
-        self.grad_bytes = nbytes if grad_bytes is None else grad_bytes
         codes = [R, V, P, *range(len(atoms))] if train else [R, P, *range(len(atoms))]
         self.states: list[State] = [s for s in product(codes, repeat=len(axes)) if self.divides(s)]
         self.number = {s: i for i, s in enumerate(self.states)}
@@ -199,17 +195,17 @@ class Layouts:
         """Collectives (kind, size) forward and backward that change axis ``i``; None where one step cannot."""
         axis, was = self.axes[i], state[i]
         rest = self.share(state) // (axis.size if was >= 0 else 1)
-        size, grad = self.nbytes / rest, self.grad_bytes / rest
+        size = self.nbytes / rest
         table: dict[tuple[str, str], tuple[list[tuple[str, float]], list[tuple[str, float]]]] = {
-            ("S", "S"): ([("all-to-all", size / axis.size)], [("all-to-all", grad / axis.size)]),
+            ("S", "S"): ([("all-to-all", size / axis.size)], [("all-to-all", size / axis.size)]),
             ("S", "R"): ([("all-gather", size)], []),
-            ("S", "V"): ([("all-gather", size)], [("reduce-scatter", grad)]),
-            ("R", "S"): ([], [("all-gather", grad)]),
-            ("R", "V"): ([], [("all-reduce", grad)]),
+            ("S", "V"): ([("all-gather", size)], [("reduce-scatter", size)]),
+            ("R", "S"): ([], [("all-gather", size)]),
+            ("R", "V"): ([], [("all-reduce", size)]),
             ("V", "S"): ([], []),
             ("V", "R"): ([], []),
             ("P", "R"): ([("all-reduce", size)], []),
-            ("P", "S"): ([("reduce-scatter", size)], [("all-gather", grad)]),
+            ("P", "S"): ([("reduce-scatter", size)], [("all-gather", size)]),
         }
         found = table.get((_letter(was), _letter(to)))
         return None if found is None else (found[0], found[1] if self.train else [])

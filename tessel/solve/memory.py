@@ -23,9 +23,20 @@ from dataclasses import dataclass
 from math import prod
 
 from ..errors import TesselError, did_you_mean
-from .units import Param, Tensor, Unit, Use
+from .units import Tensor, Unit
 
-__all__ = ["MODES", "OPTIMIZERS", "Kept", "ParamBytes", "kept_of", "optimizer_bytes", "param_bytes", "saved_by"]
+__all__ = [
+    "MODES",
+    "OPTIMIZERS",
+    "Kept",
+    "ParamBytes",
+    "activation_bytes",
+    "is_cheap",
+    "kept_of",
+    "optimizer_bytes",
+    "param_bytes",
+    "saved_by",
+]
 
 MODES = ("none", "selective", "full")
 OPTIMIZERS = {"adamw": 2, "sgd-momentum": 1, "sgd": 0}
@@ -193,8 +204,3 @@ def _feeds(t: Tensor, targets: set[Tensor], own: set[Tensor]) -> bool:
 def activation_bytes(kept: Iterable[Tensor]) -> int:
     """Bytes of whole tensors, on one device."""
     return sum(t.nbytes for t in kept)
-
-
-def param_of(use: Use) -> Param | None:
-    """The parameter of an operand, if it is one."""
-    return use.source if isinstance(use.source, Param) else None
