@@ -2,13 +2,16 @@
 
     softmax(edit(q k^T * scale)) v    scores never leave a block of a few rows and keys
 
-The kernel gives five small functions: where a row of queries, keys or values lies (or how it is computed, once,
-when it is packed), which keys a row may see, how scores are edited, how a row of the result is stored. A condition
-around the scores (``where(seen, score, -inf)``, from a mask in memory or from indices) is told apart from other
-edits, so that blocks of keys that no row of a block sees are skipped before their scores are computed. Two forms:
+The kernel gives small functions: where a row of queries, keys or values lies (or how it is computed, once, when it is
+packed), which keys a row may see, how scores are edited, the sink of a row, how a row of the result is stored. A
+condition around the scores (``where(seen, score, -inf)``, from a mask in memory or from indices) is told apart from
+other edits, so that blocks of keys that no row of a block sees are skipped before their scores are computed; keys that
+``causal`` and ``window`` hide are not even looked at. Two forms:
 
     tiled   blocks of queries against packed blocks of keys and values
-    few     a handful of queries a key head: keys and values are read where they lie, key ranges run in parallel
+    few     a handful of queries a key head: keys and values are read where they lie
+
+Where there is too little work otherwise, the keys are worked on in parts, whose results are merged.
 """
 
 from __future__ import annotations
