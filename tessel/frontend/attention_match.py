@@ -314,6 +314,8 @@ def _hide(s: _Scores, mask: Any, shown: bool, fill: float | None) -> _Scores:
 
 def _where(node: fx.Node, s: _Scores) -> tuple[Any, _Scores]:
     cond, yes, no = node.args[0], argument(node, 1, "self"), argument(node, 2, "other")
+    if node.op == "call_method":  # scores.where(cond, other)
+        cond, yes = argument(node, 1, "condition"), node.args[0]
     if constant(no) is not None:
         return yes, _hide(s, cond, True, constant(no))
     if constant(yes) is not None:
@@ -463,6 +465,8 @@ def rewrite(softmax: fx.Node) -> fx.Node:
     if dim not in (-1, len(shape) - 1) or len(shape) not in (3, 4):
         raise Refused("a softmax that is not over the keys")
     down = _down(softmax)
+    if value_of(softmax).dtype == torch.float64 != value_of(down.v).dtype:
+        raise Refused("weights computed in float64")
     s = _up(softmax.args[0], _Scores(column=down.drops_column))
     if s.column:
         raise Refused("a column of weights is dropped that no sink gave")

@@ -15,6 +15,7 @@ taken out where every row is known to see a key; by -inf such a row is zeros in 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ _HIDDEN = -1e30  # what is added to a score that shall weigh nothing
 _SMALL = 1 << 22  # elements of a condition that is computed here
 _FLIPPED = {"le": "ge", "ge": "le", "lt": "gt", "gt": "lt"}
 _NEGATED = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt"}
+_COMPARE = {name: getattr(operator, name) for name in ("le", "lt", "ge", "gt", "eq", "ne")}
 _MASK_AT = {"attention": 3, "attention_backward": 4}
 
 
@@ -213,6 +215,9 @@ class _Reader:
             if hidden is not None:
                 cond, shown, _ = hidden
                 return _kept(v, wanted, self.condition(cond, broadcast(cond.type, tuple(place)), shown != wanted))
+        if (choice := _choice(node)) is not None and choice[1] != choice[2]:
+            cond, yes, _ = choice
+            return _kept(v, wanted, self.condition(cond, broadcast(cond.type, tuple(place)), yes == wanted))
         if name in _NEGATED:
             bound = self._bound(node, name if wanted else _NEGATED[name], place)
             if bound is not None:
@@ -301,6 +306,18 @@ def _number(x: Any) -> float | None:
     if isinstance(x, Value) and x.op.name in ("full", "expand", "cast"):
         return float(x.node.attrs["value"]) if x.op.name == "full" else _number(x.node.operands[0])
     return float(x) if isinstance(x, int | float) and not isinstance(x, bool) else None
+
+
+def _choice(node: Node) -> tuple[Value, bool, bool] | None:
+    """A comparison of ``where(cond, a, b)`` with a number, as ``tril(ones) > 0``: the condition, and both outcomes."""
+    compare = _COMPARE.get(node.op.name)
+    if compare is None or not isinstance(node.args[0], Value) or node.args[0].op.name != "where":
+        return None
+    cond, *numbers = (node.args[0].node.args[0], *map(_number, (*node.args[0].node.args[1:], node.args[1])))
+    a, b, limit = numbers
+    if a is None or b is None or limit is None or not isinstance(cond, Value):
+        return None
+    return cond, compare(a, limit), compare(b, limit)
 
 
 def _always(v: Value) -> bool:
