@@ -57,6 +57,7 @@ def propagate(graph: Graph, mesh: Mapping[str, int], seeds: Iterable[Seed]) -> L
         for s in todo:
             if s.priority == priority:
                 run.plant(s)
+        run.anchor_views()
         for level in (PASS_THROUGH, KEPT, FOLDED):
             run.settle(level)
     return run.layouts()
@@ -88,11 +89,14 @@ class _Propagation:
                 self.found.why[v, d, axis] = Why(seed.why)
         if v.op is INPUT and v.node.attrs["role"] == "param" and seed.sharding.axes:
             self.anchors.add(v)
-            for node in self.graph.nodes:
-                if node.op.kind == "view" and node.operands[0] in self.anchors:
-                    self.anchors.update(node.outs)
         if seed.stored is not None:
             self.found.stored[v] = seed.stored.closed()
+
+    def anchor_views(self) -> None:
+        """A view of a parameter that the user split counts as the parameter."""
+        for node in self.graph.nodes:
+            if node.op.kind == "view" and node.operands[0] in self.anchors:
+                self.anchors.update(node.outs)
 
     def settle(self, level: int) -> None:
         """Forward and backward sweeps until one changes nothing."""
