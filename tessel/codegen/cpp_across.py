@@ -73,7 +73,8 @@ class Across(Writer):
         long = not isinstance(rs[0].extent, int) or rs[0].extent >= 4 * CHUNK
         first = self.segments.index(loops[0])
         made = {s.out for seg in self.segments[:first] for s in seg.stmts if not isinstance(s, Store | Check)}
-        return long and isinstance(lane.extent, int) and lane.extent <= _SHARED and not made
+        folds = any(isinstance(s, Reduce) for s in loops[0].stmts)
+        return folds and long and isinstance(lane.extent, int) and lane.extent <= _SHARED and not made
 
     def _wide(self, segment: Segment, later: set[int]) -> bool:
         """Whether a segment is written with vectors.
