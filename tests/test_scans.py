@@ -160,6 +160,15 @@ def test_depthwise_convolutions_in_any_padding_and_layout() -> None:
         assert got.stride() == fn(given, w, b).stride()
 
 
+@pytest.mark.parametrize("steps", [1, 2, 13])
+def test_doubling_is_the_recurrence(steps: int) -> None:
+    from tessel.ops.scan import linear_scan_doubling, linear_scan_ref
+
+    a, b = torch.rand(3, steps, 2, dtype=torch.float64), torch.randn(3, steps, 2, dtype=torch.float64)
+    a[0, 0] = torch.nan  # the first factor has nothing to multiply
+    torch.testing.assert_close(linear_scan_doubling(a, b, 1), linear_scan_ref(a, b, 1))
+
+
 def test_the_operator_says_what_it_needs() -> None:
     from tessel.ir.node import Builder, make_input
     from tessel.ir.types import TensorType

@@ -30,13 +30,31 @@ def _infer(a: Any, b: Any, dim: int, reverse: bool = False) -> tuple[TensorType,
 
 
 def linear_scan_ref(a: torch.Tensor, b: torch.Tensor, dim: int, reverse: bool = False) -> torch.Tensor:
-    """The recurrence by its definition, one step after the other."""
+    """The recurrence by its definition, one step after the other; on a GPU by doubling, or every step is a launch."""
     wide = torch.float32 if a.dtype in HALVES else a.dtype
+    if a.device.type == "cuda":
+        flipped = [x.to(wide).flip(dim) if reverse else x.to(wide) for x in (a, b)]
+        h = linear_scan_doubling(*flipped, dim)
+        return (h.flip(dim) if reverse else h).to(a.dtype)
     factors, steps = a.to(wide).unbind(dim), list(b.to(wide).unbind(dim))
     order = range(len(steps))[::-1] if reverse else range(len(steps))
     for before, t in pairwise(order):
         steps[t] = factors[t] * steps[before] + steps[t]
     return torch.stack(steps, dim).to(a.dtype) if steps else b.clone()
+
+
+def linear_scan_doubling(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
+    """The recurrence in as many rounds as the length has bits: each doubles how far back every step has looked.
+
+    Hillis and Steele, "Data parallel algorithms"; sums come in another order than one step after the other.
+    """
+    n, back = a.shape[dim], 1
+    while back < n:
+        (a0, a1), (b0, b1) = (x.split([back, n - back], dim) for x in (a, b))
+        b = torch.cat([b0, a1 * b.narrow(dim, 0, n - back) + b1], dim)
+        a = torch.cat([a0, a1 * a.narrow(dim, 0, n - back)], dim)
+        back *= 2
+    return b
 
 
 def _dims(node: Node) -> str:
@@ -55,3 +73,5 @@ SCAN = table(
         doc="h[t] = a[t] * h[t - 1] + b[t] along ``dim``, h[0] = b[0]; reverse=: from the end",
     ),
 )
+
+__all__ = ["SCAN", "linear_scan_doubling", "linear_scan_ref"]
