@@ -136,6 +136,7 @@ def band(low: int, high: int) -> Any:
 @pytest.mark.parametrize(
     ("edit", "want"),
     [
+        (lambda s: 5.0 * torch.tanh((s + torch.arange(9)) / 5.0), None),
         (lambda s: s.where(torch.ones(9, 9).tril() > 0, -math.inf), {"causal": True}),
         (band(-2, 2), {"causal": True, "offset": 2, "window": 5}),
         (band(-3, 0), {"causal": True, "window": 4}),
@@ -146,7 +147,18 @@ def band(low: int, high: int) -> Any:
         (lambda s: s * s, None),
         (lambda s: torch.where(torch.arange(9)[None, :] <= torch.arange(9)[:, None] + 1, s, -math.inf), {"offset": 1}),
     ],
-    ids=["where_method", "longformer", "window", "triu", "soft_fill", "shifted", "softcap", "square", "where"],
+    ids=[
+        "inside_cap",
+        "where_method",
+        "longformer",
+        "window",
+        "triu",
+        "soft_fill",
+        "shifted",
+        "softcap",
+        "square",
+        "where",
+    ],
 )
 def test_spellings(edit: Any, want: dict[str, Any] | None) -> None:
     graph, info = check(lambda q, k, v: by_hand(q, k, v, edit), *qkv(), count=want is not None)

@@ -247,7 +247,7 @@ def _sum(node: fx.Node, name: str, s: _Scores) -> _Scores:
         raise Refused("an addition with a factor")
     left, right = node.args[0], argument(node, 1, "other")
     sign = 1.0 if name == "add" else -1.0
-    if name == "sub" and isinstance(right, fx.Node) and s.sink is None and _free_of_rows(right):
+    if name == "sub" and isinstance(right, fx.Node) and s.sink is None and s.softcap is None and _free_of_rows(right):
         width = shape_of(node)[-1]
         if not (isinstance(width, int) and width == 1):
             return _up(left, s)  # the same number off every score of a row
@@ -270,8 +270,8 @@ def _full(path: fx.Node, node: fx.Node) -> bool:
 
 
 def _add(s: _Scores, c: float, other: Any) -> _Scores:
-    if s.column:
-        raise Refused("a bias of the scores together with their sink")
+    if s.column or s.softcap is not None:
+        raise Refused(f"a bias {'of the scores together with their sink' if s.column else 'inside the soft cap'}")
     if isinstance(other, fx.Node):
         value = value_of(other)
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
@@ -307,8 +307,8 @@ def _hide(s: _Scores, mask: Any, shown: bool, fill: float | None) -> _Scores:
         raise Refused("scores hidden by what is no boolean tensor")
     if fill is None or fill > max(_HIDDEN, float(torch.finfo(torch.float16).min)) or math.isnan(fill):
         raise Refused(f"scores replaced by {fill}, which does not hide them")
-    if s.column:
-        raise Refused("a mask of the scores together with their sink")
+    if s.column or s.softcap is not None:
+        raise Refused(f"a mask {'of the scores together with their sink' if s.column else 'inside the soft cap'}")
     return replace(s, seen=(*s.seen, (mask, shown, fill * s.times)))
 
 
@@ -422,7 +422,7 @@ class Maker:
         return new
 
 
-def _mask(add: Maker, s: _Scores, flat: int, dtype: torch.dtype) -> Any:
+def _mask(add: Maker, s: _Scores) -> Any:
     """The one mask of a row of terms: added numbers, and -inf or a finite number where a condition fails."""
 
     def placed(x: Any) -> Any:
@@ -496,7 +496,7 @@ def rewrite(softmax: fx.Node) -> fx.Node:
             opened = [add("unflatten", x, 0, (-1, heads)) if heads else add("unsqueeze", x, 0) for x in (q, k, v)]
         else:
             opened = [q, *whole_groups(k, v)]
-        mask = _mask(add, s, rank, dtype)
+        mask = _mask(add, s)
         scale = s.times * (s.softcap or 1.0)
         sink = None if s.sink is None else add("reshape", s.sink, (-1,))
         pair = add(attention, *opened, mask, False, scale, sink, 0, None, s.softcap)
