@@ -118,11 +118,11 @@ def runner(way: str, case: Case, dtype: torch.dtype) -> Callable[[], Any]:
             return fn(*ins)
 
     def train() -> Any:
-        for p in (ins[0], *module.parameters()):
-            p.grad = None
         out = fn(*ins)
         loss = out if out.dim() == 0 else out.float().square().mean()
         loss.backward()
+        for p in (ins[0], *module.parameters()):
+            p.grad = None  # so that the next call's memory counts its own
         return loss
 
     return train if case.training else infer
