@@ -26,7 +26,7 @@ from .ir.types import DTYPE_NAMES, TensorType
 from .models import load_model
 from .ops import OPS
 from .planfile import ShardingPlan, fingerprint_of
-from .planreport import entries_of, split_axes
+from .planreport import entries_of, renamed, split_axes
 from .solve.comm import MeshAxis, axes_of
 from .solve.memory import optimizer_bytes
 from .solve.shard_choice import Setting, matches
@@ -34,7 +34,7 @@ from .solve.shard_price import Pricer
 from .solve.shard_search import Answer, Search
 from .solve.shortage import shortage
 from .solve.transient import transient_bytes
-from .solve.units import Segment, repeats, segments_of, units_of
+from .solve.units import Param, Segment, repeats, segments_of, units_of
 from .targets import Target, get_target
 from .targets.mesh import Mesh
 
@@ -75,6 +75,7 @@ class Captured:
         layers: of the model; ``held`` of them are in the graph.
         parameters: of the whole model: name, shape, dtype.
         global_batch, seq: of one step; None where the inputs do not say.
+        aliases: other names of parameters that are tied, to the one in ``parameters``.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Captured:
     seq: int | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -113,30 +115,61 @@ def capture_model(
     size: dict[str, Any] = {"batch": rows, "seq": seq, "dtype": dtype, "device": "meta"}
     size["dtype"] = dtype or ("bfloat16" if spec.startswith("hf:") else None)
     module, args, kwargs = load_model(spec, **size, layers=layers)
-    parameters = parameters_of(module)
     count = layers or _layer_count(module)
-    short = None
+    parameters = parameters_of(module)
+    made: Captured | None = None
     if spec.startswith("hf:") and count > _ALL:
         two, args2, kwargs2 = load_model(spec, **size, layers=2)
         if _grown(parameters_of(two), 2, count) == sorted(parameters):
-            short = two, args2, kwargs2
-    graph = import_program(export_program(*(short or (module, args, kwargs)))).graph.live()
-    notes = []
+            said = f"captured 2 of {count} layers; the parameters of the others have the same names, shapes and dtypes"
+            made = _captured(spec, two, args2, kwargs2, train, microbatches, (parameters, count, 2, said))
+            made = made if _names_all(made) else None
+    if made is None:
+        made = _captured(spec, module, args, kwargs, train, microbatches, (parameters, count, count, ""))
+    return replace(made, seconds=time.perf_counter() - started)
+
+
+def _captured(
+    spec: str, module: Any, args: Sequence[Any], kwargs: Mapping[str, Any], train: bool, microbatches: int,
+    whole: tuple[Sequence[tuple[str, tuple[int, ...], str]], int, int, str],
+) -> Captured:  # fmt: skip
+    """The graph of a module that stands for ``whole``: its parameters, layers, those that are captured, a note."""
+    parameters, layers, held, said = whole
+    graph = import_program(export_program(module, args, kwargs)).graph.live()
+    notes = [said] if said else []
     if train:
-        graph, said = _with_loss(graph)
-        notes.append(said)
-    if short is not None:
-        notes.append(
-            f"captured 2 of {count} layers; the parameters of the others have the same names, shapes and dtypes"
-        )
+        graph, loss = _with_loss(graph)
+        notes.insert(0, loss)
     first = next((n.type for n in graph.inputs if n.attrs["role"] == "input"), None)
-    inner = first.shape[1] if first is not None and first.rank > 1 else None
-    outer = first.shape[0] if first is not None and first.rank else None
+    shape = () if first is None else first.shape
+    rows, inner = (shape[i] if len(shape) > i else None for i in (0, 1))
     return Captured(
-        spec, graph, tuple(parameters), count, 2 if short is not None else count,
-        microbatches * outer if isinstance(outer, int) else None, inner if isinstance(inner, int) else None,
-        time.perf_counter() - started, tuple(notes),
+        spec, graph, tuple(parameters), layers, held, microbatches * rows if isinstance(rows, int) else None,
+        inner if isinstance(inner, int) else None, notes=tuple(notes), aliases=_aliases(module),
     )  # fmt: skip
+
+
+def _names_all(captured: Captured) -> bool:
+    """Whether the captured layers, counted on, name every parameter of the model that they should."""
+    try:
+        problem = problem_of(captured)
+    except TesselError:  # what repeats is not as many layers as there are
+        return False
+    found = {
+        renamed(use.source.name, captured.held, shift)
+        for segment, shift in zip(problem.chain, problem.shift)
+        for unit in segment.units
+        for use in unit.uses
+        if isinstance(use.source, Param)
+    }
+    return found == {n for n, _, _ in captured.parameters}
+
+
+def _aliases(module: Any) -> dict[str, str]:
+    if not isinstance(module, torch.nn.Module):
+        return {}
+    first = {id(p): n for n, p in module.named_parameters()}
+    return {n: first[id(p)] for n, p in module.named_parameters(remove_duplicate=False) if n != first[id(p)]}
 
 
 def parameters_of(module: Any) -> list[tuple[str, tuple[int, ...], str]]:
@@ -195,7 +228,7 @@ class Problem:
     kinds: list[Segment]
     order: list[int]
     chain: list[Segment]
-    layer: list[int | None]
+    shift: list[int]  # layers between the one that a segment is of and the one that it stands for
 
 
 def problem_of(captured: Captured) -> Problem:
@@ -204,7 +237,9 @@ def problem_of(captured: Captured) -> Problem:
     Raises:
         TesselError: the model has more layers than the graph, and no stretch of the graph repeats.
     """
-    units, _, _ = units_of(captured.graph, value_names(captured.graph))
+    units, params, _ = units_of(captured.graph, value_names(captured.graph))
+    for p in params:  # one that is tied has several names
+        p.name = captured.aliases.get(p.name, p.name)
     segments = segments_of(units)
     numbers: dict[str, int] = {}
     kinds: list[Segment] = []
@@ -215,18 +250,18 @@ def problem_of(captured: Captured) -> Problem:
             kinds.append(s)
         ids.append(numbers[s.signature])
     start, length, times = repeats(ids)
-    layer: list[int | None] = [None] * len(segments)
+    shift = [0] * len(segments)
     chain = list(segments)
     more = captured.layers - captured.held
     if more > 0:
         check(times == captured.held, lambda: f"{captured.name}: its layers differ from each other; capture all")
         end = start + length * times
-        last = segments[end - length : end]
-        chain = [*segments[:end], *(last * more), *segments[end:]]
-        ids = [*ids[:end], *(ids[end - length : end] * more), *ids[end:]]
-        copies = [i for i in range(captured.held, captured.layers) for _ in range(length)]
-        layer = [*layer[:end], *copies, *layer[end:]]
-    return Problem(kinds, ids, chain, layer)
+        last = slice(end - length, end)
+        copies = [i + 1 for i in range(more) for _ in range(length)]
+        shift = [*shift[:end], *copies, *([more] * (len(segments) - end))]
+        chain = [*segments[:end], *(segments[last] * more), *segments[end:]]
+        ids = [*ids[:end], *(ids[last] * more), *ids[end:]]
+    return Problem(kinds, ids, chain, shift)
 
 
 def check_request(mesh: Mesh, target: str, request: Request) -> tuple[Target, tuple[MeshAxis, ...], int]:
@@ -266,7 +301,7 @@ def make_plan(
     answer, held = _search(problem, pricer, limit, progress)
     if not answer.fits:
         raise TesselError(shortage(answer, pricer, limit, mesh, held))
-    entries = entries_of(answer, pricer, problem.chain, problem.layer, captured.held)
+    entries = entries_of(answer, pricer, problem.chain, problem.shift, captured.held)
     seconds = {
         "capture": captured.seconds,
         "solve": answer.took,

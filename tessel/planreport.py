@@ -18,7 +18,7 @@ from .solve.shard_tables import Picked
 from .solve.shortage import kinds_of
 from .solve.units import Param, Segment, Tensor, Unit
 
-__all__ = ["Entries", "entries_of", "layout_text", "split_axes"]
+__all__ = ["Entries", "entries_of", "layout_text", "renamed", "split_axes"]
 
 _MOST_INSTEAD = 12  # kinds of segments whose alternatives are priced
 
@@ -83,31 +83,29 @@ def layout_text(tensor: Tensor, state: State, pricer: Pricer) -> str:
     return " ".join([str(Sharding(ordered, tuple(partial))), *inner])
 
 
-def entries_of(
-    answer: Answer, pricer: Pricer, chain: Sequence[Segment], layers: Sequence[int | None], held: int
-) -> Entries:
+def entries_of(answer: Answer, pricer: Pricer, chain: Sequence[Segment], shifts: Sequence[int], held: int) -> Entries:
     """The sections for an answer.
 
     Args:
         chain: the graph's own segments, which name what the answer's kinds of segments stand for.
-        layers: the layer of each that stands for a later one than ``held`` were captured.
+        shifts: how many layers after its own each stands for; ``held`` layers were captured.
     """
     out = Entries(answer, pricer)
     count: Counter[str] = Counter()
     last = ""
     instead: dict[Any, dict[Unit, list[tuple[Choice, float]]]] = {}
-    for picked, own, layer in zip(answer.segments, chain, layers, strict=True):
+    for picked, own, shift in zip(answer.segments, chain, shifts, strict=True):
         names: dict[Unit, str] = {}
         params: dict[Param, str] = {}
         if picked.segment.before is not None:
             names[picked.segment.before.unit] = last
         for unit, real in zip(picked.segment.units, own.units, strict=True):
-            stem = f"{_renamed(real.node.loc.module, held, layer)}:{unit.op}"
+            stem = f"{renamed(real.node.loc.module, held, shift)}:{unit.op}"
             count[stem] += 1
             names[unit] = stem if count[stem] == 1 else f"{stem}#{count[stem]}"
             for use, named in zip(unit.uses, real.uses, strict=True):
                 if isinstance(use.source, Param) and isinstance(named.source, Param):
-                    params[use.source] = _renamed(named.source.name, held, layer)
+                    params[use.source] = renamed(named.source.name, held, shift)
         after = picked.segment.after
         if after is not None:
             last = names[after.unit]
@@ -123,13 +121,19 @@ def entries_of(
     return out
 
 
-def _renamed(path: str, held: int, layer: int | None) -> str:
-    """A module or parameter of the last captured layer, as that of a later one."""
-    if layer is None:
-        return path
+def renamed(path: str, held: int, shift: int) -> str:
+    """A module or parameter of a captured layer, as that of one ``shift`` layers on.
+
+    The layer is the first number of the path. A stretch that repeats may begin inside a layer, so it may hold two.
+
+    >>> renamed("model.layers.1.mlp.up_proj", 2, 5), renamed("model.norm", 2, 5), renamed("layer.0.output", 2, 5)
+    ('model.layers.6.mlp.up_proj', 'model.norm', 'layer.5.output')
+    """
     parts = path.split(".")
-    at = next((i for i, p in enumerate(parts) if p == str(held - 1)), None)
-    return path if at is None else ".".join([*parts[:at], str(layer), *parts[at + 1 :]])
+    at = next((i for i, p in enumerate(parts) if p.isdecimal()), None)
+    if not shift or at is None or int(parts[at]) not in (held - 1, held - 2):
+        return path
+    return ".".join([*parts[:at], str(int(parts[at]) + shift), *parts[at + 1 :]])
 
 
 class _Writer:

@@ -82,6 +82,18 @@ def test_two_layers_stand_for_six(captured: Captured, plan: ShardingPlan, config
         assert other.data[section] == plan.data[section]
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_every_parameter_has_its_name(kind: str, tmp_path: Path) -> None:
+    """Norms after a layer, which the repeated stretch begins with; parameters that are tied."""
+    sizes = {"bert": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 5},
+             "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 5}}[kind]  # fmt: skip
+    (tmp_path / "c.json").write_text(json.dumps({"model_type": kind, "vocab_size": 96, **sizes}))
+    model = capture_model(f"hf:{tmp_path / 'c.json'}", batch=4, seq=8, train=True)
+    made = make_plan(model, Mesh({"dp": 2}), "h100", Request(train=True))
+    assert (model.held, model.layers) == (2, 5)
+    assert set(made.data["tensors"]) == {n for n, _, _ in model.parameters}
+
+
 def test_what_the_plan_counts(plan: ShardingPlan, captured: Captured) -> None:
     """Parameters on one device, from their shardings; every parameter of the model is there."""
     assert set(plan.data["tensors"]) == {n for n, _, _ in captured.parameters}
