@@ -43,18 +43,18 @@ class Backend:
 
         note = recorded.noted(len(example_inputs))
 
-        alone: list[tuple[Callable[[list[Any]], list[Any]], tuple[int | None, ...]]] = []
+        alone: list[Callable[[list[Any]], list[Any]]] = []
 
         def compile_one(imported: Imported, info: GraphInfo) -> Callable[[list[Any]], list[Any]]:
             note(imported, info)
             run = compile_graph(imported, info, session)
-            if info.is_inference and recorded.plain():
-                alone.append((run, info.order))
+            if info.is_inference and info.order == tuple(range(len(example_inputs))) and recorded.plain():
+                alone.append(run)
             return run
 
         try:
             made = aot(gm, example_inputs, compile_one)
-            return _direct(*alone[0]) if alone and alone[0][1] == tuple(range(len(example_inputs))) else made
+            return _direct(alone[0]) if alone else made
         except TesselError:
             raise
         except Exception as e:
@@ -68,7 +68,7 @@ class Backend:
             ) from e
 
 
-def _direct(run: Callable[[list[Any]], list[Any]], order: tuple[int | None, ...]) -> Callable[..., Any]:
+def _direct(run: Callable[[list[Any]], list[Any]]) -> Callable[..., Any]:
     """What AOTAutograd makes of an inference graph that needs nothing before and after it, without its three calls."""
 
     def compiled(*args: Any) -> list[Any]:
