@@ -33,8 +33,8 @@ def linear_scan_ref(a: torch.Tensor, b: torch.Tensor, dim: int, reverse: bool = 
     """The recurrence by its definition, one step after the other; on a GPU by doubling, or every step is a launch."""
     wide = torch.float32 if a.dtype in HALVES else a.dtype
     if a.device.type == "cuda":
-        flipped = [x.to(wide).flip(dim) if reverse else x.to(wide) for x in (a, b)]
-        h = linear_scan_doubling(*flipped, dim)
+        x, y = (v.to(wide).flip(dim) if reverse else v.to(wide) for v in (a, b))
+        h = linear_scan_doubling(x, y, dim)
         return (h.flip(dim) if reverse else h).to(a.dtype)
     factors, steps = a.to(wide).unbind(dim), list(b.to(wide).unbind(dim))
     order = range(len(steps))[::-1] if reverse else range(len(steps))
