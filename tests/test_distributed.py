@@ -21,7 +21,9 @@ from tessel.annotate import annotations_of_plan
 from tessel.distributed import Distributed, distribute
 from tessel.errors import TesselError
 from tessel.frontend.joint import capture_step
+from tessel.ops.collective import together
 from tessel.planfile import ShardingPlan
+from tessel.runtime.collectives import ProcessGroups
 from tessel.runtime.shares import share
 from tessel.spmd import lay_out
 from tessel.targets.mesh import Mesh
@@ -138,6 +140,30 @@ def draw(rank: int) -> None:
         distribute(module, placed.spmd, run="interpreted")
 
 
+def collectives(rank: int) -> None:
+    """Each collective over torch.distributed is what its definition says, for every order of the axes."""
+    mesh = Mesh({"a": 2, "b": 2})
+    by = ProcessGroups(mesh)
+    numbers = [torch.arange(16.0).reshape(4, 4) + 100 * r for r in range(4)]
+    flags = [x.long() % 3 == 0 for x in numbers]
+    for axes in (("a",), ("b",), ("a", "b"), ("b", "a")):
+        (group,) = (g for g in mesh.groups(*axes) if rank in g)
+        n, me = len(group), group.index(rank)
+        for name, attrs in (
+            ("all_reduce", {"combine": "sum"}),
+            ("all_reduce", {"combine": "max"}),
+            ("all_gather", {"dim": 1}),
+            ("reduce_scatter", {"dim": 1, "combine": "sum"}),
+            ("reduce_scatter", {"dim": 0, "combine": "min"}),
+            ("all_to_all", {"split": 0, "join": 1}),
+            ("collective_permute", {"sources": (*range(1, n), 0)}),
+        ):
+            given = {**attrs, "axes": axes, "parts": n}
+            for data in (numbers,) if attrs.get("combine") == "sum" else (numbers, flags):
+                want = together(name, [data[r] for r in group], given)[me]
+                assert torch.equal(by.run(name, data[rank], given), want), (name, axes)
+
+
 def process(rank: int, world: int, cases: Cases, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TESSEL_CACHE_DIR=folder)
@@ -147,6 +173,8 @@ def process(rank: int, world: int, cases: Cases, port: int, folder: str) -> None
         optimize(rank)
         if world == 2:
             draw(rank)
+        else:
+            collectives(rank)
     finally:
         dist.destroy_process_group()
 

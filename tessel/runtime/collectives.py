@@ -136,13 +136,14 @@ def _all_gather(by: ProcessGroups, x: torch.Tensor, attrs: Mapping[str, Any]) ->
 
 def _reduce_scatter(by: ProcessGroups, x: torch.Tensor, attrs: Mapping[str, Any]) -> torch.Tensor:
     group, order, _ = by.in_order(tuple(attrs["axes"]))
-    shares = [c.contiguous() for c in x.chunk(len(order), attrs["dim"])]
+    wide = x.to(torch.uint8) if x.dtype == torch.bool else x
+    shares = [c.contiguous() for c in wide.chunk(len(order), attrs["dim"])]
     inputs = [shares[0]] * len(order)
     for share, place in zip(shares, order, strict=True):
         inputs[place] = share
     out = torch.empty_like(shares[0])
     dist.reduce_scatter(out, inputs, _OPS[attrs["combine"]], group)
-    return out
+    return out.to(x.dtype)
 
 
 def _all_to_all(by: ProcessGroups, x: torch.Tensor, attrs: Mapping[str, Any]) -> torch.Tensor:
