@@ -35,6 +35,7 @@ __all__ = [
     "erase_unused",
     "example",
     "filled",
+    "fixed",
     "has_side_effects",
 ]
 
@@ -71,6 +72,11 @@ class Step:
 def example(x: Any) -> Any:
     """What Dynamo saw for a node: a fake tensor, a tuple of these, a number."""
     return x.meta.get("example_value", x.meta.get("val")) if isinstance(x, fx.Node) else x
+
+
+def fixed(x: Any) -> bool:
+    """Whether all sizes of what Dynamo saw are numbers."""
+    return not isinstance(x, torch.Tensor) or all(isinstance(n, int) for n in x.shape)
 
 
 def complete_examples(gm: fx.GraphModule) -> None:
@@ -182,7 +188,7 @@ class _Affine:
 
     def plan(self) -> list[Any]:
         """For each carry a ``_Line``, or the node that its new value is, free of carries."""
-        if not self.carries:
+        if not self.carries or not all(fixed(example(n)) for n in self.inputs):
             raise NotAffine
         for node in self.step.gm.graph.nodes:
             if node.op in ("call_function", "call_method"):

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from .loops import WITH_START, Step, emit, erase_unused, example, has_side_effects
+from .loops import WITH_START, Step, emit, erase_unused, example, fixed, has_side_effects
 
 __all__ = ["roll"]
 
@@ -167,6 +167,9 @@ class _Loop:
         self.carry_of: dict[tuple[int, fx.Node], fx.Node] = {}
         for q, node in enumerate(self.first):
             self._look_at(q, node)
+        read = [*self.first, *(a for n in self.first for a in n.all_input_nodes)]
+        if any(not fixed(example(n)) for n in read):
+            raise _NoLoop  # sizes that no number stands for yet
         rest = [n for n in self.first if n not in self.stores]
         if has_side_effects(rest) or not self.slices or not (self.carries or self.stores):
             raise _NoLoop
