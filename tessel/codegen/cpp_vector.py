@@ -131,8 +131,8 @@ def last_cache() -> int:
 def too_large(kernel: Kernel) -> frozenset[int]:
     """The results that are best stored past the caches.
 
-    They are at least half the last cache, and the kernel moves half as much again as it holds: little of them would
-    still be there for whoever reads them next, and lines stored past the caches are not read before.
+    They are at least half the last cache, and the kernel moves all that it holds or more: part of them would be gone
+    before anyone reads them next, and lines stored past the caches are not read before they are written.
     """
     last = last_cache() or 1 << 62
     sizes = [_nbytes(p) for p in kernel.params]
@@ -140,7 +140,7 @@ def too_large(kernel: Kernel) -> frozenset[int]:
     return frozenset(
         i
         for i, (p, n) in enumerate(zip(kernel.params, sizes, strict=True))
-        if p.out and isinstance(n, int) and n >= last // 2 and whole >= last * 3 // 2
+        if p.out and isinstance(n, int) and n >= last // 2 and whole >= last
     )
 
 
