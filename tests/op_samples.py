@@ -11,7 +11,6 @@ from prove_dims import Sample
 
 from tessel.ops import OPS
 from tessel.ops.collective import COLLECTIVE
-from tessel.ops.collective import COLLECTIVE
 from tessel.ops.inplace import WRITES
 
 F64 = torch.float64

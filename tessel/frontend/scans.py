@@ -125,10 +125,10 @@ def _known(graph: fx.Graph, region: fx.GraphModule, xs: list[fx.Node]) -> list[f
         outs[0] = outs[0].args[0]
     if len(xs) == 1 and isinstance(outs[0], fx.Node):
         target, (x,) = outs[0].target, xs
-        if set(outs[0].args) == set(inputs) and not outs[0].kwargs:
-            if target in (torch.maximum, "maximum") or target in (torch.minimum, "minimum"):
-                both = graph.call_function(torch.cummax if "max" in str(target) else torch.cummin, (x, 0))
-                return [graph.call_function(operator.getitem, (both, 0))]
+        of_both = set(outs[0].args) == set(inputs) and not outs[0].kwargs
+        if of_both and target in (torch.maximum, "maximum", torch.minimum, "minimum"):
+            both = graph.call_function(torch.cummax if "max" in str(target) else torch.cummin, (x, 0))
+            return [graph.call_function(operator.getitem, (both, 0))]
     formulas = _formulas(region, inputs, outs)
     if formulas is None:
         return None
