@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from ..errors import TesselError
-from .compat import without_modes
+from .compat import size_hints, without_modes
 from .locs import Locations
 from .loops import NotAffine, Step, emit_affine, erase_unused, example
 from .scan_op import linear_scan
@@ -87,7 +87,8 @@ def _associative(gm: fx.GraphModule, node: fx.Node, starts: list[fx.Node]) -> in
     graph, region, extras = gm.graph, _region(gm, node), list(node.args[3])  # type: ignore[arg-type]
     xs: list[Any] = [s.args[0] for s in starts]
     known: list[fx.Node] | None = None
-    if not extras:
+    read = [n for n in region.graph.nodes if n.op == "placeholder"][2 * len(xs) :]
+    if not any(n.users for n in read):  # symbolic sizes are handed in whether or not they are read
         with graph.inserting_before(node):
             known = _known(graph, region, xs)
     if known is None:
@@ -119,8 +120,7 @@ def _known(graph: fx.Graph, region: fx.GraphModule, xs: list[fx.Node]) -> list[f
     inputs = [n for n in region.graph.nodes if n.op == "placeholder"]
     (out,) = (n for n in region.graph.nodes if n.op == "output")
     outs = list(out.args[0])[: len(xs)]  # type: ignore[arg-type]
-    if len(inputs) != 2 * len(xs):
-        return None
+    inputs = inputs[: 2 * len(xs)]
     while outs and isinstance(outs[0], fx.Node) and outs[0].target == "clone":
         outs[0] = outs[0].args[0]
     if len(xs) == 1 and isinstance(outs[0], fx.Node):
@@ -159,7 +159,7 @@ _ARITHMETIC: dict[Any, Any] = {
 
 def _formulas(region: fx.GraphModule, inputs: Sequence[fx.Node], outs: Sequence[Any]) -> list[Any] | None:
     """The results as polynomials in ``_SYMBOLS``, if all there is is arithmetic on tensors of one shape."""
-    if len(inputs) > len(_SYMBOLS) or len({tuple(example(n).shape) for n in inputs}) != 1:
+    if len(inputs) > len(_SYMBOLS) or len({str(example(n).shape) for n in inputs}) != 1:
         return None
     held: dict[fx.Node, Any] = dict(zip(inputs, _SYMBOLS, strict=False))
     for node in region.graph.nodes:
@@ -186,7 +186,7 @@ def _check_associative(
     with without_modes(), torch.no_grad():
         for draw in _draws():
             x, y, z = ([draw(t.shape[1:], t.dtype) for t in like] for _ in range(3))
-            fixed = [draw(t.shape, t.dtype) for t in extras]
+            fixed = [draw(t.shape, t.dtype) if isinstance(t, torch.Tensor) else _size(t) for t in extras]
             try:
                 n = len(like)
                 one = region(*region(*x, *y, *fixed)[:n], *z, *fixed)
@@ -208,15 +208,24 @@ def _draws() -> Iterator[Any]:
     made = torch.Generator().manual_seed(0)
 
     def draw(shape: Sequence[int], dtype: torch.dtype, signed: bool) -> torch.Tensor:
+        sizes = tuple(map(_size, shape))
         if dtype == torch.bool:
-            return torch.rand(tuple(shape), generator=made) > 0.5
+            return torch.rand(sizes, generator=made) > 0.5
         if not dtype.is_floating_point:
-            return torch.randint(0, 100, tuple(shape), generator=made, dtype=dtype)
+            return torch.randint(0, 100, sizes, generator=made, dtype=dtype)
         make = torch.randn if signed else torch.rand
-        return make(tuple(shape), generator=made, dtype=torch.float64)
+        return make(sizes, generator=made, dtype=torch.float64)
 
     for signed in (True, False):
         yield lambda shape, dtype, signed=signed: draw(shape, dtype, signed)
+
+
+def _size(n: Any) -> Any:
+    """A size as the number that it has in the call that is traced."""
+    if not isinstance(n, torch.SymInt):
+        return n
+    known = size_hints(n)
+    return int(n.node.expr.xreplace({s: sympy.Integer(known[str(s)]) for s in n.node.expr.free_symbols}))
 
 
 def _difference(p: torch.Tensor, q: torch.Tensor) -> str:
