@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import signal
 import statistics
 import sys
@@ -17,7 +18,8 @@ from cpu_cases import MODELS, Case, load, load_training, tensor_of
 
 Runner = Callable[[], Any]
 WAYS = ("tessel", "compile", "freeze", "eager")
-_SHORT = 0.1  # seconds of a round of calls in which each is made twice
+_SHORT = 0.1  # seconds of a round of calls below which a turn is a burst
+_BURST = 16
 
 
 def runner(way: str, case: Case) -> Runner:
@@ -69,11 +71,11 @@ def interleaved(
     most: int = 201,
     clock: Runner = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every call by ``clock``: the runners take turns, another one first in every round.
+    """Seconds of every counted call by ``clock``: the runners take turns, in an order drawn anew in every round.
 
-    Short calls are made twice in a turn and the second one counts. The first pays for what the runner before it left:
-    where eager frees its intermediate results, the C library gives their pages back to the system, and whoever
-    comes next pays for fresh ones, several times the time of a small kernel.
+    Short calls are made ``_BURST`` times in a turn, and the second half counts. The first ones pay for what the runner
+    before left in the caches and in the C library: where eager frees its intermediate results, their pages go back to
+    the system, and whoever comes next pays for fresh ones, several times the time of a small kernel.
     """
     times: dict[str, list[float]] = {way: [] for way in runners}
     names = list(runners)
@@ -82,15 +84,18 @@ def interleaved(
         for run in runners.values():
             run()
         short = time.perf_counter() - start < _SHORT
+    burst = _BURST if short else 1
+    order = random.Random(0)
     end = time.perf_counter() + seconds
     i = 0
     while i < least or (time.perf_counter() < end and i < most):
-        for way in names[i % len(names) :] + names[: i % len(names)]:
-            if short:
+        for way in order.sample(names, len(names)):
+            for call in range(burst):
+                start = clock()
                 runners[way]()
-            start = clock()
-            runners[way]()
-            times[way].append(clock() - start)
+                took = clock() - start
+                if 2 * call >= burst - 1:
+                    times[way].append(took)
         i += 1
     return times
 
