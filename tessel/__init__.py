@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .annotate import Annotations, annotate
 from .backend import name_of
 from .config import Options
 from .driver import Session, resolve_target
 from .errors import TesselError
 from .report import Report
+from .sharding.annotate import Annotations, annotate
 from .targets import TARGETS
 from .targets.mesh import Mesh
 from .wrapper import RecompileLimit, compile_function, explain_call
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from .build import Loaded
-    from .distributed import Distributed
+    from .sharding.distributed import Distributed
 
 __version__ = "0.1.0"
 __all__ = [
@@ -173,6 +173,6 @@ def distribute(
         TesselError: torch.distributed is not initialised, the world is not the mesh, an annotation does not fit
             (its file and line are named), or torch cannot capture the model as one graph.
     """
-    from .distributed import distribute as run  # what talks to other processes is not needed for anything else
+    from .sharding.distributed import distribute as run  # what talks to other processes is not needed for anything else
 
     return run(model, plan, mesh=mesh, args=args, kwargs=kwargs, annotations=annotations, train=train)

@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .cli_model import model_options, parse_options
 from .config import Options
 from .errors import TesselError, check, did_you_mean
-from .planfile import read_plan
-from .plantext import node_text
 from .report import Report
+from .sharding.plan_file import read_plan
+from .sharding.text import node_text
 from .targets import get_target
 
 __all__ = ["compile_command", "explain"]

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from .cli_model import MODEL_HELP
 from .errors import TesselError, check
-from .planfile import read_plan
-from .plantext import diff_text, findings, plan_text
+from .sharding.plan_file import read_plan
+from .sharding.text import diff_text, findings, plan_text
 
 __all__ = ["diff", "lint", "plan"]
 
@@ -47,7 +47,12 @@ def plan(
     The names of axes say what they split: dp and fsdp the batch, tp all but the batch, sp and cp the sequence; other
     names anything.
     """
-    from .planner import Request, capture_model, check_request, make_plan  # torch with it: only where it is needed
+    from .sharding.planner import (  # torch with it: only where it is needed
+        Request,
+        capture_model,
+        check_request,
+        make_plan,
+    )
     from .targets.mesh import Mesh
 
     axes = Mesh.parse(mesh)
@@ -80,7 +85,7 @@ def lint(
 ) -> None:
     """Check a plan against MODEL and against itself; exits with 1 if something is wrong."""
     from .models import load_model
-    from .planner import parameters_of
+    from .sharding.planner import parameters_of
 
     found: list[str] = []
     try:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from tessel.annotate import Annotations
 from tessel.frontend.importer import Imported
 from tessel.frontend.joint import Step
 from tessel.ir.interp import interpret
@@ -18,7 +17,8 @@ from tessel.ops import OPS
 from tessel.passes.partition import Program
 from tessel.runtime.collectives import InProcess
 from tessel.runtime.shares import assemble, share
-from tessel.spmd import Spmd
+from tessel.sharding.annotate import Annotations
+from tessel.sharding.spmd import Spmd
 from tessel.targets.mesh import Mesh
 
 Lines = Sequence[tuple[Any, ...]]

@@ -17,15 +17,15 @@ from test_partition import Layer
 from torch import nn
 
 import tessel
-from tessel.annotate import annotations_of_plan
-from tessel.distributed import Distributed, distribute
 from tessel.errors import TesselError
 from tessel.frontend.joint import capture_step
 from tessel.ops.collective import together
-from tessel.planfile import ShardingPlan
 from tessel.runtime.collectives import ProcessGroups
 from tessel.runtime.shares import share
-from tessel.spmd import lay_out
+from tessel.sharding.annotate import annotations_of_plan
+from tessel.sharding.distributed import Distributed, distribute
+from tessel.sharding.plan_file import ShardingPlan
+from tessel.sharding.spmd import lay_out
 from tessel.targets.mesh import Mesh
 
 DATA = [("shard", "inputs[0]", ("dp", None))]

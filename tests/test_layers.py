@@ -21,20 +21,15 @@ LAYERS: tuple[set[str], ...] = (
     {"ops", "targets", "quant"},
     {"tiles"},
     {"solve"},
-    {"planfile"},
-    {"plantext", "planreport"},
     {"frontend", "passes"},
     {"codegen"},
     {"runtime"},
     {"autotune"},
     {"report_html"},
     {"report"},
-    {"annotate"},
-    {"spmd"},
     {"driver"},
-    {"distributed"},
     {"backend", "build", "capture_cache", "models"},
-    {"planner"},
+    {"sharding"},
     {"wrapper"},
     {"__init__"},  # the public face
     {"cli_model"},
@@ -85,9 +80,7 @@ def _uses(node: ast.AST) -> list[str]:
         return out + ["os.environ"] * ("os.getenv" in members)
     if isinstance(node, ast.Attribute):
         text = ast.unparse(node)
-        return [w for w in ("torch.ops.aten", "os.environ") if text == w] + ["os.environ"] * (
-            text == "os.getenv"
-        )
+        return [w for w in ("torch.ops.aten", "os.environ") if text == w] + ["os.environ"] * (text == "os.getenv")
     return []
 
 

@@ -24,7 +24,7 @@ from tessel.passes.partition import Program, partition
 from tessel.passes.shard import Seed, propagate
 from tessel.runtime.collectives import InProcess
 from tessel.runtime.shares import assemble
-from tessel.spmd import Spmd, lay_out
+from tessel.sharding.spmd import Spmd, lay_out
 from tessel.targets.mesh import Mesh
 
 S = Sharding.parse

@@ -15,7 +15,7 @@ from ranks import annotations, counts, same_as_one_device
 from tessel.errors import TesselError
 from tessel.frontend.joint import Step, capture_step, tensors_of
 from tessel.models import load_model
-from tessel.spmd import Spmd, lay_out
+from tessel.sharding.spmd import Spmd, lay_out
 from tessel.targets.mesh import Mesh
 
 pytest.importorskip("transformers")

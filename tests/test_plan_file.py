@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from tessel import planner
 from tessel.cli import main
 from tessel.errors import TesselError
 from tessel.ir.sharding import Sharding
-from tessel.planfile import ShardingPlan, fingerprint_of, parse_plan, read_plan, schema
-from tessel.planner import Captured, Request, capture_model, make_plan, problem_of
+from tessel.sharding import planner
+from tessel.sharding.plan_file import ShardingPlan, fingerprint_of, parse_plan, read_plan, schema
+from tessel.sharding.planner import Captured, Request, capture_model, make_plan, problem_of
 from tessel.solve.shard_choice import Setting
 from tessel.solve.shard_price import Pricer
 from tessel.targets import get_target

@@ -17,26 +17,26 @@ from typing import Any
 
 import torch
 
-from .errors import TesselError, check
-from .frontend.capture import export_program, import_program
-from .ir.node import Builder, Graph, Value, make_input
-from .ir.sharding import Sharding
-from .ir.text import value_names
-from .ir.types import DTYPE_NAMES, TensorType
-from .models import load_model
-from .ops import OPS
-from .planfile import ShardingPlan, fingerprint_of
-from .planreport import entries_of, renamed, split_axes
-from .solve.comm import MeshAxis, axes_of
-from .solve.memory import optimizer_bytes
-from .solve.shard_choice import Setting, matches
-from .solve.shard_price import Pricer
-from .solve.shard_search import Answer, Search
-from .solve.shortage import shortage
-from .solve.transient import transient_bytes
-from .solve.units import Param, Segment, repeats, segments_of, units_of
-from .targets import Target, get_target
-from .targets.mesh import Mesh
+from ..errors import TesselError, check
+from ..frontend.capture import export_program, import_program
+from ..ir.node import Builder, Graph, Value, make_input
+from ..ir.sharding import Sharding
+from ..ir.text import value_names
+from ..ir.types import DTYPE_NAMES, TensorType
+from ..models import load_model
+from ..ops import OPS
+from ..solve.comm import MeshAxis, axes_of
+from ..solve.memory import optimizer_bytes
+from ..solve.shard_choice import Setting, matches
+from ..solve.shard_price import Pricer
+from ..solve.shard_search import Answer, Search
+from ..solve.shortage import shortage
+from ..solve.transient import transient_bytes
+from ..solve.units import Param, Segment, repeats, segments_of, units_of
+from ..targets import Target, get_target
+from ..targets.mesh import Mesh
+from .entries import entries_of, renamed, split_axes
+from .plan_file import ShardingPlan, fingerprint_of
 
 __all__ = ["Captured", "Request", "capture_model", "check_request", "make_plan"]
 

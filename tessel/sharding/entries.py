@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .ir.sharding import Sharding
-from .ir.types import DTYPE_NAMES
-from .solve.comm import P, State, Step
-from .solve.memory import Kept, kept_of
-from .solve.shard_choice import Choice
-from .solve.shard_price import Pricer, weight_sharding
-from .solve.shard_search import Answer, alternatives
-from .solve.shard_tables import Picked
-from .solve.shortage import kinds_of
-from .solve.units import Param, Segment, Tensor, Unit
+from ..ir.sharding import Sharding
+from ..ir.types import DTYPE_NAMES
+from ..solve.comm import P, State, Step
+from ..solve.memory import Kept, kept_of
+from ..solve.shard_choice import Choice
+from ..solve.shard_price import Pricer, weight_sharding
+from ..solve.shard_search import Answer, alternatives
+from ..solve.shard_tables import Picked
+from ..solve.shortage import kinds_of
+from ..solve.units import Param, Segment, Tensor, Unit
 
 __all__ = ["Entries", "entries_of", "layout_text", "renamed", "split_axes"]
 

@@ -17,22 +17,22 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
+from ..driver import Session, compile_graph
+from ..errors import TesselError, check
+from ..frontend.capture import GraphInfo
+from ..frontend.importer import Imported
+from ..frontend.joint import Output, capture_step, tensors_of
+from ..ir.interp import interpret
+from ..ir.node import Graph
+from ..ir.sharding import Sharding
+from ..ops.collective import Communicator, communicating
+from ..passes.partition import Program
+from ..runtime.collectives import ProcessGroups
+from ..runtime.shares import share
+from ..targets.mesh import Mesh
 from .annotate import Annotations, annotations_of, annotations_of_plan
-from .driver import Session, compile_graph
-from .errors import TesselError, check
-from .frontend.capture import GraphInfo
-from .frontend.importer import Imported
-from .frontend.joint import Output, capture_step, tensors_of
-from .ir.interp import interpret
-from .ir.node import Graph
-from .ir.sharding import Sharding
-from .ops.collective import Communicator, communicating
-from .passes.partition import Program
-from .planfile import ShardingPlan
-from .runtime.collectives import ProcessGroups
-from .runtime.shares import share
+from .plan_file import ShardingPlan
 from .spmd import Spmd, lay_out
-from .targets.mesh import Mesh
 
 Run = Callable[[list[Any]], Sequence[Any]]
 How = Literal["compiled", "interpreted"]
@@ -74,7 +74,9 @@ def distribute(
         ranks = [x.dim() for x in tensors_of(args, kwargs or {})]
         annotations = annotations_of_plan(plan, model, ranks)
     elif plan is not None:
-        raise TesselError(f"distribute: a plan is a ShardingPlan (tessel.planfile.read_plan) or an Spmd, not {plan!r}")
+        raise TesselError(
+            f"distribute: a plan is a ShardingPlan (tessel.sharding.plan_file.read_plan) or an Spmd, not {plan!r}"
+        )
     check(mesh is not None, lambda: "distribute: give a plan, or a mesh as mesh=tessel.Mesh({'dp': 2})")
     assert mesh is not None
     said = annotations if annotations is not None else annotations_of(model)

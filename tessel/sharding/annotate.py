@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from .errors import TesselError, check, did_you_mean
-from .ir.node import Graph, Node, Value
-from .ir.sharding import AXIS, Sharding
-from .ir.types import Loc, TensorType
-from .passes._layouts import Seed
-from .planfile import ShardingPlan
+from ..errors import TesselError, check, did_you_mean
+from ..ir.node import Graph, Node, Value
+from ..ir.sharding import AXIS, Sharding
+from ..ir.types import Loc, TensorType
+from ..passes._layouts import Seed
+from .plan_file import ShardingPlan
 
 Spec = Sequence[Any]
 _INPUT = re.compile(r"inputs\[(\d+)\]\Z")

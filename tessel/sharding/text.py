@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
-from .errors import TesselError, did_you_mean
-from .ir.sharding import Sharding
-from .planfile import ShardingPlan
+from ..errors import TesselError, did_you_mean
+from ..ir.sharding import Sharding
+from .plan_file import ShardingPlan
 
 __all__ = ["diff_text", "findings", "node_text", "plan_text"]
 

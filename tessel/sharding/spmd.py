@@ -10,21 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ..errors import TesselError, did_you_mean
+from ..frontend.importer import Imported
+from ..frontend.joint import Step
+from ..ir.node import Builder, Graph, Node, Value, make_input, map_values
+from ..ir.sharding import Sharding
+from ..ir.types import TensorType
+from ..ops import OPS
+from ..passes._draws import draw_apart
+from ..passes._factors import Split
+from ..passes._reshard import Price
+from ..passes.partition import Collective, Program, partition
+from ..passes.pipeline import BEFORE_SHARD, run_pipeline
+from ..passes.shard import Seed, propagate
+from ..targets.mesh import Mesh
 from .annotate import Annotations, seeds
-from .errors import TesselError, did_you_mean
-from .frontend.importer import Imported
-from .frontend.joint import Step
-from .ir.node import Builder, Graph, Node, Value, make_input, map_values
-from .ir.sharding import Sharding
-from .ir.types import TensorType
-from .ops import OPS
-from .passes._draws import draw_apart
-from .passes._factors import Split
-from .passes._reshard import Price
-from .passes.partition import Collective, Program, partition
-from .passes.pipeline import BEFORE_SHARD, run_pipeline
-from .passes.shard import Seed, propagate
-from .targets.mesh import Mesh
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     plan = read_plan("plan.json")             # refuses what is damaged, hostile or contradicts itself
     plan.check_model(fingerprint, world=8)    # refuses another model or another number of devices
 
-The schema is ``tessel/solve/plan_schema.json``. Nothing in a plan is ever run.
+The schema is ``tessel/sharding/plan_schema.json``. Nothing in a plan is ever run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .errors import TesselError, check, did_you_mean
-from .ir.sharding import Sharding
+from ..errors import TesselError, check, did_you_mean
+from ..ir.sharding import Sharding
 
 __all__ = ["ShardingPlan", "fingerprint_of", "parse_plan", "read_plan", "schema"]
 
@@ -36,7 +36,7 @@ _TYPES: Mapping[str, Any] = {
 @cache
 def schema() -> dict[str, Any]:
     """The published JSON Schema of a plan."""
-    return json.loads((files("tessel") / "solve/plan_schema.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return json.loads((files("tessel") / "sharding/plan_schema.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def fingerprint_of(parameters: Iterable[tuple[str, Sequence[int], str]], structure: str = "") -> str:
