@@ -321,6 +321,29 @@ def test_hidden_blocks_and_other_conditions() -> None:
     agree(attend(kernels[4], ins), ins, i - j < 50, causal=True, offset=20)
 
 
+def test_blocks_that_an_added_mask_hides_are_not_read() -> None:
+    """A floating mask says by -inf which keys are hidden: what lies in blocks that nobody sees cannot matter."""
+    m = n = 600
+    kernels = compiled(
+        [
+            program("added", (1, 2, m, 16), n, 2, 16, mask=(1, 1, m, n), mask_dtype=torch.float32),
+            program("own", (1, 2, m, 16), n, 2, 16, mask=(1, 2, m, n), mask_dtype=torch.bfloat16, causal=True),
+            program("few", (1, 2, 3, 16), n, 2, 16, mask=(1, 1, 3, n), mask_dtype=torch.float32, cap=5.0),
+        ]
+    )
+    for kernel, (rows, shape, dtype) in zip(
+        kernels, ((m, (1, 1), torch.float32), (m, (1, 2), torch.bfloat16), (3, (1, 1), torch.float32)), strict=True
+    ):
+        ins = operands(1, 2, 2, rows, n, 16, 16, torch.float32)
+        seen = (torch.arange(n) < 256).expand(rows, n)
+        mask = torch.randn(*shape, rows, n).to(dtype).masked_fill(~seen, -math.inf)
+        causal, cap = kernel is kernels[1], 5.0 if rows == 3 else None
+        for x in ins[1:]:
+            x[:, :, 256:] = math.nan
+        got = attend(kernel, [*ins, mask])
+        agree(got, [torch.nan_to_num(x) for x in ins], bias=mask, causal=causal, cap=cap)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_windows_and_sinks(dtype: torch.dtype) -> None:
     """Windows to one side and to both, which skip what lies before them; sinks, also of rows that see nothing."""

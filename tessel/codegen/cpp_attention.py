@@ -3,9 +3,9 @@
     softmax(edit(q k^T * scale)) v    scores never leave a block of a few rows and keys
 
 The kernel gives small functions: where a row of queries, keys or values lies (or how it is computed, once, when it is
-packed), which keys a row may see, how scores are edited, the sink of a row, how a row of the result is stored. A
-condition around the scores (``where(seen, score, -inf)``, from a mask in memory or from indices) is told apart from
-other edits, so that blocks of keys that no row of a block sees are skipped before their scores are computed; keys that
+packed), which keys a row may see, how scores are edited, the sink of a row, how a row of the result is stored. What
+hides keys, a condition around the scores or -inf in what is added to them (``tiles/hidden.py``), is asked before other
+edits, so that blocks of keys that no row of a block sees are skipped before their scores are computed; keys that
 ``causal`` and ``window`` hide are not even looked at. Two forms:
 
     tiled   blocks of queries against packed blocks of keys and values
@@ -28,8 +28,9 @@ from ..errors import TesselError, check
 from ..ir.types import Dim, product
 from ..tiles.default import batch_axes
 from ..tiles.header import TEMPLATES, environment
+from ..tiles.hidden import closure, hidden
 from ..tiles.index import Index, exact_div, linearize, var
-from ..tiles.kernel import ACC, LSE, Axis, Compute, Kernel, Load, Ref, Stmt, Store, indices_of, refs
+from ..tiles.kernel import ACC, LSE, Axis, Kernel, Load, Ref, Stmt, Store, indices_of
 from .cpp_expr import Dims, Emitter
 from .cpp_space import Space
 from .cpp_text import points, simd
@@ -124,20 +125,6 @@ def _group(kernel: Kernel, head: Axis) -> Dim:
     return group if exact_div(head.extent, group) is not None else 1
 
 
-def _closure(stmts: tuple[Stmt, ...], roots: Iterable[int]) -> tuple[list[Stmt], bool]:
-    """The statements that values need, in order, and whether the score is among what they read."""
-    made = {s.out: s for s in stmts if hasattr(s, "out")}
-    wanted: set[int] = set()
-    stack = list(roots)
-    while stack:
-        n = stack.pop()
-        if n not in wanted:
-            wanted.add(n)
-            stack += refs(made[n]) if n in made else []
-    checks = [s for s in stmts if not hasattr(s, "out") and any(n in wanted for n in refs(s))]
-    return [s for s in stmts if getattr(s, "out", None) in wanted or s in checks], ACC in wanted
-
-
 class Writer:
     """Writes the parts of one kernel."""
 
@@ -152,6 +139,8 @@ class Writer:
         self.known = [a.name for a in self.at.batches]
         self.row = [f"const i64 member = row / {size_text(self.m)}, m = row % {size_text(self.m)};"]
         rows = product((self.at.group, self.m))
+        self.hidden = hidden(kernel)
+        check(isinstance(self.hidden.value, Ref), lambda: f"{kernel.name}: the scores are a constant")
         self.few = rows if self.few_rows and isinstance(rows, int) and rows <= _FEW else None
         provided = kernel.provides["q"]
         assert isinstance(provided, Ref)
@@ -281,35 +270,19 @@ class Writer:
 
     # ------------------------------------------------------------ scores
 
-    def _peeled(self) -> tuple[list[tuple[int, bool]], Any]:
-        """The conditions around the scores, each with what it must be, and the score where all hold."""
-        stmts = self.kernel.parts.get("score", ())
-        made = {s.out: s for s in stmts if hasattr(s, "out")}
-        value = self.kernel.provides.get("score", Ref(ACC))
-        conds: list[tuple[int, bool]] = []
-        while isinstance(value, Ref):
-            peeled = _condition(made.get(value.number), stmts)
-            if peeled is None:
-                break
-            conds.append(peeled[:2])
-            value = peeled[2]
-        check(isinstance(value, Ref), lambda: f"{self.kernel.name}: the scores are a constant")
-        return conds, value
-
     def edits(self) -> tuple[list[Stmt], Any]:
         """The statements that edit a score, conditions around it left out, and the edited score."""
-        _, value = self._peeled()
-        return _closure(self.kernel.parts.get("score", ()), [value.number])[0], value
+        value = self.hidden.value
+        return closure(self.kernel.parts.get("score", ()), [value.number])[0], value
 
     def _scores(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None, bool]:
         """What says which keys are seen, what else edits the scores, and whether the first varies along the rows."""
-        conds, value = self._peeled()
-        seen, rows = self._seen(self.kernel.parts["score"], conds) if conds else (None, False)
-        if value == Ref(ACC):
+        seen, rows = self._seen() if self.hidden.conds else (None, False)
+        if self.hidden.value == Ref(ACC):
             return seen, None, rows
         e = self._score_emitter()
         e.values[ACC] = "to[n - n0]", frozenset({"n"}), torch.float32
-        text, dims = self._written(e, self.edits()[0], value)
+        text, dims = self._written(e, *self.edits())
         e.line(f"to[n - n0] = {text};", dims | {"n"})
         return seen, self._loop(e), rows
 
@@ -320,14 +293,13 @@ class Writer:
         text, dims, dtype = e.values[value.number]
         return (text if value_type(dtype) == "float" else cast(text, dtype, torch.float32)), dims
 
-    def _seen(self, stmts: tuple[Stmt, ...], conds: list[tuple[int, bool]]) -> tuple[dict[str, Any], bool]:
+    def _seen(self) -> tuple[dict[str, Any], bool]:
         e = self._score_emitter()
-        needed, _ = _closure(stmts, [n for n, _ in conds])
-        for s in needed:
+        for s in self.hidden.stmts:
             e.emit(s)
         texts: list[str] = []
         varies: Dims = frozenset()
-        for n, wanted in conds:
+        for n, wanted in self.hidden.conds:
             text, dims, _ = e.values[n]
             texts.append(text if wanted else f"!{text}")
             varies |= dims
@@ -357,20 +329,6 @@ class Writer:
             if not isinstance(s, Store) or s.arg in values:
                 e.emit(s)
         return {**self._loop(e), "where": [*self.batch, *(self.row if "m" in known else ())]}
-
-
-def _condition(stmt: Stmt | None, stmts: tuple[Stmt, ...]) -> tuple[int, bool, Any] | None:
-    """A score that is -inf where a condition fails: the condition, what it must be, and the score where it holds."""
-    if not isinstance(stmt, Compute) or stmt.op != "where":
-        return None
-    test, yes, no = stmt.args
-    if not isinstance(test, Ref) or _closure(stmts, [test.number])[1]:
-        return None
-    if no == -math.inf and isinstance(yes, Ref):
-        return test.number, True, yes
-    if yes == -math.inf and isinstance(no, Ref):
-        return test.number, False, no
-    return None
 
 
 def _flag(x: object) -> str:
