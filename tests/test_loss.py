@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 
 import tessel
 from tessel.ops.loss import linear_cross_entropy_backward_ref, linear_cross_entropy_ref
-from tessel.runtime.loss_cpu import LossKernels, loss_kernels
+from tessel.runtime import loss_cpu as kernels
 
 # Relative to the largest element: sums of a few hundred products, and what rounding a result adds.
 BOUND = {torch.float32: 5e-6, torch.bfloat16: 1.2e-2}
-
-
-@pytest.fixture(scope="module")
-def kernels() -> LossKernels:
-    got = loss_kernels()
-    assert isinstance(got, LossKernels), got
-    return got
 
 
 def dtypes() -> list[torch.dtype]:
@@ -49,7 +42,7 @@ def near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, what: str) -
     assert error <= BOUND[dtype], f"{what}: {error}"
 
 
-def compare(kernels: LossKernels, dtype: torch.dtype, operands: list[Any], ignore: int, s: float, cap: float) -> None:
+def compare(dtype: torch.dtype, operands: list[Any], ignore: int, s: float, cap: float) -> None:
     """Kernel and reference against autograd in float64, elementwise."""
     wide = [None if t is None else t.double().requires_grad_() for t in operands[:3]]
     target = operands[3]
@@ -81,7 +74,6 @@ def compare(kernels: LossKernels, dtype: torch.dtype, operands: list[Any], ignor
     ],
 )
 def test_sizes(
-    kernels: LossKernels,
     dtype: torch.dtype,
     n: int,
     k: int,
@@ -96,7 +88,7 @@ def test_sizes(
     target[1::4] = ignore
     operands = [torch.randn(n, k), torch.randn(v, k) / k**0.5, torch.randn(v) if bias else None]
     operands = [None if t is None else t.to(dtype) for t in operands]
-    compare(kernels, dtype, [*operands, target], ignore, smoothing, cap)
+    compare(dtype, [*operands, target], ignore, smoothing, cap)
 
 
 @settings(max_examples=25, deadline=None)
@@ -111,17 +103,15 @@ def test_sizes(
     strided=st.booleans(),
 )
 def test_shapes(n: int, k: int, v: int, ignored: str, bias: bool, smoothing: float, cap: float, strided: bool) -> None:
-    kernels = loss_kernels()
-    assert isinstance(kernels, LossKernels)
     torch.manual_seed(n * 1000 + k)
     target = torch.randint(0, v, (n,))
     target[{"none": slice(0, 0), "some": slice(0, n, 2), "all": slice(0, n)}[ignored]] = -100
     x = torch.randn(n, 2 * k)[:, :k] if strided else torch.randn(n, k)
     operands = [x, torch.randn(v, k), torch.randn(v) if bias else None, target]
-    compare(kernels, torch.float32, operands, -100, smoothing, cap)
+    compare(torch.float32, operands, -100, smoothing, cap)
 
 
-def test_numbers_that_are_none(kernels: LossKernels) -> None:
+def test_numbers_that_are_none() -> None:
     """NaN and infinities of logits give what eager gives; threads change no bit."""
     torch.manual_seed(0)
     x, weight, target = torch.randn(6, 8), torch.randn(5000, 8), torch.randint(0, 5000, (6,))
@@ -139,7 +129,7 @@ def test_numbers_that_are_none(kernels: LossKernels) -> None:
     torch.testing.assert_close(one[0], got, rtol=0, atol=0, equal_nan=True)
 
 
-def test_pieces_of_the_vocabulary(kernels: LossKernels) -> None:
+def test_pieces_of_the_vocabulary() -> None:
     """What a mesh that splits the classes runs: partial results merge into the whole."""
     from tessel.ops.combine import Part, combine
 

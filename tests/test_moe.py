@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import tessel
 from tessel.ops.experts import ACTS, experts_backward_ref, experts_ref
-from tessel.runtime.experts_cpu import ExpertKernels, experts_kernels
+from tessel.runtime import experts_cpu as kernels
 
 BOUND = {torch.float32: 5e-6, torch.bfloat16: 1.5e-2}
 
@@ -64,8 +64,6 @@ def near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, what: str) -
 
 def compare(operands: list[Any], attrs: dict[str, Any], dtype: torch.dtype) -> None:
     """Kernel and reference, forward and backward, against autograd in float64."""
-    kernels = experts_kernels()
-    assert isinstance(kernels, ExpertKernels), kernels
     floating = [isinstance(t, torch.Tensor) and t.is_floating_point() for t in operands]
     wide = [t.double().requires_grad_() if f else t for t, f in zip(operands, floating, strict=True)]
     want = by_definition(wide, attrs)
@@ -122,8 +120,6 @@ def test_shapes(t: int, h: int, e: int, i: int, c: int, bias: bool, turned: bool
 def test_pieces_of_the_experts_add_up() -> None:
     """What a mesh that splits the experts runs; a number of no expert adds nothing."""
     torch.manual_seed(0)
-    kernels = experts_kernels()
-    assert isinstance(kernels, ExpertKernels)
     x, gate_up, _, down, _, index, scale = layer(11, 8, 6, 5, 8, 2, False, False, torch.float32)
     assert gate_up is not None and down is not None and index is not None
     index[3, 1] = 6  # transformers marks a slot that another device has by this
@@ -137,8 +133,6 @@ def test_pieces_of_the_experts_add_up() -> None:
 
 def test_threads_change_no_bit() -> None:
     torch.manual_seed(0)
-    kernels = experts_kernels()
-    assert isinstance(kernels, ExpertKernels)
     operands = layer(64, 48, 5, 100, 48, 2, True, False, torch.float32)
     threads = torch.get_num_threads()
     got = []

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ..targets import get_target
 from ..tiles.header import TEMPLATES
 from . import cpp_matmul
-from .cpp_gemm import multiplies_bf16
 
 __all__ = ["experts_unit", "headers", "loss_unit"]
 
+_TYPES = {"f32": "float", "bf16": "u16"}
 _EXTERN = 'extern "C" __attribute__((visibility("default")))'
 
 
@@ -29,59 +28,56 @@ def unit(name: str, lines: Collection[str]) -> str:
     return "\n".join([*(f'#include "{f}"' for f in files), "using namespace tessel;", *lines]) + "\n"
 
 
-def element_types() -> list[tuple[str, str]]:
-    """Names and C++ types of what these kernels multiply on this CPU."""
-    half = multiplies_bf16(get_target("cpu").features)
-    return [("f32", "float"), *([("bf16", "u16")] if half else [])]
-
-
-def loss_unit() -> str:
-    """``loss_<type>`` and ``loss_backward_<type>``: ``int f(const i64* args, const double* numbers, i64 threads)``.
+def loss_unit(function: str) -> str:
+    """One of ``loss[_backward]_<type>``: ``int f(const i64* args, const double* numbers, i64 threads)``.
 
     The arguments are addresses and sizes in the order of ``loss::forward`` and ``loss::backward``, then offset, total,
-    ignored target, and the address where a wrong target is put; the numbers are smoothing and soft cap.
+    ignored target, and the address where a wrong target is put; the numbers are smoothing and soft cap. A unit has one
+    function, because a model often needs no other and each takes the compiler seconds.
     """
-    lines = []
-    for name, t in element_types():
-        lines += [
-            f"{_EXTERN} int loss_{name}(const i64* a, const double* f, i64 threads) {{",
+    kind, name = function.rsplit("_", 1)
+    t = _TYPES[name]
+    if kind == "loss":
+        body = [
             f"  return loss::forward<{t}>((const {t}*)a[0], a[1], (const {t}*)a[2], a[3], (const {t}*)a[4],",
             "      (const i64*)a[5], (float*)a[6], (float*)a[7], a[8], a[9], a[10],",
             "      {a[11], a[12], a[13], (float)f[0], (float)f[1]}, (i64*)a[14], threads);",
-            "}",
-            f"{_EXTERN} int loss_backward_{name}(const i64* a, const double* f, i64 threads) {{",
+        ]
+    else:
+        body = [
             f"  return loss::backward<{t}>((const float*)a[0], (const {t}*)a[1], a[2], (const {t}*)a[3], a[4],",
             f"      (const {t}*)a[5], (const i64*)a[6], (const float*)a[7], ({t}*)a[8], ({t}*)a[9], ({t}*)a[10],",
             "      a[11], a[12], a[13], {a[14], a[15], a[16], (float)f[0], (float)f[1]}, (i64*)a[17], threads);",
-            "}",
         ]
-    return unit("loss", lines)
+    return unit("loss", [_head(function), *body, "}"])
 
 
-def experts_unit() -> str:
-    """``experts_<type>_<order>`` and ``experts_backward_<type>_<order>``: arguments and numbers as in ``loss_unit``.
+def experts_unit(function: str) -> str:
+    """One of ``experts[_backward]_<type>_<order>``, called as in ``loss_unit``.
 
     The arguments are the fields of ``experts::Layer`` up to ``interleaved`` and the activation's number, then the
     addresses of what ``experts::forward`` and ``experts::backward`` take after it; the numbers are alpha and limit.
     ``nk``: matrices [e, 2i, h] and [e, o, i]; ``kn``: [e, h, 2i] and [e, i, o].
     """
-    lines = []
-    for name, t in element_types():
-        pointers = ", ".join(f"(const {t}*)a[{i}]" for i in range(5))
-        sizes = ", ".join(f"a[{i}]" for i in range(7, 15))
-        layer = f"const experts::Layer<{t}> layer = {{{pointers}, (const i64*)a[5], (const float*)a[6],"
-        for order, turned in (("nk", "false"), ("kn", "true")):
-            head = [f"  {layer}", f"      {sizes}, {{a[15], (float)f[0], (float)f[1]}}}};"]
-            grads = ", ".join(f"({t}*)a[{i}]" for i in range(18, 23))
-            lines += [
-                f"{_EXTERN} int experts_{name}_{order}(const i64* a, const double* f, i64 threads) {{",
-                *head,
-                f"  return experts::forward<{t}, {turned}>(layer, ({t}*)a[16], ({t}*)a[17], threads);",
-                "}",
-                f"{_EXTERN} int experts_backward_{name}_{order}(const i64* a, const double* f, i64 threads) {{",
-                *head,
-                f"  return experts::backward<{t}, {turned}>(layer, (const {t}*)a[16], (const {t}*)a[17],",
-                f"      {grads}, (float*)a[23], threads);",
-                "}",
-            ]
-    return unit("experts", lines)
+    kind, name, order = function.rsplit("_", 2)
+    t, turned = _TYPES[name], {"nk": "false", "kn": "true"}[order]
+    pointers = ", ".join(f"(const {t}*)a[{i}]" for i in range(5))
+    sizes = ", ".join(f"a[{i}]" for i in range(7, 15))
+    head = [
+        _head(function),
+        f"  const experts::Layer<{t}> layer = {{{pointers}, (const i64*)a[5], (const float*)a[6],",
+        f"      {sizes}, {{a[15], (float)f[0], (float)f[1]}}}};",
+    ]
+    if kind == "experts":
+        body = [f"  return experts::forward<{t}, {turned}>(layer, ({t}*)a[16], ({t}*)a[17], threads);"]
+    else:
+        grads = ", ".join(f"({t}*)a[{i}]" for i in range(18, 23))
+        body = [
+            f"  return experts::backward<{t}, {turned}>(layer, (const {t}*)a[16], (const {t}*)a[17],",
+            f"      {grads}, (float*)a[23], threads);",
+        ]
+    return unit("experts", [*head, *body, "}"])
+
+
+def _head(function: str) -> str:
+    return f"{_EXTERN} int {function}(const i64* a, const double* f, i64 threads) {{"

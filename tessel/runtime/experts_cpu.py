@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from ..codegen.cpp_whole import experts_unit, headers
-from ..errors import TesselError
 from ..ops.experts import ACTS
 from .native import build, stop
 
-__all__ = ["ExpertKernels", "experts_kernels"]
+__all__ = ["backward", "forward", "prepare"]
 
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _ACT_NUMBERS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "limited": 4}
@@ -27,81 +26,85 @@ def _address(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-class ExpertKernels:
-    """Both kernels, compiled: called as the references of the operators are.
+@cache
+def _function(name: str) -> Any:
+    """The compiled function ``name`` of ``experts_unit``; TesselError when it cannot be compiled here."""
+    return build(experts_unit(name), headers("experts"))[0][name]
+
+
+def _name(kind: str, dtype: torch.dtype, turned: bool) -> str:
+    return f"{kind}_{_NAMES[dtype]}_{'kn' if turned else 'nk'}"
+
+
+def prepare(kind: str, dtype: torch.dtype, turned: bool = False) -> None:
+    """Compile what the operator ``kind`` needs, before it is called.
 
     Raises:
-        TesselError: they cannot be compiled here.
+        TesselError: it cannot be compiled here.
     """
+    _function(_name(kind, dtype, turned))
 
-    def __init__(self) -> None:
-        self.library, _ = build(experts_unit(), headers("experts"))
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        gate_up: torch.Tensor,
-        gate_up_bias: torch.Tensor | None,
-        down: torch.Tensor,
-        down_bias: torch.Tensor | None,
-        index: torch.Tensor,
-        scale: torch.Tensor,
-        keep: bool = False,
-        **attrs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``experts_ref``."""
-        operands = _dense(x, gate_up, gate_up_bias, down, down_bias, index, scale)
-        sizes = _sizes(operands, attrs)
-        tokens, choices, _, _, inner, out_width = sizes[:6]
-        out = x.new_empty((tokens, out_width))
-        pre = x.new_empty((tokens * choices, 2 * inner) if keep else (0,))
-        if tokens * choices == 0 or not sizes[2]:
-            return out.zero_(), pre.zero_()
-        self._run("experts", operands, sizes, attrs, (out.data_ptr(), _address(pre if keep else None)))
-        return out, pre
+def forward(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    index: torch.Tensor,
+    scale: torch.Tensor,
+    keep: bool = False,
+    **attrs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``experts_ref``."""
+    operands = _dense(x, gate_up, gate_up_bias, down, down_bias, index, scale)
+    sizes = _sizes(operands, attrs)
+    tokens, choices, _, _, inner, out_width = sizes[:6]
+    out = x.new_empty((tokens, out_width))
+    pre = x.new_empty((tokens * choices, 2 * inner) if keep else (0,))
+    if tokens * choices == 0 or not sizes[2]:
+        return out.zero_(), pre.zero_()
+    _run("experts", operands, sizes, attrs, (out.data_ptr(), _address(pre if keep else None)))
+    return out, pre
 
-    def backward(
-        self,
-        grad: torch.Tensor,
-        x: torch.Tensor,
-        gate_up: torch.Tensor,
-        gate_up_bias: torch.Tensor | None,
-        down: torch.Tensor,
-        down_bias: torch.Tensor | None,
-        index: torch.Tensor,
-        scale: torch.Tensor,
-        pre: torch.Tensor,
-        wanted: tuple[bool, bool, bool] = (True, True, True),
-        **attrs: Any,
-    ) -> tuple[torch.Tensor, ...]:
-        """See ``experts_backward_ref``."""
-        operands = _dense(x, gate_up, gate_up_bias, down, down_bias, index, scale)
-        sizes = _sizes(operands, attrs)
-        wants = (wanted[0], *(wanted[1],) * 4, wanted[2])
-        like = (*operands[:5], operands[6])
-        made = [None if t is None or not w else torch.empty_like(t) for t, w in zip(like, wants, strict=True)]
-        if index.numel() == 0 or not sizes[2]:
-            made = [None if t is None else t.zero_() for t in made]
-        else:
-            grad, pre = grad.contiguous(), pre.contiguous()
-            self._run(
-                "experts_backward", operands, sizes, attrs, (grad.data_ptr(), pre.data_ptr(), *map(_address, made))
-            )
-        dscale = made.pop()
-        results = [x.new_empty(0) if t is None else t for t in made]
-        return *results, scale.new_empty(0) if dscale is None else dscale.to(scale.dtype)
 
-    def _run(
-        self, name: str, operands: Operands, sizes: tuple[int, ...], attrs: dict[str, Any], more: tuple[int, ...]
-    ) -> None:
-        order = "kn" if attrs.get("turned") else "nk"
-        fn = self.library[f"{name}_{_NAMES[operands[0].dtype]}_{order}"]
-        fn.argtypes, fn.restype = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64], ctypes.c_int
-        args = (*map(_address, operands), *sizes, _ACT_NUMBERS[attrs.get("act", "silu")], *more)
-        numbers = struct.pack("2d", attrs.get("alpha", 1.0), attrs.get("limit", 0.0))
-        bad = fn(struct.pack(f"{len(args)}q", *args), numbers, torch.get_num_threads())
-        if bad:
-            stop(bad)
+def backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    index: torch.Tensor,
+    scale: torch.Tensor,
+    pre: torch.Tensor,
+    wanted: tuple[bool, bool, bool] = (True, True, True),
+    **attrs: Any,
+) -> tuple[torch.Tensor, ...]:
+    """See ``experts_backward_ref``."""
+    operands = _dense(x, gate_up, gate_up_bias, down, down_bias, index, scale)
+    sizes = _sizes(operands, attrs)
+    wants = (wanted[0], *(wanted[1],) * 4, wanted[2])
+    like = (*operands[:5], operands[6])
+    made = [None if t is None or not w else torch.empty_like(t) for t, w in zip(like, wants, strict=True)]
+    if index.numel() == 0 or not sizes[2]:
+        made = [None if t is None else t.zero_() for t in made]
+    else:
+        grad, pre = grad.contiguous(), pre.contiguous()
+        _run("experts_backward", operands, sizes, attrs, (grad.data_ptr(), pre.data_ptr(), *map(_address, made)))
+    dscale = made.pop()
+    results = [x.new_empty(0) if t is None else t for t in made]
+    return *results, scale.new_empty(0) if dscale is None else dscale.to(scale.dtype)
+
+
+def _run(name: str, operands: Operands, sizes: tuple[int, ...], attrs: dict[str, Any], more: tuple[int, ...]) -> None:
+    fn = _function(_name(name, operands[0].dtype, bool(attrs.get("turned"))))
+    fn.argtypes, fn.restype = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64], ctypes.c_int
+    args = (*map(_address, operands), *sizes, _ACT_NUMBERS[attrs.get("act", "silu")], *more)
+    numbers = struct.pack("2d", attrs.get("alpha", 1.0), attrs.get("limit", 0.0))
+    bad = fn(struct.pack(f"{len(args)}q", *args), numbers, torch.get_num_threads())
+    if bad:
+        stop(bad)
 
 
 def _dense(*operands: Any) -> Operands:
@@ -115,12 +118,3 @@ def _sizes(operands: Operands, attrs: dict[str, Any]) -> tuple[int, ...]:
     inner, out = down.shape[1:] if attrs.get("turned") else down.shape[:0:-1]
     interleaved = int(attrs.get("interleaved", False))
     return (*index.shape, down.shape[0], x.shape[1], inner, out, attrs.get("offset", 0), interleaved)
-
-
-@cache
-def experts_kernels() -> ExpertKernels | str:
-    """The kernels, or why there are none."""
-    try:
-        return ExpertKernels()
-    except TesselError as e:
-        return str(e)

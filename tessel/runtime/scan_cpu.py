@@ -9,10 +9,9 @@ from functools import cache
 import torch
 
 from ..codegen.cpp_selective import STEPS, headers, selective_unit
-from ..errors import TesselError
 from .native import build, stop
 
-__all__ = ["SelectiveScan", "selective_kernels"]
+__all__ = ["backward", "prepare"]
 
 
 class SelectiveScan:
@@ -57,10 +56,18 @@ class SelectiveScan:
         return dw, ddt, da.t(), *((x[0] if threads == 1 else x.sum(0)) for x in (db, dc))
 
 
-@cache
-def selective_kernels() -> SelectiveScan | str:
-    """The kernel, or why there is none."""
-    try:
-        return SelectiveScan()
-    except TesselError as e:
-        return str(e)
+_kernel = cache(SelectiveScan)
+
+
+def prepare(kind: str, dtype: torch.dtype, turned: bool = False) -> None:
+    """Compile the kernel (there is one) before it is called.
+
+    Raises:
+        TesselError: it cannot be compiled here.
+    """
+    _kernel()
+
+
+def backward(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """See ``selective_scan_backward_ref``; float32."""
+    return _kernel().backward(*operands)

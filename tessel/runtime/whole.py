@@ -14,22 +14,19 @@ from typing import Any
 
 import torch
 
+from ..errors import TesselError
 from ..ir.node import Node
 from ..targets import Target
-from .experts_cpu import experts_kernels
+from . import experts_cpu, loss_cpu, scan_cpu
 from .fused_gpu import GpuExperts, GpuLoss
-from .loss_cpu import loss_kernels
 from .matmul_cpu import by_library
-from .scan_cpu import selective_kernels
 
 __all__ = ["WHOLE", "whole"]
 
-_MAKERS = {
-    "linear_cross_entropy": loss_kernels,
-    "experts": experts_kernels,
-    "selective_scan": selective_kernels,  # the forward is opened, and fused by the fuse pass
+_NAMES = ("linear_cross_entropy", "experts", "selective_scan")
+WHOLE = frozenset(f"{name}{suffix}" for name in _NAMES for suffix in ("", "_backward")) - {
+    "selective_scan"  # opened, and fused by the fuse pass
 }
-WHOLE = frozenset(f"{name}{suffix}" for name in _MAKERS for suffix in ("", "_backward")) - {"selective_scan"}
 _WHAT = {
     "linear_cross_entropy": "Tessel's kernel: logits are never written",
     "experts": "Tessel's kernel: all experts of a layer at once",
@@ -70,9 +67,21 @@ def whole(
     if node.op.name == "selective_scan_backward" and dtype != torch.float32:
         why = "only float32 has a kernel"
     why = why or by_library(node, features, wanted)
+    run = None
     if why is None:
-        kernels: Any = _MAKERS[name]()
-        if not isinstance(kernels, str):
-            return (kernels.forward if name == node.op.name else kernels.backward), _WHAT[name]
-        why = kernels
+        run, why = _on_cpu(node.op.name, dtype, bool(node.attrs.get("turned")))
+    if run is not None:
+        return run, _WHAT[name]
     return None, f"its reference in torch, a chunk at a time: {why}"
+
+
+@cache
+def _on_cpu(kind: str, dtype: torch.dtype, turned: bool) -> tuple[Callable[..., Any] | None, str]:
+    """The kernel of an operator, compiled, or why it cannot be."""
+    name = kind.removesuffix("_backward")
+    kernels: Any = {"linear_cross_entropy": loss_cpu, "experts": experts_cpu, "selective_scan": scan_cpu}[name]
+    try:
+        kernels.prepare(kind, dtype, turned)
+    except TesselError as e:
+        return None, str(e)
+    return (kernels.forward if kind == name else kernels.backward), ""
