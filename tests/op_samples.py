@@ -294,6 +294,13 @@ def libraries() -> Iterator[Case]:
     scanned = (real(2, 7, 3), positive(2, 7, 3), -positive(3, 5), real(2, 7, 5), real(2, 7, 5))
     yield "selective_scan", scanned, {}
     yield "selective_scan_backward", (real(2, 7, 3), *scanned), {}
+    rules = [(None, False, True), ((2, 3, 5), True, True), ((2, 3, 5, 4), False, False), (None, True, True)]
+    for decay, beta, start in rules:
+        q, k, v = real(2, 3, 5, 4), real(2, 3, 5, 4), real(2, 3, 5, 7)
+        more = (unit(*decay) if decay else None, unit(2, 3, 5) if beta else None, real(2, 3, 4, 7) if start else None)
+        yield "linear_attention", (q, k, v, *more), {}
+        last = real(2, 3, 4, 7) if start else None
+        yield "linear_attention_backward", (real(2, 3, 5, 7), last, q, k, v, *more), {}
     conv = "convolution"
     # x, weight, bias, stride, padding, dilation, transposed, output padding, groups
     yield conv, (real(3, 4, 11), real(5, 4, 3), None, (1,), (0,), (1,), False, (0,), 1), {}

@@ -1,8 +1,9 @@
-"""The recurrences of ``scan_op`` as IR operators."""
+"""The recurrences of ``scan_op`` and ``linear_attention_op`` as IR operators."""
 
 from __future__ import annotations
 
 from ..ir.node import Value
+from .linear_attention_op import operator  # noqa: F401  (defines the operators)
 from .lower import Lowering, Table, axis, register
 
 TABLE: Table = {}
@@ -22,6 +23,16 @@ def _selective_scan(c: Lowering, *operands: Value) -> Value:
 @register(TABLE, "tessel.selective_scan_backward.default")
 def _selective_scan_backward(c: Lowering, *operands: Value) -> tuple[Value, ...]:
     return c.many("selective_scan_backward", *operands)
+
+
+@register(TABLE, "tessel.linear_attention.default")
+def _linear_attention(c: Lowering, *operands: Value | None) -> tuple[Value, ...]:
+    return c.many("linear_attention", *operands)
+
+
+@register(TABLE, "tessel.linear_attention_backward.default")
+def _linear_attention_backward(c: Lowering, *operands: Value | None) -> tuple[Value, ...]:
+    return c.many("linear_attention_backward", *operands)
 
 
 @register(TABLE, "aten.detach_copy.default")

@@ -20,6 +20,7 @@ from .generate import GENERATE
 from .index import INDEX
 from .inplace import INPLACE
 from .library import LIBRARY
+from .linear_attention import LINEAR_ATTENTION
 from .loop import LOOP
 from .loss import LOSS
 from .matmul import MATMUL
@@ -35,6 +36,7 @@ OPS = table(
     REDUCE.values(),
     SCAN.values(),
     SELECTIVE.values(),
+    LINEAR_ATTENTION.values(),
     MATMUL.values(),
     ATTENTION.values(),
     VIEW.values(),
