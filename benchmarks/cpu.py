@@ -151,7 +151,9 @@ def brief(row: Row) -> str:
     if "failed" in row:
         return f"FAILED, {row['failed']}"
     keys = [
-        k for k in row if k == "ratio" or k.endswith(("_ms", "_s", "_peak", "_failed", "part", "same_bits", "gb_s"))
+        k
+        for k in row
+        if k in ("ratio", "of_copy") or k.endswith(("_ms", "_s", "_peak", "_failed", "part", "same_bits", "gb_s"))
     ]
     return ", ".join(f"{k} {row[k]}" for k in keys)
 
@@ -239,14 +241,14 @@ def memory_table(rows: list[Row]) -> str:
 
 
 def bandwidth_table(rows: list[Row]) -> str:
-    head = ["case", "GB/s", "streaming copy, GB/s", "reading, GB/s", "part", "of reading alone"]
+    head = ["case", "GB/s", "copy, GB/s", "reading, GB/s", "the same mix, GB/s", "part of the mix", "of the copy"]
     lines = []
     for r in rows:
         rates = [
             f"{r[f'{w}_gb_s']:.1f} ±{r[f'{w}_iqr'] / 2:.0%}" if "part" in r else "failed"
-            for w in ("kernel", "copy", "read")
+            for w in ("kernel", "copy", "read", "mix")
         ]
-        lines.append([f"{r['case']} {SHORT[r['dtype']]}", *rates, _number(r, "part"), _number(r, "of_read")])
+        lines.append([f"{r['case']} {SHORT[r['dtype']]}", *rates, _number(r, "part"), _number(r, "of_copy")])
     return table(head, lines)
 
 
@@ -267,7 +269,7 @@ def report(found: dict[str, list[Row]], kinds: Sequence[str] = ("cold", "warm"))
                 if some := [r for r in rows if r["dtype"] == dtype]:
                     group(some, f"{part} {SHORT[dtype]}", "ratio")
     if rows := found.get("bandwidth"):
-        what = "bandwidth of kernels on arrays that no cache holds, and of a copy and a sum in turns"
+        what = "bandwidth of kernels on arrays that no cache holds, and of streams with nothing to compute in turns"
         text.append(f"\n{what}\n\n{bandwidth_table(rows)}\n")
         for dtype in DTYPES:
             if some := [r for r in rows if r["dtype"] == dtype]:

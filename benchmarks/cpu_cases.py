@@ -92,8 +92,14 @@ def load(name: str, dtype: torch.dtype) -> Callable[[], Case]:
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     if name in MICRO or name in BOUND:
-        fn, make = (MICRO if name in MICRO else BOUND)[name]
-        args = tuple(_cast(x, dtype) for x in make())
+        if name in MICRO:
+            fn, make = MICRO[name]
+            made = make()
+        else:
+            fn, sized = BOUND[name]
+            made = sized(2**27 // (_WIDE * dtype.itemsize))
+        args = tuple(_cast(x, dtype) for x in made)
+        del made
         return lambda: Case(fn, args)
     kind, size = MODELS[name]
     model, inputs = build(kind, size)
@@ -175,16 +181,19 @@ MICRO: dict[str, tuple[Callable[..., Any], Callable[[], tuple[torch.Tensor, ...]
     "attention causal 4x12x256x64": (_attention, lambda: tuple(_r(4, 12, 256, 64) for _ in range(3))),
 }
 
-# Memory-bound kernels on arrays that no cache holds, 128 MiB or more in float32.
-BOUND: dict[str, tuple[Callable[..., Any], Callable[[], tuple[torch.Tensor, ...]]]] = {
-    "relu and add 32768x1024": (lambda a, b: F.relu(a) + b, lambda: (_r(32768, 1024), _r(32768, 1024))),
-    "silu * gate 32768x1024": (lambda a, b: F.silu(a) * b, lambda: (_r(32768, 1024), _r(32768, 1024))),
-    "rms_norm 32768x1024": (_rms, lambda: (_r(32768, 1024), _r(1024))),
-    "sum over rows 65536x1024": (lambda x: (x * x).sum(0), lambda: (_r(65536, 1024),)),
-    "sum over columns 65536x1024": (lambda x: (x * x).sum(1), lambda: (_r(65536, 1024),)),
-    "sum of all 65536x1024": (lambda x: (x - 1).abs().sum(), lambda: (_r(65536, 1024),)),
-    "embedding sum 32768x1024": (
+# Memory-bound kernels on large arrays of 128 MiB, or of 256 MiB where only one is read, whatever their type: no cache
+# holds part of them, not even two last caches of 32 MiB of which each thread has one. Built from the rows of 1024
+# elements that 128 MiB are.
+_WIDE = 1024
+BOUND: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[torch.Tensor, ...]]]] = {
+    "relu and add": (lambda a, b: F.relu(a) + b, lambda n: (_r(n, _WIDE), _r(n, _WIDE))),
+    "silu * gate": (lambda a, b: F.silu(a) * b, lambda n: (_r(n, _WIDE), _r(n, _WIDE))),
+    "rms_norm": (_rms, lambda n: (_r(n, _WIDE), _r(_WIDE))),
+    "sum over rows": (lambda x: (x * x).sum(0), lambda n: (_r(2 * n, _WIDE),)),
+    "sum over columns": (lambda x: (x * x).sum(1), lambda n: (_r(2 * n, _WIDE),)),
+    "sum of all": (lambda x: (x - 1).abs().sum(), lambda n: (_r(2 * n, _WIDE),)),
+    "embedding sum": (
         lambda i, w, p: w[i] + p,
-        lambda: (torch.randperm(32768).view(64, 512), _r(32768, 1024), _r(512, 1024)),
+        lambda n: (torch.randperm(n).view(-1, 512), _r(n, _WIDE), _r(512, _WIDE)),
     ),
 }

@@ -240,38 +240,58 @@ def memory(way: str, name: str, dtype: torch.dtype) -> dict[str, int]:
 
 
 def bandwidth(name: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
-    """Bytes a second of a memory-bound kernel, and of a streaming copy and a sum that take turns with it.
+    """Bytes a second of a memory-bound kernel, beside streams that take turns with it; see ``cpu_streams``.
 
-    Counted are the bytes of the arguments and of the result, each once; the arrays of the copy and the sum are as large
-    as the result or the largest argument, and the copy's figure is, as in ``tessel targets --show cpu``, bytes read
-    plus written. "part" is the kernel's of the copy's, or, where hardly anything is written, of the sum's if that one
-    is higher; "of_read" is that of the sum's alone, which no such kernel can pass.
+    Counted are the bytes of the arguments and of the result, each once. The streams are whole passes over the kernel's
+    own arguments and an array like its result, timed as the kernel is: "copy" reads the largest argument and writes
+    as much, "read" only reads it, and "mix" reads and writes as many large arrays as the kernel, which for a kernel
+    that reads one and writes one is the copy. Of each, the way with the highest median counts. "part" is the kernel's
+    rate of the mix's, "of_copy" of the copy's: reading alone may be slower than a copy, by bytes a second, because a
+    memory channel that waits for requests can write meanwhile.
     """
-    from tessel.runtime.host_rates import copy_rate, read_rate
+    from cpu_streams import streams
 
     with torch.no_grad():
         case = load(name, dtype)()
         run = runner("tessel", case)
-        written = run().nbytes
-        moved = written + sum(t.nbytes for t in case.args)
-        largest, threads = max(t.nbytes for t in case.args), torch.get_num_threads()
-        rates: dict[str, list[float]] = {"kernel": [], "copy": [], "read": []}
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(rates["copy"]) < 7:
+        out = run()
+        large = max(t.nbytes for t in case.args)
+        reads = [t for t in case.args if t.nbytes == large]
+        like = reads[0]
+        writes = out.nbytes == large
+        moved = out.nbytes + sum(t.nbytes for t in case.args)
+        ways = {"copy": (streams(reads[:1], like), 2 * large), "read": (streams(reads[:1], None), large)}
+        if len(reads) > 1:
+            ways["mix"] = streams(reads, like if writes else None), (len(reads) + writes) * large
+        calls: dict[tuple[str, str], tuple[Runner, int]] = {("kernel", ""): (run, moved)}
+        calls |= {(kind, way): (f, n) for kind, (found, n) in ways.items() for way, f in found.items()}
+        del out
+        rates = _rates(calls, seconds)
+    best: dict[str, tuple[float, float, str]] = {}
+    for (kind, way), found in rates.items():
+        low, mid, high = statistics.quantiles(found, n=4)
+        best[kind] = max(best.get(kind, (0.0, 0.0, "")), (mid, (high - low) / mid, way))
+    best.setdefault("mix", best["copy" if writes else "read"])
+    row: dict[str, Any] = {"bytes": moved, "runs": len(rates["kernel", ""])}
+    for kind, (mid, spread_, way) in best.items():
+        row |= {f"{kind}_gb_s": round(mid, 2), f"{kind}_iqr": round(spread_, 4)} | ({f"{kind}_way": way} if way else {})
+    kernel = best["kernel"][0]
+    return row | {"part": round(kernel / best["mix"][0], 4), "of_copy": round(kernel / best["copy"][0], 4)}
+
+
+def _rates(calls: dict[tuple[str, str], tuple[Runner, int]], seconds: float) -> dict[tuple[str, str], list[float]]:
+    """GB/s of every call, which moves that many bytes: turns in random order, the second of two calls counts."""
+    rates: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    order, keys = random.Random(0), list(calls)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(rates[keys[0]]) < 15:
+        for key in order.sample(keys, len(keys)):
+            run, moved = calls[key]
             run()
             start = time.perf_counter()
             run()
-            rates["kernel"].append(moved / (time.perf_counter() - start) / 1e9)
-            rates["copy"].append(copy_rate(largest, threads, 0.05) / 1e9)
-            rates["read"].append(read_rate(largest, threads, 0.05) / 1e9)
-    out: dict[str, Any] = {"bytes": moved, "runs": len(rates["copy"])}
-    for who, found in rates.items():
-        low, mid, high = statistics.quantiles(found, n=4)
-        out |= {f"{who}_gb_s": round(mid, 2), f"{who}_iqr": round((high - low) / mid, 4)}
-    reads = written < moved / 100
-    bar = max(out["copy_gb_s"], out["read_gb_s"]) if reads else out["copy_gb_s"]
-    out["part"] = round(out["kernel_gb_s"] / bar, 4)
-    return out | ({"of_read": round(out["kernel_gb_s"] / out["read_gb_s"], 4)} if reads else {})
+            rates[key].append(moved / (time.perf_counter() - start) / 1e9)
+    return rates
 
 
 def quiet() -> None:

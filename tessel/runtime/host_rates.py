@@ -21,7 +21,7 @@ from ..targets.host import HostRates, write_record
 from ..tiles.header import TEMPLATES
 from .native import build
 
-__all__ = ["copy_rate", "measure_host", "read_rate"]
+__all__ = ["measure_host"]
 
 _ROUNDS, _BUDGET = 3, 0.15  # of every measurement, and seconds of a round: spread out, for other work to pass
 _LEAST, _MOST = 256 * 2**20, 2**30  # bytes of an array
@@ -49,40 +49,6 @@ def measure_host(keep: bool = True) -> HostRates:
         except OSError as e:
             warnings.warn(f"tessel: what was measured is not kept: {e}", stacklevel=2)
     return rates
-
-
-def copy_rate(size: int, threads: int, seconds: float, past: bool = True) -> float:
-    """Bytes a second, read plus written, of a copy between arrays of ``size`` bytes, the best 2 ms of ``seconds``.
-
-    Args:
-        size: bytes of each array.
-        threads: that share the copy.
-        seconds: how long it is repeated.
-        past: stores go past the caches.
-
-    Raises:
-        TesselError: no compiler, or no memory for the arrays.
-    """
-    library, _ = build((TEMPLATES / "host_rates.cpp").read_text(encoding="utf-8"), {})
-    copy = library.host_copy
-    copy.restype, copy.argtypes = ctypes.c_double, (ctypes.c_int64, ctypes.c_int, ctypes.c_double, ctypes.c_int)
-    rate = 2 * copy(size, threads, seconds, int(past))
-    check(rate > 0, lambda: f"measuring a copy: no memory for arrays of {size} bytes")
-    return float(rate)
-
-
-def read_rate(size: int, threads: int, seconds: float) -> float:
-    """Bytes a second of a sum over an array of ``size`` bytes, the best 2 ms of ``seconds``; see ``copy_rate``.
-
-    Raises:
-        TesselError: no compiler, or no memory for the array.
-    """
-    library, _ = build((TEMPLATES / "host_rates.cpp").read_text(encoding="utf-8"), {})
-    read = library.host_read
-    read.restype, read.argtypes = ctypes.c_double, (ctypes.c_int64, ctypes.c_int, ctypes.c_double)
-    rate = read(size, threads, seconds)
-    check(rate > 0, lambda: f"measuring a sum: no memory for an array of {size} bytes")
-    return float(rate)
 
 
 def _array_bytes(cpu: Target) -> int:

@@ -1,0 +1,55 @@
+"""What the memory gives to a kernel with nothing to compute, measured on tensors like that kernel's.
+
+    variants = streams([a, b], like=out)      # name -> a call that reads a and b and writes as much as out
+    for run in variants.values():
+        run()
+
+The best of them is the streaming copy (one array read, one written), the reading (one read), or the same with more
+arrays read. Which way of writing it is best differs from CPU to CPU, so several are tried: stores past the caches
+or not, lines asked for early or not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from tessel.runtime.native import build
+
+__all__ = ["streams"]
+
+_EARLY = (0, 2048, 4096, 16384)  # bytes ahead of what is read
+
+
+def streams(reads: Sequence[torch.Tensor], like: torch.Tensor | None) -> dict[str, Callable[[], None]]:
+    """Ways to read whole tensors of the same size, at most three, and to write one of the size of ``like``.
+
+    Raises:
+        TesselError: there is no compiler.
+        ValueError: the tensors are of different sizes, or do not lie at multiples of 64 bytes.
+    """
+    library, _ = build(Path(__file__).with_name("streams.cpp").read_text(encoding="utf-8"), {})
+    written = torch.zeros_like(like) if like is not None else None
+    each = [*reads, *([written] if written is not None else [])]
+    if len({t.nbytes for t in each}) != 1 or any(t.data_ptr() % 64 for t in each):
+        raise ValueError(f"streams of {[t.nbytes for t in each]} bytes: one size and whole lines are needed")
+    call = library.stream
+    pointer, whole = ctypes.c_void_p, ctypes.c_int64
+    call.argtypes = (pointer, ctypes.c_int, pointer, whole, ctypes.c_int, ctypes.c_int, whole)
+    addresses = (ctypes.c_void_p * len(reads))(*(t.data_ptr() for t in reads))
+    to = written.data_ptr() if written is not None else None
+    lines, threads = each[0].nbytes // 64, torch.get_num_threads()
+
+    def run(past: bool, early: int) -> None:
+        held = (reads, written)  # the tensors live as long as the call may be made
+        if call(addresses, len(reads), to, lines, threads, past, early):
+            raise ValueError(f"streams of {len(held[0])} arrays by {threads} threads: at most 3 and 256")
+
+    ways = [(past, early) for past in ((True, False) if written is not None else (False,)) for early in _EARLY]
+    return {
+        f"{'past the caches' if p else 'plain'}, {e} B early": lambda p=p, e=e: run(p, e)  # type: ignore[misc]
+        for p, e in ways
+    }
