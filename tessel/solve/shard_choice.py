@@ -19,6 +19,7 @@ class Setting:
     Attributes:
         microbatches: how often forward and backward run in a step; the graph's batch is one of them.
         remat: which modes of ``memory.MODES`` a block may have; ``auto`` all.
+        in_flight: how many microbatches' activations are held at once, on a pipeline's stage.
         levels: which levels a parameter may have.
         roles: whether an axis's name says what it may split, see ``Role``.
         pinned: pairs (name of parameters, ``*`` for any part of it; the sharding that they must be kept in).
@@ -28,6 +29,7 @@ class Setting:
     optimizer: str = "adamw"
     microbatches: int = 1
     remat: str = "auto"
+    in_flight: float = 1.0
     levels: tuple[int, ...] = (0, 1, 2, 3)
     roles: bool = True
     pinned: tuple[tuple[str, Sharding], ...] = ()

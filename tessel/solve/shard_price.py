@@ -14,7 +14,7 @@ one, the reduction of the last gradient during this gradient): what is longer th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 
@@ -44,6 +44,7 @@ class Pricer:
     axes: tuple[MeshAxis, ...]
     setting: Setting
     _layouts: dict[tuple[int, tuple[Atom, ...], bool], Layouts] = field(default_factory=dict)
+    _known: dict[Unit, list[Choice]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         memory = self.target.level("memory").bandwidth_bytes_per_s
@@ -72,6 +73,15 @@ class Pricer:
 
     def choices(self, unit: Unit) -> list[Choice]:
         """Every way to run a unit, without those that cost more time and memory than one like it."""
+        if unit not in self._known:
+            self._known[unit] = self._choices(unit)
+        return self._known[unit]
+
+    def in_flight(self, held: float) -> Pricer:
+        """The same prices where the activations of ``held`` microbatches are alive at once."""
+        return replace(self, setting=replace(self.setting, in_flight=held))  # what is known does not depend on it
+
+    def _choices(self, unit: Unit) -> list[Choice]:
         found = []
         for splits in product(*(self._splits(unit, axis) for axis in self.axes)):
             choice = self._choice(unit, splits)

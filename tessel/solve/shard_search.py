@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..errors import TesselError, check
+from .comm import State
 from .memory import MODES
 from .shard_price import Choice, Pricer
 from .shard_tables import Array, Picked, Solved, Tables, Var, pareto
@@ -95,13 +96,19 @@ class _Chain:
     tables: list[list[Tables]]  # for each kind of segment, for each mode
     points: list[Points] = field(default_factory=list)
     exact: bool = True  # the points are all there are
+    entry: State | None = None  # the layout that comes in; any if None
+
+    def entries(self) -> Array:
+        """Zero for every layout that may come in, inf for others."""
+        states = self.tables[self.order[0]][0].ends[0]
+        return np.array([0.0 if self.entry is None or s == self.entry else inf for s in states])
 
     def solve(self, price: float) -> _Optimum:
         """The optimum of ``seconds + price · bytes`` over the whole chain."""
         kinds = [[t.solve(price) for t in modes] for modes in self.tables]
         costs = [np.stack([s.seconds + price * s.nbytes for s in solved]) for solved in kinds]
         best = [c.min(axis=0) for c in costs]
-        cost, back = np.zeros(best[self.order[0]].shape[0]), []
+        cost, back = self.entries(), []
         for kind in self.order:
             through = cost[:, None] + best[kind]
             back.append(np.argmin(through, axis=0))
@@ -166,7 +173,7 @@ class _Chain:
         """
         costs = [p.seconds + price * p.nbytes for p in self.points]
         least = [c.min(axis=0) for c in costs]
-        ahead, rest = [np.zeros(least[self.order[0]].shape[0])], [np.zeros(least[self.order[-1]].shape[1])]
+        ahead, rest = [self.entries()], [np.zeros(least[self.order[-1]].shape[1])]
         for kind in self.order:
             ahead.append(np.min(ahead[-1][:, None] + least[kind], axis=0))
         for kind in reversed(self.order):
@@ -174,7 +181,7 @@ class _Chain:
         rest.reverse()
         limit += price * cap
         complete = self.exact
-        labels = {a: (np.zeros(1), np.zeros(1)) for a in range(len(ahead[0]))}
+        labels = {int(a): (np.zeros(1), np.zeros(1)) for a in np.flatnonzero(np.isfinite(ahead[0]))}
         trail: list[dict[int, tuple[Array, Array]]] = []
         for i, kind in enumerate(self.order):
             own = self.points[kind]
@@ -242,12 +249,17 @@ class Search:
         segments: the kinds of segments.
         order: the chain, by their numbers; equal ones share their tables.
         pricer: prices; ``pricer.setting.remat`` says which modes there are.
+        entry: the layout in which the first segment's operand comes; the best by default.
+        shared: how parameters are kept that units outside of these segments use too.
 
     Raises:
         TesselError: there are no segments, or no way to run one of them.
     """
 
-    def __init__(self, segments: Sequence[Segment], order: Sequence[int], pricer: Pricer) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], order: Sequence[int], pricer: Pricer, *, entry: State | None = None,
+        shared: Mapping[Param, Any] | None = None,
+    ) -> None:  # fmt: skip
         check(bool(order), lambda: "nothing to plan: no parameter flows into any result of the graph")
         started = time.perf_counter()
         choices = {u: pricer.choices(u) for s in segments for u in s.units}
@@ -258,10 +270,10 @@ class Search:
         remat = pricer.setting.remat
         modes = (MODES if remat == "auto" else (remat,)) if pricer.setting.train else ("none",)
         self.chains: list[_Chain] = []
-        for pinned in _pins(choices):
+        for pinned in _pins(choices, shared or {}):
             tables = [[Tables(s, pricer, m, choices, pinned) for m in modes] for s in segments]
             if all(d for modes_ in tables for t in modes_ for d in t.domains.values()):
-                chain = _Chain(list(order), tables)
+                chain = _Chain(list(order), tables, entry=entry)
                 chain.exact = chain.all_points()
                 self.chains.append(chain)
         check(bool(self.chains), lambda: "the units that share a parameter agree on no way to keep it")
@@ -316,9 +328,9 @@ def search(segments: Sequence[Segment], order: Sequence[int], pricer: Pricer, ca
     return Search(segments, order, pricer).answer(cap)
 
 
-def _pins(choices: Mapping[Unit, Sequence[Choice]]) -> Iterator[dict[Param, Any]]:
-    """Every way to keep the parameters that several units share."""
-    shared: dict[Param, set[Any]] = {}
+def _pins(choices: Mapping[Unit, Sequence[Choice]], kept: Mapping[Param, Any]) -> Iterator[dict[Param, Any]]:
+    """Every way to keep the parameters that several units share; ``kept`` are decided."""
+    shared: dict[Param, set[Any]] = {p: {storage} for p, storage in kept.items()}
     for own in choices.values():
         here: dict[Param, set[Any]] = {}
         for c in own:

@@ -75,6 +75,7 @@ class Tables:
     ) -> None:  # fmt: skip
         self.segment, self.pricer, self.mode = segment, pricer, mode
         self._times = pricer.setting.microbatches
+        self._held = pricer.setting.in_flight
         self.kept: Kept = kept_of(segment.units, segment.before, mode) if pricer.setting.train else _NOTHING
         self.domains: dict[Var, list[Any]] = {}
         self.factors: list[Factor] = []
@@ -105,12 +106,12 @@ class Tables:
     def _dead_ends(self, unit: Unit, choice: Choice) -> float:
         """Bytes of results that nobody in the graph reads but the backward does."""
         alone = [(t, s) for t, s in zip(unit.results, choice.outs) if not t.users and t in self.kept.saved]
-        return sum(self.pricer.layouts(t).local_bytes(s) for t, s in alone)
+        return self._held * sum(self.pricer.layouts(t).local_bytes(s) for t, s in alone)
 
     def _before(self, tensor: Tensor) -> None:
         layouts = self.pricer.layouts(tensor)
         if tensor in self.kept.saved:
-            held = np.array([layouts.local_bytes(s) for s in self.ends[0]])
+            held = self._held * np.array([layouts.local_bytes(s) for s in self.ends[0]])
             self.factors.append(Factor(("in",), np.zeros(len(held)), held))
         self._readers(tensor, "in", [Form(s) for s in self.ends[0]])
         if self.segment.after is tensor:
@@ -147,8 +148,8 @@ class Tables:
         if tensor in self.kept.redone:
             seconds = seconds + late
         if saved:
-            held = np.array([layouts.local_bytes(s) for s in own])[:, None]
-            made = np.array([layouts.local_bytes(f.state) for f in forms])[None, :]
+            held = self._held * np.array([layouts.local_bytes(s) for s in own])[:, None]
+            made = self._held * np.array([layouts.local_bytes(f.state) for f in forms])[None, :]
             source = np.array([f.source for f in forms])[None, :]
             partial = np.array([P in s for s in own])[:, None]
             seconds = np.where(source, seconds + late + np.where(partial | (ahead == 0), inf, 0.0), seconds)
