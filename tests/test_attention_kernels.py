@@ -80,13 +80,24 @@ CASES: dict[str, tuple[Any, ...]] = {
     "nothing_seen": (2, 1, 9, 20, 16, 16, {"causal": True, "offset": -4}, None, False, F32),
     "one_query": (4, 2, 1, 65, 16, 16, {"causal": True, "offset": 64, "window": 40}, None, True, F32),
     "wide": (2, 2, 5, 9, 192, 96, {}, None, False, F32),
+    "latent": (2, 1, 7, 9, 576, 512, {"causal": True, "offset": 2}, None, False, BF16),
+    "documents": (4, 2, 70, 150, 40, 24, {"causal": True, "offset": 80}, "documents", True, F32),
+    "added": (2, 2, 70, 150, 16, 16, {"softcap": 3.0}, "added", False, BF16),
 }
 
 
 def operands(name: str) -> tuple[list[torch.Tensor | None], dict[str, Any], torch.dtype]:
     h, hk, m, n, d, e, attrs, mask, with_sink, dtype = CASES[name]
     q, k, v = rand(2, h, m, d), rand(2, hk, n, d, seed=1), rand(2, hk, n, e, seed=2)
-    held = {None: None, "float": rand(1, h, m, n), "bool": rand(2, 1, m, n) > -0.3}[mask]
+    seen = torch.arange(m)[:, None] // 24 == torch.arange(n) // 52
+    seen[3:4] = False
+    held = {
+        None: None,
+        "float": rand(1, h, m, n),
+        "bool": rand(2, 1, m, n) > -0.3,
+        "documents": seen,
+        "added": rand(m, n).masked_fill(~seen, -torch.inf),
+    }[mask]
     sink = rand(h) if with_sink else None
     return [*(x.to(dtype) for x in (q, k, v)), held, sink], attrs, dtype
 
@@ -110,7 +121,7 @@ def test_backward(name: str) -> None:
     precise = list(map(doubled, args))
     out, lse = OPS["attention"].ref(*precise, **attrs)
     grad = rand(*out.shape, seed=5).to(dtype)
-    of_mask = mask is not None and mask.dtype != torch.bool
+    of_mask = mask is not None and mask.dtype != torch.bool and name != "added"
     want = OPS["attention_backward"].ref(grad.double(), *precise, out, lse, **attrs, mask_grad=of_mask)
     wide = F64 if dtype == F64 else F32
     given_ = [grad, *args[:4], (grad.double() * out).sum(-1).to(wide), lse.to(wide)]
@@ -124,6 +135,46 @@ def test_backward(name: str) -> None:
             near(scores[0].sum(0, keepdim=True), want[3], dtype)
     again = run("attention_backward_keys", given_, attrs, KNOBS[-1])
     assert torch.equal(again[0], dk) and torch.equal(again[1], dv)
+
+
+@pytest.mark.parametrize("kind", ("flags", "added"))
+def test_tiles_that_a_mask_hides_are_not_read(kind: str) -> None:
+    """NaN in values and keys of tiles that no query of a tile sees reaches nothing, forward and backward."""
+    m, n, knobs = 64, 256, {"BM": 32, "BN": 32}
+    layout = torch.tensor([[1, 0, 0, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    seen = layout.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    held = rand(m, n).masked_fill(~seen, -torch.inf) if kind == "added" else seen
+    q, k, v = rand(1, 2, m, 16), rand(1, 2, n, 16, seed=1), rand(1, 2, n, 16, seed=2)
+    want, lse = OPS["attention"].ref(*(x.double() for x in (q, k, v)), doubled(held))
+    grad = rand(*want.shape, seed=5)
+    args = [None if x is None else x.double() for x in (grad, q, k, v)]
+    grads = OPS["attention_backward"].ref(*args, doubled(held), None, want, lse)
+    unseen = ~seen.any(0)
+    k[:, :, unseen] = v[:, :, unseen] = torch.nan
+    near(run("attention", [q, k, v, held], {}, knobs)[0], want, F32)
+    given_ = [grad, q, k, v, held, (grad.double() * want).sum(-1).float(), lse.float()]
+    near(run("attention_backward_queries", given_, {}, knobs)[0], grads[0], F32)
+    # Of the pass over keys a query that sees no key of a tile is not read.
+    q[:, :, 32:] = torch.nan
+    for got, expected in zip(run("attention_backward_keys", given_, {}, {"BM": 16, "BN": 32}), grads[1:], strict=True):
+        near(got[:, :, :32], expected[:, :, :32], F32)
+    assert torch.equal(run("attention", [rand(1, 2, m, 16), k, v, held], {}, knobs)[1] == -torch.inf, lse == -torch.inf)
+
+
+def test_what_is_asked_of_a_mask() -> None:
+    """A mask's own heads of floats are biases: they hide nothing as a rule and are not gone through twice."""
+    q, k = rand(1, 4, 64, 16), rand(1, 4, 256, 16)
+    interpreter = get_target("triton-interpret")
+    for held, asked in (
+        (rand(1, 1, 64, 256), True),
+        (rand(1, 4, 64, 256), False),
+        (rand(1, 4, 64, 256) > 0, True),
+        (rand(1, 1, 64, 1), False),
+        (None, False),
+    ):
+        kernel = kernel_of("attention", (q, k, k, held), {})[0]
+        assert ("some" in render(kernel, interpreter, {"BM": 32, "BN": 32}).text) is asked
+        assert "some" not in render(kernel, interpreter, {"BM": 32, "BN": 128}).text  # two tiles in all
 
 
 @given(

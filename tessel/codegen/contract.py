@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -37,10 +37,15 @@ def emitter(
 def part(e: Emitter, name: str, moving_axis: str) -> tuple[list[str], list[str]]:
     """Lines of a part that stay outside the loop over ``moving_axis``, and those inside."""
     stmts = e.kernel.parts.get(name, ())
-    moving = depends_on(stmts, {moving_axis})
     own = e.kernel.provides.get(name)
     if isinstance(own, Ref) and not e.interpret and _plain_load(stmts, own.number):
         e.raw.add(own.number)
+    return around(e, stmts, moving_axis)
+
+
+def around(e: Emitter, stmts: Sequence[Stmt], moving_axis: str) -> tuple[list[str], list[str]]:
+    """Lines of statements that stay outside the loop over ``moving_axis``, and those inside."""
+    moving = depends_on(stmts, {moving_axis})
     for i, s in enumerate(stmts):
         if i not in moving:
             e.emit(s)

@@ -20,7 +20,7 @@ import sympy
 from ..ir.types import Dim, product, simplify_dim
 from ..solve import tile
 from ..targets import Target
-from ..tiles.default import Choice, batch_axes, choose, formula_values, head_widths, of_kind
+from ..tiles.default import Choice, batch_axes, choose, formula_values, of_kind
 from ..tiles.header import ATTENTION, load_header
 from ..tiles.index import bounds, exact_div
 from ..tiles.kernel import Check, Compute, IndexOf, Kernel
@@ -29,11 +29,13 @@ from .contract import matmul
 from .dialect import pointer_type
 from .families import arguments, pointwise, reduction
 from .helpers import helpers_for
+from .scans import scan
 from .source import INT32_LIMIT, Source
 
 _CONTEXT: dict[str, Callable[[Kernel, Mapping[str, int], str], dict[str, Any]]] = {
     "pointwise": pointwise,
     "reduction": reduction,
+    "scan": scan,
     "matmul": matmul,
     "attention": attention.forward,
     "attention_backward": attention.backward,
@@ -60,8 +62,7 @@ def render(kernel: Kernel, target: Target, knobs: Mapping[str, int] | Choice | N
     code = header.module.kernel({"name": kernel.name, "args": arguments(kernel), "sizes": kernel.symbols(), **context})
     code = "\n".join(line for line in str(code).strip("\n").split("\n") if line.strip()) + "\n"
     parts = [_IMPORTS, *(h + "\n" for h in helpers_for(code, interpret)), code]
-    sizes = {**chosen.knobs, **(head_widths(kernel) if kernel.family in ATTENTION else {})}
-    tiles = {n: v for n, v in sizes.items() if f" {n}: tl.constexpr" in code}
+    tiles = {n: v for n, v in chosen.knobs.items() if f" {n}: tl.constexpr" in code}
     launch = {n: v for n, v in chosen.knobs.items() if n in ("num_warps", "num_stages")}
     known, symbolic = _extents(kernel, chosen.knobs)
     described = context.get("described_params", ())
@@ -108,7 +109,7 @@ def ceil_div(a: Dim, b: int) -> Dim:
 
 def grid_of(kernel: Kernel, knobs: Mapping[str, int], target: Target) -> tuple[Dim, ...]:
     """Number of programs, all along one grid axis (the others hold only 65535)."""
-    if kernel.family in ("pointwise", "reduction"):
+    if kernel.family in ("pointwise", "reduction", "scan"):
         return (ceil_div(product(a.extent for a in of_kind(kernel, "x")), knobs["XB"]),)
     batch = product(a.extent for a in batch_axes(kernel))
     if kernel.attrs.get("wrt") == "keys":  # of attention's gradients: a tile of keys for each head of keys
@@ -128,7 +129,7 @@ def grid_of(kernel: Kernel, knobs: Mapping[str, int], target: Target) -> tuple[D
 def _extents(kernel: Kernel, knobs: Mapping[str, int]) -> tuple[int, tuple[Dim, ...]]:
     """The largest known number that an index may reach, and the symbolic ones."""
     slack = max(v for n, v in knobs.items() if n not in ("num_warps", "num_stages"))
-    groups = [of_kind(kernel, "x"), of_kind(kernel, "r")]
+    groups = [of_kind(kernel, kind) for kind in "xrs"]
     if kernel.family in ("matmul", *ATTENTION):
         groups = [batch_axes(kernel), *([a] for a in kernel.axes)]
     dims: list[Dim] = [product(a.extent for a in axes) + slack for axes in groups]

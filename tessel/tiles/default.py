@@ -33,7 +33,7 @@ def choose(kernel: Kernel, knobs: Mapping[str, int] | None = None) -> Choice:
     if knobs is not None and set(load_header(kernel.family).knobs) <= set(knobs):
         return Choice(dict(knobs), "given")
     rule = {"pointwise": _pointwise, "reduction": _reduction, "matmul": _matmul, "attention": _attention}
-    rule |= {"attention_backward": _attention}
+    rule |= {"attention_backward": _attention, "scan": _scan}
     header = load_header(kernel.family)
     got = {**rule[kernel.family](kernel), **header.plain}
     if knobs:
@@ -56,7 +56,7 @@ def formula_values(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dic
 
 
 def of_kind(kernel: Kernel, kind: str) -> list[Axis]:
-    """The parallel (``x``) or reduced (``r``) axes of a pointwise or reduction kernel."""
+    """The parallel (``x``), reduced (``r``) or scanned (``s``) axes of a kernel that is no product."""
     return [a for a in kernel.axes if a.kind == kind]
 
 
@@ -65,19 +65,30 @@ def batch_axes(kernel: Kernel) -> list[Axis]:
     return [a for a in kernel.axes if a.name not in ("m", "n", "k", "d", "e")]
 
 
-def head_widths(kernel: Kernel) -> dict[str, int]:
-    """BD and BE of attention: the widths of keys and values as powers of two, at least 16.
+def head_pieces(kernel: Kernel) -> dict[str, tuple[int, ...]]:
+    """The widths ``d`` of keys and ``e`` of values in pieces that are powers of two, at least 16: (512, 64) for 576.
+
+    One piece where two would be no narrower than the next power of two.
 
     Raises:
         TesselError: a width is symbolic.
     """
-    out: dict[str, int] = {}
-    for axis, name in (("d", "BD"), ("e", "BE")):
+    out: dict[str, tuple[int, ...]] = {}
+    for axis in "de":
         extent = kernel.axis(axis).extent
         if not isinstance(extent, int):
             raise TesselError(f"{kernel.name}: the head width {extent} must be a known number")
-        out[name] = max(16, next_power(int(extent)))
+        whole = max(16, next_power(extent))
+        first = whole // 2
+        rest = max(16, next_power(extent - first))
+        out[axis] = (first, rest) if whole > 16 and first + rest < whole else (whole,)
     return out
+
+
+def head_widths(kernel: Kernel) -> dict[str, int]:
+    """BD and BE of attention: how wide keys and values are in tiles, all pieces together."""
+    pieces = head_pieces(kernel)
+    return {"BD": sum(pieces["d"]), "BE": sum(pieces["e"])}
 
 
 def score_bytes(kernel: Kernel) -> int:
@@ -119,6 +130,13 @@ def _reduction(kernel: Kernel) -> dict[str, int]:
     return {"XB": xb, "RB": rb, "num_warps": 1, "num_stages": 1}
 
 
+def _scan(kernel: Kernel) -> dict[str, int]:
+    x_size, r_size = (size_or(product(a.extent for a in of_kind(kernel, kind))) for kind in "xr")
+    rb = next_power(r_size)
+    xb = min(next_power(x_size), max(1, LARGE // rb))
+    return {"XB": xb, "RB": rb, "STEPS": 1, "SIDE": 1, "num_warps": 1, "num_stages": 1}
+
+
 def _matmul(kernel: Kernel) -> dict[str, int]:
     sizes = (size_or(kernel.axis(a).extent, 4096) for a in "mnk")
     most = (32, 32, 64) if plain_dot(kernel, "interpret") else (256, 256, 512)
@@ -151,10 +169,11 @@ def _attention(kernel: Kernel) -> dict[str, int]:
     return {"BM": bm, "BN": bn, "num_warps": 1, "num_stages": 1}
 
 
-def reads_across(kernel: Kernel) -> bool:
-    """Whether most loads step by one element along x and not along r (a reduction over columns)."""
+def reads_across(kernel: Kernel, inner: str = "r") -> bool:
+    """Whether most loads step by one element along x and not along r (a reduction over columns), or not along
+    another kind of axis."""
     axes: dict[str, Index] = {}
-    for kind in ("x", "r"):
+    for kind in ("x", inner):
         mine = of_kind(kernel, kind)
         flat = var(kind, product(a.extent for a in mine))
         axes.update(zip((a.name for a in mine), delinearize(flat, [a.extent for a in mine]), strict=True))
@@ -164,8 +183,8 @@ def reads_across(kernel: Kernel) -> bool:
             continue
         address = stmt.access.address(kernel.params[stmt.access.param])
         address = substitute(address, lambda a: axes.get(a.name) if a.kind == "var" else None)
-        step = {kind: _unit_step(address, kind) for kind in ("x", "r")}
-        if step["x"] != step["r"]:
+        step = {kind: _unit_step(address, kind) for kind in ("x", inner)}
+        if step["x"] != step[inner]:
             votes += 1 if step["x"] else -1
     return votes > 0
 

@@ -51,8 +51,12 @@ def closure(stmts: Iterable[Stmt], roots: Iterable[int]) -> tuple[list[Stmt], bo
     return [s for s in stmts if getattr(s, "out", None) in wanted or s in checks], ACC in wanted
 
 
-def hidden(kernel: Kernel) -> Hidden:
-    """The conditions of an attention kernel, forward or backward."""
+def hidden(kernel: Kernel, biases: bool = True) -> Hidden:
+    """The conditions of an attention kernel, forward or backward.
+
+    Args:
+        biases: ask floating masks with numbers of their own for every head too, which most often hide nothing.
+    """
     stmts = kernel.parts.get("score", ())
     made = {s.out: s for s in stmts if hasattr(s, "out")}
     value: Operand = kernel.provides.get("score", Ref(ACC))
@@ -64,14 +68,15 @@ def hidden(kernel: Kernel) -> Hidden:
         conds.append((cond, wanted))
         value = inner
     learned = any(DSCORE in refs(s) for s in kernel.body)
-    more, tests = ([], []) if learned or not isinstance(value, Ref) else _added(stmts, value.number)
+    head = "" if biases else next((a.name for a in reversed(kernel.axes) if a.name.startswith("x")), "")
+    more, tests = ([], []) if learned or not isinstance(value, Ref) else _added(stmts, value.number, head)
     conds += more
     needed, _ = closure((*stmts, *tests), [n for n, _ in conds])
     return Hidden(tuple(needed), tuple(conds), value)
 
 
-def _added(stmts: tuple[Stmt, ...], number: int) -> tuple[list[tuple[int, bool]], list[Stmt]]:
-    """The conditions in what is added to a score, and the comparisons that ask a loaded mask."""
+def _added(stmts: tuple[Stmt, ...], number: int, head: str) -> tuple[list[tuple[int, bool]], list[Stmt]]:
+    """The conditions in what is added to a score, and the comparisons that ask a loaded mask; none along ``head``."""
     made = {s.out: s for s in stmts if hasattr(s, "out")}
     free = 1 + max(made, default=0)
     conds: list[tuple[int, bool]] = []
@@ -80,7 +85,9 @@ def _added(stmts: tuple[Stmt, ...], number: int) -> tuple[list[tuple[int, bool]]
     while stack:
         at = stack.pop()
         stmt = made.get(at)
-        if isinstance(stmt, Load) and stmt.dtype.is_floating_point and "n" in axes_read(stmt):
+        if isinstance(stmt, Load) and stmt.dtype.is_floating_point:
+            if "n" not in axes_read(stmt) or head in axes_read(stmt):
+                continue
             tests.append(Compute(free, "ne", (Ref(at), -math.inf), torch.bool, stmt.dtype))
             conds.append((free, True))
             free += 1
