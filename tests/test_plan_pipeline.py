@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tessel.errors import TesselError
-from tessel.solve.pipeline import SCHEDULES, bubble, cut, held
+from tessel.solve.pipeline import SCHEDULES, bubble, cut, held, step_seconds
 
 ORACLES = json.loads((Path(__file__).parent / "data/sharding_oracles.json").read_text())["bubble_p8_m32_v2"]
 
@@ -67,26 +67,25 @@ def test_1f1b_against_a_simulation(p: int, m: int) -> None:
 
 
 def test_cuts_equal_exhaustive_search() -> None:
-    r = random.Random(1)
+    r = np.random.default_rng(1)
     for _ in range(60):
-        n, stages = r.randint(2, 9), r.randint(1, 4)
-        if n < stages:
-            continue
-        seconds, state, kept = ([r.random() for _ in range(n)] for _ in range(3))
-        limit = r.choice([1e9, 3.0, 1.5])
-
-        def flight(s: int, stages: int = stages) -> float:
-            return held("1f1b", stages, 8, s)
-
+        n, parts = int(r.integers(2, 9)), int(r.integers(1, 5))
+        weight = float(r.choice([0.0, 0.1, 0.5, 1.0]))
+        cost = r.random((parts, n + 1, n + 1))
+        cost[r.random(cost.shape) < 0.1] = np.inf
+        cost[:, np.tril_indices(n + 1)[0], np.tril_indices(n + 1)[1]] = np.inf
         found = []
-        for inner in combinations(range(1, n), stages - 1):
-            ends = [0, *inner, n]
-            spans = [slice(a, b) for a, b in zip(ends, ends[1:])]  # noqa: RUF007
-            if all(sum(state[x]) + flight(i) * sum(kept[x]) <= limit for i, x in enumerate(spans)):
-                found.append(max(sum(seconds[x]) for x in spans))
-        got = cut(seconds, state, kept, stages, flight, limit)
-        assert (got is None) == (not found)
-        assert got is None or got.seconds == pytest.approx(min(found))
+        for inner in combinations(range(1, n), parts - 1):
+            own = [cost[i, a, b] for i, (a, b) in enumerate(zip((0, *inner), (*inner, n), strict=True))]
+            found.append((1 - weight) * max(own) + weight * sum(own) if max(own) < np.inf else np.inf)
+        got = cut(cost, weight)
+        assert (got is None) == (min(found, default=np.inf) == np.inf)
+        assert got is None or got.value == pytest.approx(min(found))
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("1f1b", 1), ("interleaved", 2), ("zb1p", 1), ("zbv", 2)])
+def test_a_step_of_equal_stages_has_the_bubble_of_the_formula(schedule: str, chunks: int) -> None:
+    assert step_seconds(schedule, [2.0] * 8, 32, chunks) / 2 - 1 == pytest.approx(bubble(schedule, 8, 32, chunks))
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,18 @@ with forward, backward of activations and of weights taking equally long, as the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from ..errors import TesselError, check, did_you_mean
 
-__all__ = ["SCHEDULES", "Cut", "bubble", "cut", "held"]
+__all__ = ["SCHEDULES", "Cut", "bubble", "cut", "fill", "held", "stage_of", "step_seconds"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb1p", "zbv")
 
@@ -75,59 +80,93 @@ def _check(schedule: str, stages: int, microbatches: int, chunks: int) -> None:
         check(microbatches >= 2 * stages, lambda: f"zbv: {microbatches} microbatches, fewer than 2 × {stages} stages")
 
 
+_FILL = {"zb1p": 1 / 3, "zbv": 0.0}  # of one microbatch's time on a stage, how much of it others wait
+
+
+def fill(schedule: str, chunks: int = 1) -> float:
+    """The part of a stage's work on one microbatch for which the other stages wait."""
+    return 1 / chunks if schedule == "interleaved" else _FILL.get(schedule, 1.0)
+
+
+def step_seconds(schedule: str, seconds: Sequence[float], microbatches: int, chunks: int = 1) -> float:
+    """How long a step takes whose stages work ``seconds`` each, not all equally long.
+
+    The slowest stage never waits once it has begun; the others' work on one microbatch goes before it and after it.
+
+    >>> step_seconds("1f1b", [8.0] * 4, 8) / 8 - 1 == bubble("1f1b", 4, 8), step_seconds("1f1b", [8.0, 4.0], 4)
+    (True, 9.0)
+    """
+    _check(schedule, len(seconds), microbatches, chunks)
+    return max(seconds) + fill(schedule, chunks) * (sum(seconds) - max(seconds)) / microbatches
+
+
+def stage_of(schedule: str, part: int, stages: int) -> int:
+    """The stage that holds a part of the model: parts go round the stages, in zbv there and back.
+
+    >>> [stage_of("interleaved", i, 2) for i in range(4)], [stage_of("zbv", i, 2) for i in range(4)]
+    ([0, 1, 0, 1], [0, 1, 1, 0])
+    """
+    lap, at = divmod(part, stages)
+    return stages - 1 - at if schedule == "zbv" and lap else at
+
+
 @dataclass(frozen=True)
 class Cut:
-    """Where stages begin, the slowest stage's seconds and every stage's bytes."""
+    """Where parts begin, the seconds of each, and what was made least: see ``cut``."""
 
     starts: tuple[int, ...]
-    seconds: float
-    nbytes: tuple[float, ...]
+    seconds: tuple[float, ...]
+    value: float
 
 
-def cut(
-    seconds: Sequence[float], state: Sequence[float], activations: Sequence[float], stages: int,
-    in_flight: Callable[[int], float], limit: float = inf, places: Sequence[int] | None = None,
-) -> Cut | None:  # fmt: skip
-    """The cut of a chain into ``stages`` whose slowest stage is fastest, exactly, by dynamic programming.
+def cut(cost: Array, weight: float = 0.0) -> Cut | None:
+    """The cut of a chain into parts that makes ``(1 - weight) · slowest + weight · sum`` least, exactly.
+
+    Dynamic programming over the places of the chain, once for every limit on the slowest part that can pay.
 
     Args:
-        seconds: of one microbatch on each element of the chain.
-        state: bytes that each holds whatever the schedule: parameters, gradients, optimizer.
-        activations: bytes that one microbatch leaves in each until its backward.
-        in_flight: how many microbatches a stage holds, by its number.
-        limit: bytes of a device.
-        places: where a stage may begin; anywhere by default.
+        cost: ``cost[i, a, b]`` seconds of part ``i`` if it holds the elements from ``a`` to before ``b``; inf where it
+            must not, or does not fit.
+        weight: from 0 to 1; with that of ``fill / microbatches`` the value is the step of ``step_seconds``.
 
     Returns:
         None where no cut fits.
-
-    Raises:
-        TesselError: fewer elements than stages.
     """
-    n = len(seconds)
-    check(n >= stages >= 1, lambda: f"pipeline: {n} places cannot be cut into {stages} stages")
-    allowed = sorted({0, n, *(range(n) if places is None else places)})
-    sums = [[0.0] for _ in range(3)]
-    for total, own in zip(sums, (seconds, state, activations)):
-        for x in own:
-            total.append(total[-1] + x)
-
-    def nbytes(a: int, b: int, stage: int) -> float:
-        return sums[1][b] - sums[1][a] + in_flight(stage) * (sums[2][b] - sums[2][a])
-
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-    for stage in range(stages):
-        after: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for a, (slowest, starts) in best.items():
-            for b in allowed:
-                if b <= a or (stage == stages - 1) != (b == n) or nbytes(a, b, stage) > limit:
-                    continue
-                value = max(slowest, sums[0][b] - sums[0][a])
-                if b not in after or value < after[b][0]:
-                    after[b] = value, (*starts, a)
-        best = after
-    if n not in best:
+    slowest = cost[0, 0]
+    for own in cost[1:]:
+        slowest = np.maximum(slowest[:, None], own).min(axis=0)
+    if not np.isfinite(slowest[-1]):
         return None
-    slowest, starts = best[n]
-    ends = (*starts[1:], n)
-    return Cut(starts, slowest, tuple(nbytes(a, b, i) for i, (a, b) in enumerate(zip(starts, ends))))
+    low, best = float(slowest[-1]), _least(cost, float(slowest[-1]))
+    free = _least(cost, inf)
+    assert best is not None and free is not None
+    found = [_cut(cost, starts, weight) for starts in (best, free)]
+    # a slower part has to pay for itself by a smaller sum
+    most = inf if weight == 1 else low + weight * (sum(found[0].seconds) - sum(found[1].seconds)) / (1 - weight)
+    limits = np.unique(cost[(cost > low) & (cost <= min(most, max(found[1].seconds)))])
+    found += [_cut(cost, s, weight) for x in limits if (s := _least(cost, float(x))) is not None]
+    return min(found, key=lambda c: c.value)
+
+
+def _cut(cost: Array, starts: tuple[int, ...], weight: float) -> Cut:
+    ends = (*starts[1:], cost.shape[2] - 1)
+    seconds = tuple(float(cost[i, a, b]) for i, (a, b) in enumerate(zip(starts, ends)))
+    return Cut(starts, seconds, (1 - weight) * max(seconds) + weight * sum(seconds))
+
+
+def _least(cost: Array, limit: float) -> tuple[int, ...] | None:
+    """Where the parts of the least sum begin, none slower than ``limit``."""
+    allowed = np.where(cost <= limit, cost, inf)
+    total, come = allowed[0, 0], []
+    for own in allowed[1:]:
+        through = total[:, None] + own
+        come.append(np.argmin(through, axis=0))
+        total = np.min(through, axis=0)
+    at = cost.shape[2] - 1
+    if not np.isfinite(total[at]):
+        return None
+    starts = []
+    for back in reversed(come):
+        at = int(back[at])
+        starts.append(at)
+    return (0, *reversed(starts))
