@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .errors import TesselError, check
 from .sharding.plan_file import read_plan
 from .sharding.text import diff_text, findings, plan_text
 
-__all__ = ["diff", "lint", "plan"]
+__all__ = ["diff", "lint", "plan", "verify"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -33,40 +34,56 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 @click.option("--train", is_flag=True, help="Plan a training step: backward, gradients, optimizer.")
 @click.option("--optimizer", default="adamw", show_default=True, help="adamw, sgd or sgd-momentum.")
 @click.option("--remat", default="auto", show_default=True, type=click.Choice(["auto", "none", "selective", "full"]))
-@click.option("--microbatches", default=1, show_default=True, type=click.IntRange(min=1), help="Parts of the batch.")
+@click.option("--microbatches", type=click.IntRange(min=1), help="Parts of the batch [1; with stages the best].")
+@click.option("--schedule", default="auto", show_default=True, help="Of stages: gpipe, 1f1b, interleaved, zb1p, zbv.")
 @click.option("--free-axes", is_flag=True, help="Let every axis split anything, whatever its name.")
 @click.option("--annotate", type=click.Path(path_type=Path), help="JSON: parameter's name to its sharding.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The plan file to write.")
 def plan(
     model: str, mesh: str, target: str, memory: str | None, annotate: Path | None, out: Path | None, free_axes: bool,
-    global_batch: int | None, seq: int | None, dtype: str | None, layers: int | None, train: bool, microbatches: int,
+    global_batch: int | None, seq: int | None, dtype: str | None, layers: int | None, train: bool,
+    microbatches: int | None,
     **asked: Any,
 ) -> None:  # fmt: skip
     """Find the fastest sharding of MODEL on a mesh that fits in memory, and say why; no weights, no devices needed.
 
     The names of axes say what they split: dp and fsdp the batch, tp all but the batch, sp and cp the sequence; other
-    names anything.
+    names anything. pp cuts the model into stages.
     """
     from .sharding.planner import (  # torch with it: only where it is needed
         Request,
         capture_model,
         check_request,
         make_plan,
+        make_staged_plan,
+        microbatches_for,
     )
     from .targets.mesh import Mesh
 
     axes = Mesh.parse(mesh)
     request = Request(
-        train=train, memory=None if memory is None else parse_memory(memory), microbatches=microbatches,
+        train=train, memory=None if memory is None else parse_memory(memory), microbatches=microbatches or 1,
         roles=not free_axes, pinned={} if annotate is None else read_annotations(annotate), **asked,
     )  # fmt: skip
     check_request(axes, target, request)
     console = Console(stderr=True)
     with console.status("capturing the model") as status:
-        captured = capture_model(
-            model, batch=global_batch, seq=seq, dtype=dtype, layers=layers, train=train, microbatches=microbatches
-        )
-        made = make_plan(captured, axes, target, request, status.update)
+        started = time.perf_counter()
+
+        def say(what: str) -> None:
+            status.update(f"{time.perf_counter() - started:.0f} s: {what}")
+
+        numbers = microbatches_for(axes, global_batch, microbatches)
+        captures = {}
+        for m in numbers:
+            say(f"capturing the model, {m} microbatches" if len(numbers) > 1 else "capturing the model")
+            captures[m] = capture_model(
+                model, batch=global_batch, seq=seq, dtype=dtype, layers=layers, train=train, microbatches=m
+            )
+        if "pp" in axes:
+            made = make_staged_plan(captures, axes, target, request, say)
+        else:
+            made = make_plan(captures[numbers[0]], axes, target, request, say)
     click.echo(plan_text(made))
     if out is not None:
         made.write(out)
@@ -105,6 +122,49 @@ def lint(
     if found:
         raise click.ClickException(f"{len(found)} findings")
     click.echo("nothing found")
+
+
+@click.command(epilog=MODEL_HELP)
+@click.argument("plan_file", type=click.Path(path_type=Path))
+@click.argument("model")
+@click.option("--layers", type=click.IntRange(min=1), help="Layers of the model, as it was planned.")
+@click.option("--dtype", help="As it was planned (hf: bfloat16).")
+@click.option("--seconds", type=click.FloatRange(min=0), default=120.0, show_default=True, help="What it may take.")
+def verify(plan_file: Path, model: str, layers: int | None, dtype: str | None, seconds: float) -> None:
+    """Prove that the programs of all ranks compute what MODEL does on one device; exits with 1 if they do not.
+
+    Every operation and every collective of the forward and the backward, by z3 at the smallest sizes that tell the
+    ranks' shares apart, in exact arithmetic; what an operator does is taken from its definition. Of a model in layers
+    two are looked at if the plan was made from two.
+    """
+    import torch  # slow to load: only where it is needed
+
+    from .frontend.joint import capture_step
+    from .models import load_model
+    from .sharding.verify import lay_out_planned, verify_program
+
+    made = read_plan(plan_file)
+    settings = made.data["settings"]
+    kind = dtype or ("bfloat16" if model.startswith("hf:") else None)
+    held = layers or (None if "program" in made.data else 2)
+    sizes = {"batch": settings["global_batch"], "seq": settings["seq"]} if model.startswith("hf:") else {}
+    module, args, kwargs = load_model(
+        model, dtype=kind, layers=held if sizes else layers, device="meta" if sizes else None, **sizes
+    )
+    if not isinstance(module, torch.nn.Module):
+        raise TesselError(f"{model} is a function; a plan is of a module")
+    step = capture_step(module, args, kwargs, train=bool(settings["train"]))
+    spmd, note = lay_out_planned(made, module, step)
+    if note:
+        click.echo(note)
+    wrong = False
+    for program in spmd.programs():
+        report = verify_program(program, seconds=seconds / len(spmd.programs()))
+        click.echo(f"{program.graph.name}: {report.text()}")
+        wrong |= not report.proved
+    if wrong:
+        raise click.ClickException(f"{plan_file}: not proved")
+    click.echo(f"proved: {spmd.mesh.devices} ranks compute what one device computes")
 
 
 @click.command()

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from ranks import annotations
+from test_partition_models import data, sequence, tensor
 from torch import nn
 
+from tessel.cli import main
 from tessel.frontend.joint import capture_step
 from tessel.ir.node import Builder, Graph, Node, Value, make_input
 from tessel.ir.sharding import Sharding
 from tessel.ir.types import TensorType
+from tessel.models import load_model
 from tessel.ops import OPS
 from tessel.passes.partition import Program, partition
 from tessel.passes.shard import Seed, propagate
@@ -82,6 +88,32 @@ def test_programs_are_proved(how: tuple[Any, ...]) -> None:
         assert report.operations == len(program.graph.nodes) - free
         assert report.collectives == len(program.collectives())
         assert report.opaque.total() < report.operations / 4
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2", "bert"])
+def test_models_are_proved(name: str) -> None:
+    """Forward and backward under data, tensor and sequence parallelism, in seconds."""
+    pytest.importorskip("transformers")
+    model, args, kwargs = load_model(f"hf:{name}", layers=1, batch=4, seq=8, device="meta")
+    step = capture_step(model, args, kwargs, train=True)
+    lines = [*data(name), *tensor(name), *sequence(name, "dp")]
+    for program in lay_out(step, Mesh({"dp": 2, "tp": 2}), annotations(lines)).programs():
+        report = verify_program(program, seconds=60)
+        assert report.proved, report.text()
+
+
+def test_cli(tmp_path: Path) -> None:
+    config, plan = tmp_path / "c.json", tmp_path / "plan.json"
+    sizes = {"n_embd": 64, "n_head": 4, "n_layer": 4, "vocab_size": 96}
+    config.write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    asked = ("--mesh", "dp=2,tp=2", "--target", "h100", "--global-batch", "4", "--seq", "8")
+    run = CliRunner().invoke
+    assert run(main, ["plan", f"hf:{config}", *asked, "-o", str(plan)]).exit_code == 0
+    got = run(main, ["verify", str(plan), f"hf:{config}"])
+    assert got.exit_code == 0 and "proved: 4 ranks compute what one device computes" in got.output, got.output
+    config.write_text(json.dumps({"model_type": "gpt2", **sizes, "n_embd": 128}))
+    other = run(main, ["verify", str(plan), f"hf:{config}"])
+    assert other.exit_code == 2 and "in the model and [96, 64] in the plan" in other.output, other.output
 
 
 # ---------------------------------------------------------------- planted faults

@@ -20,17 +20,25 @@ from itertools import combinations, permutations, product
 from math import prod
 from typing import Any
 
+import torch
+
+from ..errors import TesselError
+from ..frontend.joint import Step
 from ..ir.node import INPUT, Graph, Node, Value
 from ..ir.sharding import Sharding
 from ..ir.text import value_names
-from ..ir.types import TensorType
+from ..ir.types import Loc, TensorType
 from ..ops.collective import COLLECTIVE
 from ..ops.dims import Piece
 from ..passes._factors import Rule, Split, compose, project, rule_of
 from ..passes.partition import Program
 from ..solve.lemma import Operand, Verdict, holds, interpreted, moved
+from ..targets.mesh import Mesh
+from .annotate import Annotation, Annotations
+from .plan_file import ShardingPlan
+from .spmd import Spmd, lay_out
 
-__all__ = ["Report", "verify_program", "verify_ranks"]
+__all__ = ["Report", "lay_out_planned", "verify_program", "verify_ranks"]
 
 _FREE = frozenset({"full", "iota"})
 QUESTION = 2000  # milliseconds for one question to z3
@@ -85,6 +93,38 @@ class _Held:
     value: Value
     sharding: Sharding
     number: float | None = None
+
+
+def lay_out_planned(plan: ShardingPlan, model: torch.nn.Module, step: Step) -> tuple[Spmd, str]:
+    """The programs that a plan gives for a captured step of a model, and what has to be said of them.
+
+    A plan of part of a model's layers holds no program: parameters and inputs lie as it says then, the rest follows.
+
+    Raises:
+        TesselError: the plan is for another model.
+    """
+    if "program" in plan.data:
+        from .planned import lay_out_plan  # the planner with it
+
+        return lay_out_plan(plan, step), ""
+    where = Loc(f"the plan of {plan.data['model']['name']}")
+    said = Annotations()
+    for name, p in model.named_parameters():
+        kept = plan.sharding(name)
+        entry = plan.data["tensors"][name]
+        if list(p.shape) != list(entry["shape"]):
+            raise TesselError(f"{name} is {list(p.shape)} in the model and {list(entry['shape'])} in the plan")
+        used = Sharding.parse(entry.get("use", entry["sharding"]))
+        gathered = tuple(a for a in kept.axes if a not in used.axes)
+        said.entries.append(Annotation("tensor", name, kept, gathered, 0, where))
+    split = [tuple(plan.data["settings"][k]) for k in ("batch_axes", "sequence_axes")]
+    inputs = [n.out for i, n in enumerate(step.forward.graph.inputs) if i in step.positions]
+    for i, v in enumerate(inputs):
+        known = split[:1] if v.dtype.is_floating_point else split  # tokens have a sequence, features other dimensions
+        dims = (known + [()] * v.type.rank)[: v.type.rank]
+        said.entries.append(Annotation("tensor", f"inputs[{i}]", Sharding(tuple(dims)), (), 0, where))
+    note = "the plan holds no program: of it, what parameters and inputs are split by is taken"
+    return lay_out(step, Mesh(plan.mesh), said), note
 
 
 def verify_program(program: Program, *, seconds: float = 120.0) -> Report:
