@@ -34,6 +34,7 @@ class Entries:
     collectives: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     again: float = 0.0
+    first_reader: dict[str, str] = field(default_factory=dict)  # parameter -> node
 
     def sections(self, transient: Mapping[str, float]) -> dict[str, Any]:
         """The sections of the file that an answer decides."""
@@ -213,6 +214,7 @@ class _Writer:
                 entry |= {"state": str(state)} if state != stored and self.out.pricer.setting.train else {}
                 level = {a.name: n for a, n in zip(axes, w.levels) if n}
                 self.out.tensors[name] = {**entry, **({"level": level} if level else {})}
+                self.out.first_reader[name] = self.names[unit]
             for step, times in Counter(replace(s, backward=False) for s in w.steps).items():
                 gather = step.kind == "all-gather"
                 why = {

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..errors import TesselError, check, did_you_mean
 from ..ir.sharding import Sharding
+from ..solve.pipeline import stage_of
 
 __all__ = ["ShardingPlan", "fingerprint_of", "parse_plan", "read_plan", "schema"]
 
@@ -272,6 +273,33 @@ def _check_consistent(plan: ShardingPlan) -> None:
     for c in data["collectives"]:
         _known_axes([c["axis"]], mesh, f"{c['kind']} of {c['tensor']}")
     _check_sums(data)
+    if "pipeline" in data:
+        _check_pipeline(data, mesh)
+
+
+def _check_pipeline(data: Mapping[str, Any], mesh: Mapping[str, int]) -> None:
+    """The parts of a pipeline: as many as the stages hold, where the schedule puts them, meeting end to end."""
+    p = data["pipeline"]
+    _known_axes([p["axis"]], mesh, "pipeline")
+    n, parts = mesh[p["axis"]], p["parts"]
+    want = n * p["chunks"]
+    check(len(p["stages"]) == n, lambda: f"pipeline: {len(p['stages'])} stages, the mesh has {n}")
+    check(
+        len(parts) == want,
+        lambda: f"pipeline: {len(parts)} parts, {n} stages of {p['chunks']} chunks hold {want}",
+    )
+    for i, part in enumerate(parts):
+        stage = stage_of(p["schedule"], i, n)
+        if part["stage"] != stage:
+            raise TesselError(f"pipeline: {p['schedule']} has part {i} on stage {stage}, not {part['stage']}")
+    at = [node.get("part", -1) for node in data["nodes"]]
+    check(at == sorted(at), lambda: "pipeline: nodes are not in the order of the parts")
+    check(sorted(set(at)) == list(range(want)), lambda: f"pipeline: not every part from 0 to {want - 1} has nodes")
+    owners = [(name, t.get("parts", [])) for name, t in data["tensors"].items()]
+    for name, own in [*owners, *((c["tensor"], [c.get("part", 0)]) for c in data["collectives"])]:
+        check(all(0 <= i < want for i in own), lambda n=name: f"pipeline: {n} is in a part that is none")  # type: ignore[misc]
+    sends = [s["from"] for s in p["sends"]]
+    check(sends == list(range(want - 1)), lambda: f"pipeline: {len(sends)} tensors are handed on between {want} parts")
 
 
 def _known_axes(axes: Iterable[str], mesh: Mapping[str, int], where: str) -> None:
@@ -284,7 +312,7 @@ def _check_sums(data: Mapping[str, Any]) -> None:
     parts = sum(v for k, v in memory.items() if k != "total")
     same = math.isclose(parts, memory["total"], rel_tol=1e-6, abs_tol=16)
     check(same, lambda: f"memory: the kinds add up to {parts:.0f} bytes, total says {memory['total']:.0f}")
-    parts = sum(times[k] for k in ("forward", "backward", "again", "exposed"))
+    parts = sum(times.get(k, 0.0) for k in ("forward", "backward", "again", "exposed", "bubble"))
     same = math.isclose(parts, times["step"], rel_tol=1e-6, abs_tol=1e-9)
     check(same, lambda: f"time: the terms add up to {parts:.6g} s, step says {times['step']:.6g}")
     step = times["step"]

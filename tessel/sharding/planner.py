@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..errors import TesselError, check
+from ..errors import TesselError, check, did_you_mean
 from ..frontend.capture import export_program, import_program
 from ..ir.node import Builder, Graph, Value, make_input
 from ..ir.sharding import Sharding
@@ -27,7 +27,8 @@ from ..models import load_model
 from ..ops import OPS
 from ..solve.comm import MeshAxis, axes_of
 from ..solve.memory import optimizer_bytes
-from ..solve.shard_choice import Setting, matches
+from ..solve.pipeline import SCHEDULES
+from ..solve.shard_choice import Setting, matches, role_of
 from ..solve.shard_price import Pricer
 from ..solve.shard_search import Answer, Search
 from ..solve.shortage import shortage
@@ -35,10 +36,11 @@ from ..solve.transient import transient_bytes
 from ..solve.units import Param, Segment, repeats, segments_of, units_of
 from ..targets import Target, get_target
 from ..targets.mesh import Mesh
-from .entries import entries_of, renamed, split_axes
+from .entries import Entries, entries_of, renamed, split_axes
+from .pipeline import AXIS, StageSearch, microbatch_choices, search_stages
 from .plan_file import ShardingPlan, fingerprint_of
 
-__all__ = ["Captured", "Request", "capture_model", "check_request", "make_plan"]
+__all__ = ["Captured", "Request", "capture_model", "check_request", "make_plan", "make_staged_plan", "microbatches_for"]
 
 _VIEWS = ("reshape", "permute", "copy")
 _ALL = 4  # layers that are always captured one by one
@@ -54,6 +56,7 @@ class Request:
         memory: bytes a device may hold; the device's own by default.
         microbatches: parts of the batch that run one after another.
         gpus_per_node: ranks that share a node.
+        schedule: of pipeline stages, ``auto`` for the best; see ``solve/pipeline.py``.
         pinned: parameter's name, ``*`` for any part, to the sharding it must have.
     """
 
@@ -64,6 +67,7 @@ class Request:
     microbatches: int = 1
     gpus_per_node: int | None = None
     roles: bool = True
+    schedule: str = "auto"
     pinned: Mapping[str, Sharding] = field(default_factory=dict)
 
 
@@ -271,8 +275,9 @@ def check_request(mesh: Mesh, target: str, request: Request) -> tuple[Target, tu
         TesselError: something in the request is wrong, whatever the model.
     """
     record = get_target(target)
-    check("pp" not in mesh, lambda: f"mesh {mesh}: a plan does not cut pipeline stages; plan the mesh of one stage")
     optimizer_bytes(request.optimizer, 2)
+    if request.schedule not in ("auto", *SCHEDULES):
+        raise TesselError(f"unknown schedule {request.schedule!r}; {did_you_mean(request.schedule, SCHEDULES)}")
     limit = request.memory if request.memory is not None else record.level("memory").capacity_bytes
     check(limit > 0, lambda: f"memory: expected a positive number of bytes, got {limit}")
     for pattern, sharding in request.pinned.items():
@@ -289,12 +294,11 @@ def make_plan(
     Raises:
         TesselError: nothing fits; the message says what needs how much. Or the request is wrong.
     """
+    if AXIS in mesh:
+        return make_staged_plan({request.microbatches: captured}, mesh, target, request, progress)
     started = time.perf_counter()
     record, axes, limit = check_request(mesh, target, request)
-    setting = Setting(
-        request.train, request.optimizer, request.microbatches, request.remat if request.train else "none",
-        roles=request.roles, pinned=tuple(request.pinned.items()),
-    )  # fmt: skip
+    setting = _setting(request, request.microbatches)
     problem = problem_of(captured)
     _check_pinned(request.pinned, captured)
     pricer = Pricer(record, axes, setting)
@@ -302,6 +306,65 @@ def make_plan(
     if not answer.fits:
         raise TesselError(shortage(answer, pricer, limit, mesh, held))
     entries = entries_of(answer, pricer, problem.chain, problem.shift, captured.held)
+    sections = entries.sections(transient=held)
+    return _document(captured, mesh, target, request, pricer, axes, limit, answer, entries, sections, started)
+
+
+def microbatches_for(mesh: Mesh, batch: int | None, asked: int | None) -> list[int]:
+    """Numbers of microbatches to compare: the one asked for, several where a pipeline may choose, else one."""
+    if asked is not None or AXIS not in mesh:
+        return [asked or 1]
+    apart = prod(n for a, n in mesh.axes if role_of(a).only == "batch")
+    return microbatch_choices(batch, mesh[AXIS], apart)
+
+
+def make_staged_plan(
+    captures: Mapping[int, Captured], mesh: Mesh, target: str, request: Request,
+    progress: Callable[[str], None] | None = None,
+) -> ShardingPlan:  # fmt: skip
+    """The best plan that fits, of a mesh with an axis ``pp`` of stages.
+
+    Args:
+        captures: the model with the rows of one microbatch, by numbers of microbatches; the best is taken.
+
+    Raises:
+        TesselError: as ``make_plan``.
+    """
+    started = time.perf_counter()
+    record, axes, limit = check_request(mesh, target, request)
+    stages = next(a for a in axes if a.name == AXIS)
+    inner = tuple(a for a in axes if a is not stages)
+    for pattern, sharding in request.pinned.items():
+        check(AXIS not in sharding.axes, lambda p=pattern: f"annotation {p!r}: {AXIS!r} splits layers, not tensors")  # type: ignore[misc]
+    searches, problems = {}, {}
+    for m, captured in captures.items():
+        _check_pinned(request.pinned, captured)
+        problems[m] = problem_of(captured)
+        pricer = Pricer(record, inner, _setting(request, m))
+        searches[m] = StageSearch(problems[m].kinds, problems[m].order, pricer, stages, limit, request.schedule)
+    m, staged = search_stages(searches, progress or (lambda _: None))
+    captured, problem, answer = captures[m], problems[m], staged.merged()
+    entries = entries_of(answer, staged.pricer, problem.chain, problem.shift, captured.held)
+    sections = staged.sections(entries)
+    if any(u.node.op.random for s in problem.kinds for u in s.units):
+        entries.notes.append("random operators draw for each microbatch: not what one device draws for the whole batch")
+    asked = replace(request, microbatches=m)
+    return _document(captured, mesh, target, asked, staged.pricer, axes, limit, answer, entries, sections, started)
+
+
+def _setting(request: Request, microbatches: int) -> Setting:
+    return Setting(
+        request.train, request.optimizer, microbatches, request.remat if request.train else "none",
+        roles=request.roles, pinned=tuple(request.pinned.items()),
+    )  # fmt: skip
+
+
+def _document(
+    captured: Captured, mesh: Mesh, target: str, request: Request, pricer: Pricer, axes: Sequence[MeshAxis],
+    limit: int, answer: Answer, entries: Entries, sections: Mapping[str, Any], started: float,
+) -> ShardingPlan:  # fmt: skip
+    """The plan file of an answer."""
+    setting = pricer.setting
     seconds = {
         "capture": captured.seconds,
         "solve": answer.took,
@@ -332,7 +395,7 @@ def make_plan(
             "batch_axes": split_axes(answer, pricer, "batch"),
             "sequence_axes": split_axes(answer, pricer, "sequence"),
         },
-        **entries.sections(transient=held),
+        **sections,
         "certificate": {
             "bound": answer.bound,
             "gap": answer.gap,

@@ -20,6 +20,7 @@ _TERMS = {
     "backward": "work of the backward",
     "again": "work done again instead of kept",
     "exposed": "communication that no work hides",
+    "bubble": "the slowest stage waits for the others",
 }
 
 
@@ -36,17 +37,20 @@ def plan_text(plan: ShardingPlan) -> str:
         "",
         f"a step takes {_time(times['step'])}",
     ]
-    lines += [f"  {_time(times[k]):>10}  {words}" for k, words in _TERMS.items() if times[k] > 0]
+    lines += [f"  {_time(times[k]):>10}  {words}" for k, words in _TERMS.items() if times.get(k, 0) > 0]
     lines.append(f"  of {_time(times['communication'])} of communication")
     exact = "the best of all plans" if proof["exact"] else f"at most {proof['gap']:.2%} from the best plan"
     lines += ["", f"memory a device: {_size(memory['total'])} of {_size(s['memory_limit'])} ({exact})"]
     lines += [f"  {_size(memory[k]):>10}  {k}" for k in _KINDS if memory[k] > 0]
+    lines += _pipeline_lines(d)
     lines += ["", "parameters (major to minor axes of each dimension)"]
     lines += _table(_parameter_rows(d))
     lines += ["", "products (axis: the factor of the dims string that it splits)"]
     lines += _table(_product_rows(d))
-    lines += ["", "communication of one device in a step"]
-    lines += _table(_collective_rows(d))
+    slow = slowest_stage(d)
+    of = "" if slow is None else f" of stage {slow}, the slowest"
+    lines += ["", f"communication of one device{of} in a step"]
+    lines += _table(_collective_rows(d, slow))
     keeps = Counter(n["keep"] for n in d["nodes"])
     if s["train"] and set(keeps) != {"none"}:
         parts = ", ".join(f"{k} {n / len(d['nodes']):.0%}" for k, n in sorted(keeps.items()))
@@ -55,6 +59,48 @@ def plan_text(plan: ShardingPlan) -> str:
     lines += ["", "notes"] + [f"  {n}" for n in d["provenance"]["notes"]]
     lines.append("  " + ", ".join(f"{k} {_time(v)}" for k, v in took.items()))
     return "\n".join(lines)
+
+
+def slowest_stage(d: Mapping[str, Any]) -> int | None:
+    """The stage that works longest; None without a pipeline."""
+    stages = d["pipeline"]["stages"] if "pipeline" in d else []
+    return max(range(len(stages)), key=lambda i: stages[i]["seconds"]) if stages else None
+
+
+def on_stage(d: Mapping[str, Any], c: Mapping[str, Any], stage: int | None) -> bool:
+    """Whether a node or a collective is of a stage; of None everything is."""
+    return stage is None or d["pipeline"]["parts"][c["part"]]["stage"] == stage
+
+
+def _pipeline_lines(d: Mapping[str, Any]) -> list[str]:
+    if "pipeline" not in d:
+        return []
+    p = d["pipeline"]
+    chunks = f" of {p['chunks']} chunks" if p["chunks"] > 1 else ""
+    lines = [
+        "",
+        f"{len(p['stages'])} stages over {p['axis']}{chunks}, {p['schedule']}, {d['settings']['microbatches']} "
+        f"microbatches: the slowest waits {p['bubble']:.1%} of the time that it works",
+    ]
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for i, s in enumerate(p["stages"]):
+            own = [x for x in p["parts"] if x["stage"] == i]
+            held = f"holds {s['in_flight']:g} microbatches"
+            spans = "; ".join(f"{x['first']} to {x['last']}" for x in own)
+            yield f"stage {i}", _time(s["seconds"]), _size(s["memory"]["total"]), held, spans
+
+    lines += _table(rows())
+    lines += ["", "handed from part to part, for each microbatch (and its gradient back)"]
+    for s in p["sends"]:
+        what = f"{s['tensor']}  {s['shape']}{s['layout']}  {_size(s['bytes'])}  {_time(s['seconds'])}"
+        lines.append(f"  {s['from']} to {s['from'] + 1}  {what}")
+    for t in p["tied"]:
+        stages = sorted({p["parts"][i]["stage"] for i in t["parts"]})
+        lines.append(f"  {t['tensor']} is kept by stages {', '.join(map(str, stages))}, which add up its gradients")
+    lines += ["", "compared (seconds that no cut beats)"]
+    lines += _table((t["what"], _time(t["seconds"])) for t in p["tried"])
+    return lines
 
 
 def _pattern(name: str) -> str:
@@ -90,9 +136,11 @@ def _product_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield (f"{count} ×", *row, why.get(row, ""))
 
 
-def _collective_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+def _collective_rows(d: Mapping[str, Any], stage: int | None = None) -> Iterator[tuple[str, ...]]:
     groups: dict[tuple[str, str, str], list[float]] = {}
     for c in d["collectives"]:
+        if not on_stage(d, c, stage):
+            continue
         total = groups.setdefault((c["phase"], c["kind"], c["axis"]), [0, 0.0, 0.0])
         total[0] += c["times"]
         total[1] += c["times"] * c["bytes"]
@@ -163,7 +211,7 @@ def diff_text(a: ShardingPlan, b: ShardingPlan) -> str:
                 lines.append(f"{section}.{key}: {_value(x)} -> {_value(y)}")
     for section, show in (("time", _time), ("memory", _size)):
         for key in a.data[section]:
-            x, y = a.data[section][key], b.data[section][key]
+            x, y = a.data[section][key], b.data[section].get(key, 0)
             if x != y:
                 lines.append(f"{section}.{key}: {show(x)} -> {show(y)}" + (f" ({y / x - 1:+.1%})" if x else ""))
     both = (("", {n: t["sharding"] for n, t in p.data["tensors"].items()}) for p in (a, b))
