@@ -75,7 +75,7 @@ def reduction(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str
     lanes = {"x": Lane("x", X, "x_ok" if x_masked else None), "r": Lane("r", R, "r_ok" if r_masked else None)}
     axes = {**flat_axes(of_kind(kernel, "x"), "x"), **flat_axes(of_kind(kernel, "r"), "r")}
     e = Emitter(kernel, names_for(kernel, "XB", "RB"), axes, lanes, ("XB", "RB"), interpret)
-    folds = _Folds(e, "r_ok" if r_masked else None, size_text(r_extent))
+    folds = Folds(e, "r_ok" if r_masked else None, size_text(r_extent))
     segments: list[SegmentText] = []
     if looped:
         segments = [_segment(e, folds, s) for s in kernel.segments()]
@@ -96,7 +96,7 @@ def reduction(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str
     }
 
 
-def _segment(e: Emitter, folds: _Folds, segment: Segment) -> SegmentText:
+def _segment(e: Emitter, folds: Folds, segment: Segment) -> SegmentText:
     text = SegmentText()
     if not segment.loop:
         for stmt in segment.stmts:
@@ -131,7 +131,7 @@ _STEPS = {
 }
 
 
-class _Folds:
+class Folds:
     """Writes reductions: whole in one block, or as an accumulator tile that a loop updates."""
 
     def __init__(self, e: Emitter, r_ok: str | None, r_extent: str) -> None:

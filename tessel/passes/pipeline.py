@@ -66,6 +66,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("gradients", lambda graph, options: gradients.run(graph, options)),
     ("recurrences", lambda graph, options: recurrences.run(graph)),
     ("small_products", lambda graph, options: small_products.run(graph)),
+    ("narrow_products", lambda graph, options: small_products.run(graph, windows=False)),
     # opening composites leaves identities and doubles behind
     ("canonicalize", lambda graph, options: canonicalize.run(graph)),
     ("layouts", lambda graph, options: layouts.run(graph)),
@@ -76,9 +77,9 @@ PASSES: tuple[tuple[str, Pass], ...] = (
 # What a graph goes through before it is laid out on a mesh: composites opened, so that every axis may be split.
 BEFORE_SHARD: tuple[tuple[str, Pass], ...] = PASSES[:2] + PASSES[:1]
 
-# Passes whose results only the C++ templates have kernels for.
-CPU_ONLY = frozenset({"recurrences", "small_products", "layouts"})
-GPU_ONLY = frozenset({"decode", "gradients"})
+# Passes whose results only the C++ templates, or only the Triton ones, have kernels for.
+CPU_ONLY = frozenset({"small_products", "layouts"})
+GPU_ONLY = frozenset({"decode", "gradients", "narrow_products"})
 
 
 def run_pipeline(

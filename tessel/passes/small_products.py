@@ -31,13 +31,13 @@ _ROW = 4096  # terms of a dot product
 _MADE = frozenset({"pointwise", "index", "scan"})
 
 
-def run(graph: Graph) -> Graph:
-    """The graph with such products opened."""
+def run(graph: Graph, windows: bool = True) -> Graph:
+    """The graph with such products opened; ``windows``: convolutions whose windows lie side by side too."""
     uses = graph.uses()
     convolutions = {c.node: c for n in graph.nodes if (c := _depthwise(n, graph, uses)) is not None}
     replaced = {c.result for c in convolutions.values()}
     columns = {n for n in graph.nodes if _one_column(n, uses)}
-    patches = {n for n in graph.nodes if _side_by_side(n)} - convolutions.keys()
+    patches = {n for n in graph.nodes if windows and _side_by_side(n)} - convolutions.keys()
     patches -= {n for n in patches if _leaves(n.out, graph)}
     if not convolutions and not columns and not patches:
         return graph

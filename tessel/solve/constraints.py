@@ -22,6 +22,7 @@ __all__ = ["DESCRIPTORS", "Constraint", "Learned", "constraints_for"]
 
 Values = Mapping[str, Any]
 
+_BUSY_WARPS = 4  # of a unit, one a scheduler: from then on recurrences hide each other's steps
 _NUMEL = 2**20  # elements of one tensor: Triton's TRITON_MAX_TENSOR_NUMEL
 _POINTS = 2**16  # elements of a tile that Triton still compiles in seconds
 DESCRIPTORS = ("sm_90", "sm_100")  # architectures with tensor descriptors (TMA) that Triton compiles for
@@ -104,7 +105,7 @@ def constraints_for(problem: Problem, target: Target, learned: Sequence[Learned]
     if problem.family in ("matmul", *ATTENTION):
         rules += _contraction(problem, target)
     else:
-        rules += _points(problem)
+        rules += _points(problem, target)
     rules.append(
         Constraint(
             "registers",
@@ -135,7 +136,7 @@ def _tile(problem: Problem, v: Mapping[str, Any]) -> str:
     if problem.family in ("matmul", *ATTENTION):
         shape = "×".join(str(v[n]) for n in names)
         return f"{shape} with {_count(v['num_stages'], 'stage')} and {warps}"
-    shape = f"{v['XB']}×{v['RB']}" if problem.family == "reduction" else str(v["XB"])
+    shape = f"{v['XB']}×{v['RB']}" if problem.family in ("reduction", "scan") else str(v["XB"])
     return f"{shape} with {warps}"
 
 
@@ -336,9 +337,11 @@ def _by_lanes(problem: Problem) -> list[Constraint]:
     ]
 
 
-def _points(problem: Problem) -> list[Constraint]:
-    """Rules of pointwise kernels and reductions."""
+def _points(problem: Problem, target: Target) -> list[Constraint]:
+    """Rules of pointwise kernels, reductions and scans."""
     rules = [_overhang("XB", "x", problem.x)]
+    if problem.family == "scan":
+        rules += _scan(problem, target)
     if problem.family == "reduction":
         rules.append(_overhang("RB", "r", problem.r if problem.r_known else 2**14))
     rules.append(
@@ -359,17 +362,50 @@ def _points(problem: Problem) -> list[Constraint]:
             lambda v, n, m: f"a tile of {n:,.0f} elements compiles for minutes; {m:,.0f} are the most tried",
         )
     )
-    points = next_power(problem.x * problem.r)
+    points = next_power(problem.x * problem.r * problem.steps)
     rules.append(
         Constraint(
             "idle threads",
             False,
             lambda v: np.minimum(v["threads"], points),
-            lambda v: v["XB"] * v.get("RB", 1),
+            lambda v: v["XB"] * v.get("RB", 1) * v.get("SIDE", 1),
             lambda v, n, m: f"{v['threads']} threads for {m:.0f} elements",
         )
     )
     return rules
+
+
+def _scan(problem: Problem, target: Target) -> list[Constraint]:
+    """Rules of scans: what the template can say, no more steps at once than there are, and eager's order of sums
+    where that many recurrences keep the device busy."""
+    row = next_power(problem.r)
+    assert target.limits is not None
+    enough = target.units * _BUSY_WARPS * target.limits.warp_size
+    return [
+        Constraint(
+            "state",
+            True,
+            lambda v: (v["RB"] != row) * 1,
+            lambda v: 0,
+            lambda v, n, m: f"RB={v['RB']}: a state of {problem.r} places takes {row}",
+        ),
+        Constraint(
+            "side by side",
+            True,
+            lambda v: ((v["SIDE"] > 1) & ((v["STEPS"] > 1) | (problem.folds > 0) | (problem.r > 1))) * 1,
+            lambda v: 0,
+            lambda v, n, m: f"SIDE={v['SIDE']} is for recurrences without a fold, and STEPS=1",
+        ),
+        Constraint(
+            "in order",
+            False,
+            lambda v: ((v["SIDE"] > 1) & (problem.x >= enough)) * 1,
+            lambda v: 0,
+            lambda v, n, m: f"{problem.x} recurrences keep the device busy one step after the other; SIDE changes sums",
+        ),
+        _overhang("STEPS", "time", problem.steps),
+        _overhang("SIDE", "time", problem.steps),
+    ]
 
 
 def _from_learned(item: Learned) -> Constraint:

@@ -5,7 +5,7 @@
     attention: 128x64; matmul_3: BM=256     entries for families or kernels, a kernel's own last word
 
 Sides are the template's block sizes in order (BM x BN x BK of a product, BM x BN of attention, XB x RB of a
-reduction, XB of a pointwise kernel). What is not given is solved.
+reduction or a scan, XB of a pointwise kernel). What is not given is solved.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ SIDES = {
     "attention_backward": ("BM", "BN"),
     "reduction": ("XB", "RB"),
     "pointwise": ("XB",),
+    "scan": ("XB", "RB"),
 }
 """What the sides of a tile are called, family by family."""
 

@@ -48,6 +48,7 @@ class Problem:
         batch, m, n, k: of a product; for attention m queries and n keys.
         d, e: widths of keys and values, as powers of two.
         x, r: points of a pointwise kernel or reduction, and how many are folded into each.
+        steps: of a scan, one after the other; x recurrences run side by side, each with a state of r places.
         itemsize, out_itemsize, widest: bytes of the widest input, output and either (at least 4).
         dtype: of a product's operands, as ``Target.flops`` names it.
         plain: multiplied without matrix instructions.
@@ -60,13 +61,14 @@ class Problem:
         described: operands, none to two, that tensor descriptors can load: they lie in memory as they are, 16-bit or
             narrower floats, contiguous along one axis, all else at multiples of 16 bytes.
         aligned: rows of the operands start at multiples of 16 bytes, so that they are copied asynchronously.
-        point_bytes: loaded at each point: (m, n) of an epilogue or a score, (x, r) of a reduction, x otherwise.
+        point_bytes: loaded at each point: (m, n) of an epilogue or a score, (x, r) of a reduction or a step of a scan,
+            x otherwise.
         total_bytes: of all inputs, each read once.
         out_bytes: of all outputs.
         ops, slow_ops: operators at each point, and those of them that take the special-function unit.
         loads: loads at each point that are live together.
         folds: folds over r; loops: passes over r that a looped form makes.
-        across: x, not r, runs along memory.
+        across: x, not r (of a scan: not time), runs along memory.
         symbolic: a size is known at run time only.
         r_known: the folded extent is known.
     """
@@ -80,6 +82,7 @@ class Problem:
     e: int = 1
     x: int = 1
     r: int = 1
+    steps: int = 1
     itemsize: int = 4
     out_itemsize: int = 4
     widest: int = 4
@@ -164,7 +167,8 @@ class Problem:
             what = f"{self.batch} heads, {self.m}×{self.n}, width {self.d} {self.dtype}{', causal' * self.causal}"
             of = "" if self.family == "attention" else f"gradients of {'keys' if self.by_keys else 'queries'}, "
             return f"{of}{what}"
-        return f"{self.x} points" + (f" of {self.r} each" if self.family == "reduction" else "")
+        points = f"{self.x} points" + (f" of {self.r} each" if self.r > 1 or self.family == "reduction" else "")
+        return f"{points}, {self.steps} steps" if self.family == "scan" else points
 
     @property
     def point_weight(self) -> float:
@@ -272,7 +276,7 @@ def _attention(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, Any]:
 
 
 def _points(kernel: Kernel, sizes: _Sizes) -> dict[str, Any]:
-    x = sizes.of(product(a.extent for a in of_kind(kernel, "x")))
+    x, steps = (sizes.of(product(a.extent for a in of_kind(kernel, kind))) for kind in "xs")
     folded = product(a.extent for a in of_kind(kernel, "r"))
     reduced = frozenset(a.name for a in of_kind(kernel, "r"))
     loads = [s for s in kernel.body if isinstance(s, Load)]
@@ -280,12 +284,14 @@ def _points(kernel: Kernel, sizes: _Sizes) -> dict[str, Any]:
     return {
         "x": x,
         "r": sizes.of(folded),
-        "loaded": x * sizes.of(folded) * sum(s.dtype.itemsize for s in loads),  # of a table only the rows looked up
+        "steps": steps,
+        # of a table only the rows looked up
+        "loaded": x * steps * sizes.of(folded) * sum(s.dtype.itemsize for s in loads),
         "point_bytes": sum(s.dtype.itemsize for s in wide),
         "loads": max(1, len(wide)),
         "folds": sum(isinstance(s, Reduce) for s in kernel.body),
         "loops": max(1, sum(s.loop for s in kernel.segments())) if reduced else 1,
-        "across": bool(reduced) and reads_across(kernel),
+        "across": (bool(reduced) and reads_across(kernel)) or (steps > 1 and reads_across(kernel, "s")),
         "r_known": isinstance(folded, int),
         **_counts(dict.fromkeys(_inner(kernel)) if reduced else kernel.body),
     }

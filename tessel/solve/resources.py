@@ -70,6 +70,7 @@ _ELSEWHERE = {  # what stands in where an architecture, or a way to load on it, 
     "attention": {"sm_": "attn90", "gfx": "attn942"},
     "reduction": {"sm_": "rmsnorm90", "gfx": "rmsnorm90"},
     "pointwise": {},
+    "scan": {},
 }
 
 
@@ -109,6 +110,11 @@ def estimate(family: str, target: Target, values: Mapping[str, Any]) -> dict[str
         limit: Any = target.limits.registers_per_thread
         spills: Any = registers > limit
         columns: Any = 0
+    elif family == "scan":  # the state, and of every step in flight what is loaded and the line it makes; not fitted
+        each = np.where((values["SIDE"] > 1) & (target.vendor == "amd"), 10.0, 3.0)
+        registers = 40 + each * values["held"] * values["widest"] / 4
+        limit, columns = target.limits.registers_per_thread, 0
+        spills = registers > limit
     elif family == "attention_backward":  # the sums, and scores, weights and their gradients side by side; not fitted
         registers = 48 + 1.1 * values["acc"] + (2.2 + values["score_bytes"] / 4) * values["scores"]
         limit, columns = target.limits.registers_per_thread, 0

@@ -47,6 +47,9 @@ _SECTOR = 32  # bytes: what memory moves at least
 _COPY = 512  # bytes that a warp's instruction of 16 bytes a thread copies
 _RUN = 64  # bytes in a row below which loads waste bandwidth: assumed, two sectors
 _SCHEDULERS = 4  # of a unit, each with its own matrix unit: NVIDIA since Volta, AMD's four SIMDs
+_STEP_CLOCKS = 10  # of a recurrence: a product with a sum (4 clocks) and the choice of the first step: assumed
+_SIDE_OPS = 12  # lane operations a place of a scan side by side: assumed, lines of two numbers joined and handed on
+_SHUFFLE = 30  # clocks of an exchange inside a warp and the operation on it: assumed, as in a reduction
 _SOFTMAX_OPS = 20  # lane operations a score: assumed, 14 (scale, masks, compare, subtract, sum, convert) at 70% issue
 _ROW_OPS = 48  # lane operations a row of scores: assumed, two folds across four lanes and the running peak and total
 
@@ -263,6 +266,26 @@ class _Model:
         folds = p.folds * (across * (warps > 1) + np.log2(np.maximum(lanes_r, 2)) * 30 / self.clock)
         written = xb * p.out_bytes / max(1, p.x)
         return self._waves(programs, steps, step, (written, folds), stages=1)
+
+    def scan(self) -> dict[str, Any]:
+        """A turn of the loop loads STEPS steps, or SIDE of them that are scanned side by side; nothing runs ahead."""
+        p, v = self.p, self.v
+        xb, rb, warps, side = (_real(v[n]) for n in ("XB", "RB", "num_warps", "SIDE"))
+        programs, turn = _up(p.x, xb), _real(v["STEPS"]) * side
+        steps = _up(p.steps, turn)
+        points = np.maximum(xb * rb * side, warps * self.warp) * _real(v["STEPS"])  # idle threads take part
+        vector = points * (p.ops + 2 + 2 * p.folds + (side > 1) * _SIDE_OPS) / self._lanes()
+        vector = vector + points * p.slow_ops / (self.c.exps_per_clock * self.clock)
+        # The chain of a turn: each step waits for the one before, folds for their shuffles, a tile for its scan.
+        shuffles = np.where(rb > 1, p.folds * np.log2(np.maximum(rb, 2)), 0.0)
+        chain = (_real(v["STEPS"]) * _STEP_CLOCKS + (shuffles + (side > 1) * np.log2(side)) * _SHUFFLE) / self.clock
+        apart = np.where((rb > self.warp) | (side > self.warp), self.c.exchange_s, 0.0) * (warps > 1)
+        vector = np.maximum(vector, (chain + apart) * warps / _SCHEDULERS)
+        run = (np.minimum(xb, p.x) if p.across or p.folds else np.minimum(turn, p.steps)) * p.itemsize
+        waste = np.maximum(1.0, _SECTOR / run)
+        loaded = xb * rb * p.point_bytes * turn * waste
+        step = _Step(0.0, vector, loaded, waste * p.total_bytes / (programs * steps), 0.0, 0.0, 0.0, overlap=True)
+        return self._waves(programs, steps, step, (xb * p.out_bytes / max(1, p.x), 0.0), stages=1)
 
     def pointwise(self) -> dict[str, Any]:
         p, v = self.p, self.v

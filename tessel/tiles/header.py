@@ -29,7 +29,7 @@ from .formula import evaluate
 
 TEMPLATES = Path(__file__).parent.parent / "codegen" / "templates"
 ATTENTION = ("attention", "attention_backward")
-FAMILIES = ("pointwise", "reduction", "matmul", *ATTENTION)
+FAMILIES = ("pointwise", "reduction", "scan", "matmul", *ATTENTION)
 
 
 @lru_cache(maxsize=1)
