@@ -30,7 +30,7 @@ from ..tiles.default import batch_axes
 from ..tiles.header import TEMPLATES, environment
 from ..tiles.hidden import closure, hidden
 from ..tiles.index import Index, exact_div, linearize, var
-from ..tiles.kernel import ACC, LSE, Axis, Kernel, Load, Ref, Stmt, Store, indices_of
+from ..tiles.kernel import ACC, LSE, Axis, Check, Kernel, Load, Ref, Stmt, Store, indices_of
 from .cpp_expr import Dims, Emitter
 from .cpp_space import Space
 from .cpp_text import points, simd
@@ -228,20 +228,25 @@ class Writer:
         provided = kernel.provides[part]
         assert isinstance(provided, Ref)
         stmts = kernel.parts[part]
+        checks = [s for s in stmts if isinstance(s, Check)]
         dtype = self._dtype_of(part, provided)
         check(dtype == self.dtype, lambda: f"{kernel.name}: attention of {self.dtype} and {dtype}; cast one operand")
         e = Emitter(kernel, self.at.space)
         e.nest(known, [lane])
         for s in stmts:
-            e.emit(s)
-        check(not e.flags, lambda: f"{kernel.name}: part {part!r} reads indices that must be checked")
+            if not isinstance(s, Check):  # ``looked_up`` has checked the indices of all rows before
+                e.emit(s)
+        check(not e.flags, lambda: f"{kernel.name}: part {part!r} divides by what may be zero")
+        check(not checks or part in "kv", lambda: f"{kernel.name}: part {part!r} reads indices that must be checked")
+        direct = self._direct(e, stmts, provided, lane)
+        row = list(e.blocks[0])
         text, dims, _ = e.values[provided.number]
         e.line(f"put(to + {lane}, {text});", dims | {lane})
         extent = size_text(kernel.axis(lane).extent)
-        direct = self._direct(stmts, provided, lane)
         return {
             "where": where,
-            "row": e.blocks[0],
+            "row": row,
+            "looked_up": self._looked_up(closure(stmts, [s.arg.number for s in checks])[0]) if checks else None,
             "body": e.blocks[1],
             "lane": lane,
             "extent": extent,
@@ -251,10 +256,18 @@ class Writer:
             "whole": self.whole_rows(lane),
         }
 
-    def _direct(self, stmts: tuple[Stmt, ...], provided: Ref, lane: str) -> str:
+    def _looked_up(self, stmts: Iterable[Stmt]) -> dict[str, Any]:
+        """The check of every index by which rows of keys or values are looked up."""
+        e = Emitter(self.kernel, self.at.space)
+        e.nest(self.known, ["n"])
+        for s in stmts:
+            e.emit(s)
+        return {**self._loop(e), "where": self.batch}
+
+    def _direct(self, e: Emitter, stmts: tuple[Stmt, ...], provided: Ref, lane: str) -> str:
         """The first element of a row that lies in memory as it is wanted, else nothing."""
         stmt = next(s for s in stmts if getattr(s, "out", None) == provided.number)
-        if len(stmts) != 1 or not isinstance(stmt, Load) or stmt.access.mask:
+        if not isinstance(stmt, Load) or stmt.access.mask:
             return ""
         param = self.kernel.params[stmt.access.param]
         if param.type.dtype != stmt.dtype or stmt.dtype == torch.float16:
@@ -264,9 +277,9 @@ class Writer:
         inside = [n for a, _ in index.terms if a.arg is not None for n in a.arg.variables()]
         if [c for a, c in plain if a.name == lane] != [1] or lane in inside:
             return ""
-        rest = Index(tuple((a, c) for a, c in index.terms if a.kind != "var" or a.name != lane), index.const)
-        e = Emitter(self.kernel, self.at.space)
-        return f"{param.name}[{e.index(rest)[0]}]"
+        rest = tuple((a, c) for a, c in index.terms if a.kind != "var" or a.name != lane)
+        text, dims = e.affine(Index(rest, index.const))
+        return "" if lane in dims else f"{param.name}[{text}]"
 
     # ------------------------------------------------------------ scores
 

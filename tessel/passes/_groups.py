@@ -142,10 +142,32 @@ def outside_reads(group: Group) -> dict[Value, None]:
 
 def only_mask(group: Group, values: list[Value]) -> bool:
     """Whether a group of attention reads values for its mask alone, where they are computed score by score."""
-    node = next(n for n in group.nodes if n.op.kind in ATTENTION)
-    at = 3 if node.op.kind == "attention" else 4
+    (node,) = (n for n in group.nodes if n.op.kind in ATTENTION)
+    return _only_at(group, node, values, {3 if node.op.kind == "attention" else 4})
+
+
+def pages(producer: Group, consumer: Group, values: list[Value]) -> bool:
+    """Whether a group only looks up rows of keys or values for an attention: pages of a cache, by their table."""
+    (node,) = (n for n in consumer.nodes if n.op.kind in ATTENTION)
+    rows = all(_whole_rows(n) for n in producer.nodes)
+    return rows and node.op.kind == "attention" and _only_at(consumer, node, values, {1, 2})
+
+
+def _whole_rows(node: Node) -> bool:
+    """Whether a gather leaves the last dim alone."""
+    x = node.args[0]
+    if node.op.name == "index_select":
+        return bool(node.attrs["dim"] % x.type.rank != x.type.rank - 1)
+    if node.op.name != "index":
+        return False
+    indices = node.args[1]
+    return len(indices) < x.type.rank or indices[-1] is None
+
+
+def _only_at(group: Group, node: Node, values: list[Value], places: set[int]) -> bool:
+    """Whether a node of a group reads values at these of its arguments and nowhere else."""
     read: dict[Value, None] = {}
-    stack = [a for i, a in enumerate(node.args) if i != at and isinstance(a, Value)]
+    stack = [a for i, a in enumerate(node.args) if i not in places and isinstance(a, Value)]
     while stack:
         v = stack.pop()
         read[v] = None

@@ -36,6 +36,7 @@ from ._groups import (
     inline_problem,
     only_mask,
     outside_reads,
+    pages,
     start,
 )
 from ._products import with_bias
@@ -245,7 +246,8 @@ class _Fuser:
         outside = [u for v in a.values for u in self.users.get(v, ()) if u not in a.nodes and u not in b.nodes]
         if outside:
             return "its value is read at other places, and something else needs it stored"
-        if a.family == "pointwise" and b.family in ATTENTION and not only_mask(b, through):
+        own = a.family == "pointwise" and b.family in ATTENTION and not only_mask(b, through)
+        if own and not pages(a, b, through):
             return "attention loads its operands as they are"
         why = inline_problem(a, b)
         if why:
