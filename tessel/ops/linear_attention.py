@@ -8,8 +8,8 @@
     decay [batch, head, time] or [batch, head, time, k]                beta  [batch, head, time]
 
 One algebra for a family of models: no decay is linear attention (Katharopoulos et al.), one factor a head RetNet (Sun
-et al.), one a head and token Mamba-2 (Dao and Gu), one a key channel gated linear attention (Yang et al.), beta
-DeltaNet (Schlag et al.), beta with a decay Gated DeltaNet (Yang et al.). Kernels go through time in chunks: within a chunk, with
+et al.), one a head and token Mamba-2 (Dao and Gu), one a key channel gated linear attention (Yang et al.); with beta it
+is DeltaNet (Schlag et al.) and Gated DeltaNet (Yang et al.). Kernels go through time in chunks: within one, with
 P[t, s] = a[s + 1] * .. * a[t] and t0 the step before it,
 
     o[t] = (P[t, t0] q[t]) S[t0] + sum over s <= t of (q[t] P[t, s] k[s]) u[s]
@@ -169,16 +169,20 @@ def _check(name: str, q: Any, k: Any, v: Any, decay: Any, beta: Any, start: Any)
     if decay is not None:
         want.append(("decay", decay, (b, h, t, width) if decay.rank == 4 else (b, h, t)))
     want += [("beta", beta, (b, h, t)), ("start", start, (b, h, width, v.shape[3]))]
-    for word, x, shape in want:
-        if x is not None:
-            fits = x.rank == len(shape) and all(dim_equal(m, n) for m, n in zip(x.shape, shape, strict=True))
-            check(fits, lambda word=word, x=x, shape=shape: f"{name}: {word} is {x}, it must be {list(shape)}")
+    wrong = [(word, x, shape) for word, x, shape in want if x is not None and not _fits(x, shape)]
+    check(
+        not wrong, lambda: "{}: {} is {}, it must be [{}]".format(name, *wrong[0][:2], ", ".join(map(str, wrong[0][2])))
+    )
     same = len({t.dtype for t in (q, k, v)}) == 1 and q.dtype.is_floating_point
     check(same, lambda: f"{name}: q, k and v are {q}, {k} and {v}; they must be floats of one dtype, cast them")
     wide = wide_dtype(q.dtype)
     others = [x for x in (decay, beta, start) if x is not None and x.dtype != wide]
     check(not others, lambda: f"{name}: {others[0]} beside q, k, v of {q.dtype}: it must be {wide}, cast it")
     return wide
+
+
+def _fits(x: Any, shape: tuple[Any, ...]) -> bool:
+    return x.rank == len(shape) and all(dim_equal(m, n) for m, n in zip(x.shape, shape, strict=True))
 
 
 def _infer(q: Any, k: Any, v: Any, decay: Any = None, beta: Any = None, start: Any = None) -> tuple[TensorType, ...]:
