@@ -63,7 +63,7 @@ class Program:
         inputs: the sharding in which each input arrives; ``None`` for host numbers.
         outputs: the sharding in which each output leaves; ``None`` for what is no tensor.
         effects: the sharding of each overwritten input's new contents.
-        warnings: full rematerializations, each with its source line.
+        warnings: full rematerializations and custom operators that are not split, each with its source line.
     """
 
     graph: Graph
@@ -115,6 +115,7 @@ def partition(
     *,
     outputs: Mapping[int, Sharding] | None = None,
     splits: Mapping[Node, Split] | None = None,
+    limits: Mapping[str, frozenset[str]] | None = None,
     price: Price | None = None,
 ) -> Program:
     """Decide what each device computes and what moves.
@@ -124,13 +125,15 @@ def partition(
         mesh: the devices.
         layouts: from ``propagate``.
         outputs: how outputs are to leave, by position; the others leave as propagation gave them.
-        splits: the split of nodes that a plan has decided; a node's own cheapest otherwise.
+        splits: the split of nodes that a plan has decided; a node's own cheapest otherwise. With such splits a view
+            is cut as its operand lies, and moves nothing.
+        limits: for the lines of a module (by its path) the only mesh axes that may split them.
         price: what a step of communication costs, in bytes of the machine in this file's head.
 
     Raises:
         TesselError: an output's sharding does not fit it, or a split does not fit its node.
     """
-    run = _Partition(graph, mesh, layouts, dict(outputs or {}), dict(splits or {}), price)
+    run = _Partition(graph, mesh, layouts, dict(outputs or {}), dict(splits or {}), dict(limits or {}), price)
     run.inputs()
     for node in graph.nodes:
         run.node(node)
@@ -146,10 +149,11 @@ class _Partition:
         layouts: Layouts,
         outputs: dict[int, Sharding],
         splits: dict[Node, Split],
+        limits: dict[str, frozenset[str]],
         price: Price | None,
     ) -> None:
         self.graph, self.mesh, self.layouts, self.wanted, self.splits = graph, mesh, layouts, outputs, splits
-        self.price = price
+        self.limits, self.price = limits, price
         self.program = Program(graph, mesh, layouts)
         self.have: dict[Value, list[Sharding]] = {}  # the shardings in which a value is at hand
         self.unread: dict[Value, Sharding] = {}  # inputs to be brought to how they are used, at their first use
@@ -252,8 +256,15 @@ class _Partition:
         alone = len(node.types) == 1 and self.uses[node.out] == 1
         carried = carries(node, lying, self.users.get(node.out, []) if alone else [])
         split = self.splits.get(node)
+        if split is None and self.splits and node.op.kind == "view":
+            split = self.follow(rule)
         if split is None:
             split = self.choose(node, rule, carried)
+        if "target" in node.attrs and any(s.axes for v in rule.operands for s in self.have[v]):
+            self.program.warnings.append(
+                f"{node.attrs['target']} at {node.loc} is computed whole on every device: no dims string says how a "
+                "custom operator may be split"
+            )
         reads, results = self.shardings(node, rule, split, carried)
         for v, want in zip(rule.operands, reads, strict=True):
             self.bring(v, want, f"{node.op.name} at {node.loc} reads it as {want}", node)
@@ -263,7 +274,7 @@ class _Partition:
             settled = self.layouts.of[v]
             if got == settled or got.partial:
                 continue
-            only_slices = all(s.kind == "slice" for s in self.steps(v, got, settled))
+            only_slices = not self.splits and all(s.kind == "slice" for s in self.steps(v, got, settled))
             if v in self.layouts.fixed or only_slices:
                 self.bring(v, settled, f"{node.op.name} at {node.loc} gives it as {got}")
                 self.have[v] = [settled]
@@ -294,6 +305,20 @@ class _Partition:
             results.append(Sharding(lies.dims, (*carried.result, *((a, how) for a, how in left if how is not None))))
         return reads, results
 
+    def follow(self, rule: Rule) -> Split | None:
+        """The split of a view that reads its operand as it lies; ``None`` where its dims do not say one."""
+        (v, *_), (shape, *_) = rule.operands, rule.dims.operands
+        for lies in reversed(self.have[v]):
+            found: Split = {}
+            whole = True
+            for term, axes in zip(shape, lies.dims, strict=True):
+                some, used = project(term, axes, rule.sizes, self.mesh)
+                found |= some
+                whole = whole and used == len(axes)
+            if whole and all(layout(s, found, rule, self.mesh) is not None for s in rule.dims.results):
+                return found
+        return None
+
     def choose(self, node: Node, rule: Rule, carried: Carried) -> Split:
         """The cheapest split of a node's factors."""
         if node.op.random or node.op.kind == "effect" or "target" in node.attrs:
@@ -307,6 +332,7 @@ class _Partition:
             tuple(v.dtype for v in (*rule.operands, *rule.results)),
             tuple((self.uses[v], v in self.weights) for v in rule.operands),
             carried,
+            self.limits.get(node.loc.module),
         )
         known = self.known.get(key)
         if known is not None:
@@ -361,7 +387,8 @@ class _Partition:
                     if f.kind == "map" and rule.sizes[factor] % self.mesh[a] == 0 and rule.may_split(factor):
                         sight[a].setdefault(factor, 0)
                         orders.setdefault(factor, []).append(a)
-        axes_in_sight = [a for a in self.mesh if a in sight]
+        limit = self.limits.get(node.loc.module)
+        axes_in_sight = [a for a in self.mesh if a in sight and (limit is None or a in limit)]
         choices: list[list[str | None]] = [
             [*sorted(sight[a], key=lambda f, a=a: -sight[a][f]), None]  # type: ignore[misc]
             for a in axes_in_sight
