@@ -53,7 +53,8 @@ class Backend:
             return run
 
         try:
-            made = aot(gm, example_inputs, compile_one)
+            on_cpu = all(x.device.type == "cpu" for x in example_inputs if isinstance(x, torch.Tensor))
+            made = aot(gm, example_inputs, compile_one, early=on_cpu and session.target in ("auto", "cpu"))
             return _direct(alone[0]) if alone else made
         except TesselError:
             raise

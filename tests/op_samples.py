@@ -267,6 +267,10 @@ def norms() -> Iterator[Case]:
         yield "linear_cross_entropy_backward", (real(7), *operands, lse), attrs
         some = {**attrs, "wanted": (False, True, False)}
         yield "linear_cross_entropy_backward", (real(7), *operands, lse), some
+        once = {k: v for k, v in attrs.items() if k != "chunk"}
+        yield "linear_cross_entropy_gradients", operands, once
+        yield "linear_cross_entropy_gradients", operands, {**once, "wanted": (True, False, True)}
+    yield "scaled_gradients", (real(7, 4), real(5, 4), real(5), real()), {}
 
 
 def expert_layers() -> Iterator[Case]:

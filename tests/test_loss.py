@@ -11,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tessel
-from tessel.ops.loss import linear_cross_entropy_backward_ref, linear_cross_entropy_ref
+from tessel.ops.loss import (
+    linear_cross_entropy_backward_ref,
+    linear_cross_entropy_gradients_ref,
+    linear_cross_entropy_ref,
+)
 from tessel.runtime import loss_cpu as kernels
 
 # Relative to the largest element: sums of a few hundred products, and what rounding a result adds.
@@ -59,6 +63,16 @@ def compare(dtype: torch.dtype, operands: list[Any], ignore: int, s: float, cap:
         got = [g for g in backward(grad, *operands, lse, **more) if g.numel()]
         for name, g, w in zip(("dx", "dweight", "dbias"), got, grads, strict=False):
             near(g, w, dtype, name)
+    if s and cap:
+        return  # no kernel of both at once
+    wide = [None if t is None else t.double().requires_grad_() for t in operands[:3]]
+    want = eager(*wide, target, ignore, s, cap)  # type: ignore[arg-type]
+    grads = torch.autograd.grad(want.sum(), [t for t in wide if t is not None])
+    for gradients in (kernels.gradients, linear_cross_entropy_gradients_ref):
+        loss, *made = gradients(*operands, ignore_index=ignore, label_smoothing=s, softcap=cap)
+        near(loss, want.detach(), torch.float32 if gradients == kernels.gradients else dtype, "loss")
+        for name, g, w in zip(("dx", "dweight", "dbias"), (g for g in made if g.numel()), grads, strict=False):
+            near(g, w, dtype, f"{name}, with the loss")
 
 
 @pytest.mark.parametrize("dtype", dtypes(), ids=str)
@@ -143,7 +157,8 @@ def test_pieces_of_the_vocabulary() -> None:
         got = kernels.forward(x, piece, None, target, offset=start, classes=50)
         parts.append(Part(start, size, (x, piece, target), got))
     for i in range(2):
-        torch.testing.assert_close(combine("nll-merge", parts, {}, i), whole[i])
+        got = combine("nll-merge", parts, {}, i)
+        torch.testing.assert_close(got[target >= 0], whole[i][target >= 0])
 
 
 # ---------------------------------------------------------------- capture
@@ -198,7 +213,41 @@ def test_capture(cap: float, more: dict[str, Any]) -> None:
     with torch.no_grad():
         torch.testing.assert_close(fast(ids, ids, **more), want)
     names = called(fast)
-    assert names.count("linear_cross_entropy") == 2 and "linear_cross_entropy_backward" in names
+    joined = ["linear_cross_entropy_gradients", "scaled_gradients"]  # logits are made once
+    if cap and more:
+        joined = ["linear_cross_entropy", "linear_cross_entropy_backward"]  # which no one kernel has
+    assert sorted(n for n in names if "gradients" in n or "entropy" in n) == sorted([*joined, "linear_cross_entropy"])
+
+
+def test_gradients_that_are_kept() -> None:
+    """A backward that keeps the graph changes nothing that was saved; one that does not scales it in place."""
+    torch._dynamo.reset()
+    weight, x, target = torch.randn(50, 8, requires_grad=True), torch.randn(6, 8), torch.randint(0, 50, (6,))
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(x, weight), target)
+
+    with torch._functorch.config.patch(donated_buffer=False):  # torch's own objection to a second backward
+        loss = tessel.compile(fn, target="cpu")(x)
+        (want,) = torch.autograd.grad(fn(x), weight)
+        for by, keep in ((3.0, True), (0.5, True), (2.0, False)):
+            (got,) = torch.autograd.grad(loss, weight, torch.tensor(by), retain_graph=keep)
+            torch.testing.assert_close(got, want * by)
+
+
+def test_losses_that_are_weighed_one_by_one() -> None:
+    """Every token has a gradient of its own: the logits are made again in the backward."""
+    torch._dynamo.reset()
+    weight, x, target = torch.randn(50, 8, requires_grad=True), torch.randn(6, 8), torch.randint(0, 50, (6,))
+    scale = torch.rand(6)
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return (F.cross_entropy(F.linear(x, weight), target, reduction="none") * scale).sum()
+
+    fast = tessel.compile(fn, target="cpu")
+    (got,), (want,) = (torch.autograd.grad(f(x), weight) for f in (fast, fn))
+    torch.testing.assert_close(got, want)
+    assert "linear_cross_entropy_backward" in called(fast)
 
 
 def test_logits_that_are_read_are_written() -> None:

@@ -29,11 +29,11 @@ def unit(name: str, lines: Collection[str]) -> str:
 
 
 def loss_unit(function: str) -> str:
-    """One of ``loss[_backward]_<type>``: ``int f(const i64* args, const double* numbers, i64 threads)``.
+    """One of ``loss[_backward|_gradients]_<type>``: ``int f(const i64* args, const double* numbers, i64 threads)``.
 
-    The arguments are addresses and sizes in the order of ``loss::forward`` and ``loss::backward``, then offset, total,
-    ignored target, and the address where a wrong target is put; the numbers are smoothing and soft cap. A unit has one
-    function, because a model often needs no other and each takes the compiler seconds.
+    The arguments are addresses and sizes in the order of ``loss::forward``, ``backward`` and ``together``, then offset,
+    total, ignored target, and the address where a wrong target is put; the numbers are smoothing and soft cap. A unit
+    has one function, because a model often needs no other and each takes the compiler seconds.
     """
     kind, name = function.rsplit("_", 1)
     t = _TYPES[name]
@@ -42,6 +42,12 @@ def loss_unit(function: str) -> str:
             f"  return loss::forward<{t}>((const {t}*)a[0], a[1], (const {t}*)a[2], a[3], (const {t}*)a[4],",
             "      (const i64*)a[5], (float*)a[6], (float*)a[7], a[8], a[9], a[10],",
             "      {a[11], a[12], a[13], (float)f[0], (float)f[1]}, (i64*)a[14], threads);",
+        ]
+    elif kind == "loss_gradients":
+        body = [
+            f"  return loss::together<{t}>((const {t}*)a[0], a[1], (const {t}*)a[2], a[3], (const {t}*)a[4],",
+            f"      (const i64*)a[5], (float*)a[6], ({t}*)a[7], ({t}*)a[8], ({t}*)a[9], a[10], a[11], a[12],",
+            "      {a[13], a[14], a[15], (float)f[0], (float)f[1]}, (i64*)a[16], threads);",
         ]
     else:
         body = [

@@ -54,6 +54,17 @@ def _linear_cross_entropy_backward(
     return c.many("linear_cross_entropy_backward", grad, x, weight, bias, target, lse, **attrs)
 
 
+@register(TABLE, "tessel.linear_cross_entropy_gradients.default")
+def _linear_cross_entropy_gradients(c: Lowering, *args: Any) -> tuple[Value, ...]:
+    names = ("ignore_index", "label_smoothing", "softcap", "wanted")
+    return c.many("linear_cross_entropy_gradients", *args[:4], **dict(zip(names, args[4:], strict=True)))
+
+
+@register(TABLE, "tessel.scaled_gradients.default")
+def _scaled_gradients(c: Lowering, *args: Any) -> tuple[Value, ...]:
+    return c.many("scaled_gradients", *args)
+
+
 def _expert_attrs(act: str, interleaved: bool, turned: bool, alpha: float, limit: float) -> dict[str, Any]:
     attrs: dict[str, Any] = {"act": act, "interleaved": interleaved, "turned": turned}
     return attrs | ({"alpha": alpha, "limit": limit} if act == "limited" else {})

@@ -19,6 +19,7 @@ from . import compat
 from .attention_match import join_attention
 from .composites import keep_composites
 from .decomp import decompositions, for_export
+from .early_gradients import make_early
 from .experts import join_experts
 from .flex import join_flex
 from .importer import Imported, import_graph
@@ -62,7 +63,9 @@ class GraphInfo:
 CompileGraph: TypeAlias = Callable[[Imported, GraphInfo], Callable[[list[Any]], Sequence[Any]]]
 
 
-def aot(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: CompileGraph) -> Callable[..., Any]:
+def aot(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: CompileGraph, early: bool = False
+) -> Callable[..., Any]:
     """Compile a Dynamo graph with AOTAutograd.
 
     Args:
@@ -70,6 +73,8 @@ def aot(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Compil
         example_inputs: as the backend receives them.
         compile_graph: called once a graph. The callable it returns gets one list, in the order of
             ``imported.graph.inputs`` without those of role ``constant``, and may clear the list.
+        early: gradients of losses are made where the losses are (see ``early_gradients``); not for a graph that a
+            mesh splits, whose pieces of the vocabulary do not know the whole sum.
 
     Returns:
         What a Dynamo backend has to return.
@@ -92,11 +97,16 @@ def aot(gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Compil
 
         return compile_fx
 
+    def parted(joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        if early:
+            make_early(joint)
+        return partition(joint, inputs, **options)
+
     backend = compat.aot_autograd(
         fw_compiler=compiler("forward"),
         bw_compiler=compiler("backward"),
         inference_compiler=compiler("inference"),
-        partition_fn=partition,
+        partition_fn=parted,
         decompositions=decompositions(),
         keep_inference_input_mutations=True,
     )

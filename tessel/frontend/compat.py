@@ -40,6 +40,7 @@ __all__ = [
     "free_unbacked",
     "guarded_equalities",
     "input_index",
+    "keeps_graph",
     "min_cut_rematerialization_partition",
     "more_decompositions",
     "size_hints",
@@ -200,6 +201,11 @@ def autocast_disabled() -> Iterator[None]:
     keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
     with torch._C._ExcludeDispatchKeyGuard(keys):
         yield
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that is running keeps what was saved for it (``retain_graph=True``)."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())  # type: ignore[attr-defined]
 
 
 def free_unbacked(expr: Any) -> bool:

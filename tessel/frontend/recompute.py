@@ -1,4 +1,4 @@
-"""What the backward graph computes again instead of reading it: masks that are made of places alone.
+"""How a joint graph is parted; what the backward computes again instead of reading it: masks made of places alone.
 
 A mask that depends on no input costs nothing to save for the backward but memory; computed again there, its structure
 is in the backward graph as well, and attention's gradients skip what it hides (``passes/masks.py``).

@@ -8,6 +8,7 @@ partial sums of exponentials (the idea of online softmax; Wijmans et al. 2024, "
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,6 +70,27 @@ def _flops(node: Node) -> Any:
 
 # ---------------------------------------------------------------- fused with the linear layer
 
+
+@dataclass(frozen=True)
+class LossAttrs:
+    """Attributes of ``linear_cross_entropy``, its backward and its gradients, as references and kernels take them.
+
+    Attributes:
+        ignore_index: tokens with this target have loss 0.
+        label_smoothing: part of the target that is spread over all classes.
+        softcap: c: the logits are c * tanh(logits / c); 0: as they are.
+        chunk: tokens whose logits a reference holds at a time; 0: as memory allows.
+        offset, classes: the weights are those of classes ``offset`` and on, of ``classes`` in all (0: all).
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float = 0.0
+    chunk: int = 0
+    offset: int = 0
+    classes: int = 0
+
+
 _HELD = 1 << 22  # logits that the references hold at a time
 
 
@@ -120,38 +142,31 @@ def linear_cross_entropy_ref(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     target: torch.Tensor,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    softcap: float = 0.0,
-    chunk: int = 0,
-    offset: int = 0,
-    classes: int = 0,
+    **attrs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of ``x @ weight.T + bias``, and the log-sum-exp of each token's logits.
 
     Args:
         x: [n, k]; weight: [v, k]; bias: [v] or None; target: [n] of i64.
-        ignore_index: tokens with this target have loss 0.
-        label_smoothing: part of the target that is spread over all classes.
-        softcap: c: the logits are c * tanh(logits / c); 0: as they are.
-        chunk: tokens whose logits are held at a time; 0: as memory allows.
-        offset, classes: the weights are those of classes ``offset`` and on, of ``classes`` in all (0: all).
+        attrs: those of ``LossAttrs``.
 
     Returns:
-        (loss [n], lse [n]) in f32 (float64 of float64). A target of another piece adds nothing to the loss.
+        (loss [n], lse [n]) in f32 (float64 of float64). A target of another piece adds nothing to the loss. Nobody
+        reads ``lse`` of a token that does not count: kernels leave it out.
 
     Raises:
         IndexError: a target that is no class.
     """
-    here = weight.shape[0]
-    counted = _counted(target, ignore_index, classes or here)
-    mine, place = _places(target, counted, offset, here)
+    a, here = LossAttrs(**attrs), weight.shape[0]
+    smoothing, classes = a.label_smoothing, a.classes or here
+    counted = _counted(target, a.ignore_index, classes)
+    mine, place = _places(target, counted, a.offset, here)
     loss, lse = (x.new_empty(x.shape[0], dtype=wide_dtype(x.dtype)) for _ in range(2))
-    for part, logits, _ in _chunks(x, weight, bias, softcap, chunk):
+    for part, logits, _ in _chunks(x, weight, bias, a.softcap, a.chunk):
         lse[part] = torch.logsumexp(logits, 1)
         picked = torch.where(mine[part], logits.gather(1, place[part, None])[:, 0], 0)
-        if label_smoothing:
-            picked = (1 - label_smoothing) * picked + logits.sum(1) * (label_smoothing / (classes or here))
+        if smoothing:
+            picked = (1 - smoothing) * picked + logits.sum(1) * (smoothing / classes)
         loss[part] = torch.where(counted[part], lse[part] - picked, 0)
     return loss, lse
 
@@ -163,13 +178,8 @@ def linear_cross_entropy_backward_ref(
     bias: torch.Tensor | None,
     target: torch.Tensor,
     lse: torch.Tensor,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    softcap: float = 0.0,
-    chunk: int = 0,
-    offset: int = 0,
-    classes: int = 0,
     wanted: tuple[bool, bool, bool] = (True, True, True),
+    **attrs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, weight and bias, given that of the losses; the logits are computed again, a chunk at a time.
 
@@ -178,18 +188,19 @@ def linear_cross_entropy_backward_ref(
         lse: what the forward gave.
         wanted: which of the gradients; the others, and that of no bias, are empty.
     """
-    wide, here = wide_dtype(x.dtype), weight.shape[0]
-    counted = _counted(target, ignore_index, classes or here)
-    mine, place = _places(target, counted, offset, here)
+    a, wide, here = LossAttrs(**attrs), wide_dtype(x.dtype), weight.shape[0]
+    smoothing, classes = a.label_smoothing, a.classes or here
+    counted = _counted(target, a.ignore_index, classes)
+    mine, place = _places(target, counted, a.offset, here)
     want_x, want_weight, want_bias = wanted[0], wanted[1], wanted[2] and bias is not None
     dx = torch.empty_like(x) if want_x else x.new_empty(0)
     dweight = weight.new_zeros(weight.shape if want_weight else 0, dtype=wide)
     dbias = weight.new_zeros(here if want_bias else 0, dtype=wide)
-    for part, logits, slope in _chunks(x, weight, bias, softcap, chunk):
+    for part, logits, slope in _chunks(x, weight, bias, a.softcap, a.chunk):
         d = torch.exp(logits - lse[part, None])
-        if label_smoothing:
-            d -= label_smoothing / (classes or here)
-        d.scatter_add_(1, place[part, None], torch.where(mine[part], label_smoothing - 1, 0.0)[:, None].to(wide))
+        if smoothing:
+            d -= smoothing / classes
+        d.scatter_add_(1, place[part, None], torch.where(mine[part], smoothing - 1, 0.0)[:, None].to(wide))
         d = d * grad[part, None]
         d = torch.where(counted[part, None], d if slope is None else d * slope, 0)
         rounded = d.to(x.dtype)
@@ -200,6 +211,35 @@ def linear_cross_entropy_backward_ref(
         if want_bias:
             dbias += d.sum(0)
     return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def linear_cross_entropy_gradients_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    wanted: tuple[bool, bool, bool] = (True, True, True),
+    **attrs: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The losses, and the gradients of their sum: the two operators above in one.
+
+    Returns:
+        (loss [n], dx, dweight, dbias); what is not wanted is empty.
+    """
+    loss, lse = linear_cross_entropy_ref(x, weight, bias, target, **attrs)
+    ones = torch.ones_like(loss)
+    return loss, *linear_cross_entropy_backward_ref(ones, x, weight, bias, target, lse, wanted, **attrs)
+
+
+def scaled_gradients_ref(
+    dx: torch.Tensor, dweight: torch.Tensor, dbias: torch.Tensor, by: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of a sum, times the gradient of that sum.
+
+    Zero stays zero whatever it is multiplied by: from tokens that do not count comes nothing, in a mean over none too.
+    """
+    one, two, three = (torch.where(d == 0, 0, d.to(by.dtype) * by).to(d.dtype) for d in (dx, dweight, dbias))
+    return one, two, three
 
 
 def _need_linear(name: str, x: Any, weight: Any, bias: Any, target: Any) -> None:
@@ -235,6 +275,19 @@ def _linear_backward_infer(
     )
 
 
+def _gradients_infer(
+    x: Any, weight: Any, bias: Any, target: Any, wanted: Any = (True,) * 3, **attrs: Any
+) -> tuple[TensorType, ...]:
+    loss, lse = _linear_infer(x, weight, bias, target)
+    return loss, *_linear_backward_infer(loss, x, weight, bias, target, lse, wanted)
+
+
+def _scaled_infer(dx: Any, dweight: Any, dbias: Any, by: Any) -> tuple[TensorType, ...]:
+    need_tensor("scaled_gradients", dx, dweight, dbias, by)
+    check(by.rank == 0, lambda: f"scaled_gradients: {by} must be one number")
+    return tuple(result(d.shape, d.dtype, d) for d in (dx, dweight, dbias))
+
+
 def _linear_dims(node: Node) -> str:
     bias = "v+nll-merge, " if arg_types(node)[2] is not None else ""
     return f"n k*, v+nll-merge k*, {bias}n -> n, n"
@@ -251,6 +304,23 @@ def _linear_backward_dims(node: Node) -> str:
     return f"n+, n+ k*, v+ k*, {'v+, ' if has_bias else ''}n+, n+ -> {', '.join(results)}"
 
 
+def _gradients_dims(node: Node) -> str:
+    """The whole sum over the classes is needed before any gradient: they stay whole."""
+    wanted, has_bias = node.attrs.get("wanted", (True,) * 3), arg_types(node)[2] is not None
+    results = [
+        "n+ k*" if wanted[0] else "no_x*",
+        "v* k*" if wanted[1] else "no_weight*",
+        "v*" if wanted[2] and has_bias else "no_bias*",
+    ]
+    return f"n+ k*, v* k*, {'v*, ' if has_bias else ''}n+ -> n+, {', '.join(results)}"
+
+
+def _scaled_dims(node: Node) -> str:
+    letters = iter("abcdefgh")
+    words = [" ".join(next(letters) for _ in range(t.rank)) for t in arg_types(node)[:3]]
+    return f"{', '.join(words)}, . -> {', '.join(words)}"
+
+
 def _split_linear(node: Node, factor: str, start: Any, size: Any) -> Piece:
     """A piece of the vocabulary knows where it begins, and how many classes there are in all."""
     if factor != "v":
@@ -261,9 +331,8 @@ def _split_linear(node: Node, factor: str, start: Any, size: Any) -> Piece:
 
 
 def _linear_flops(node: Node) -> Dim:
-    backward = node.op.name == "linear_cross_entropy_backward"
-    x, weight = arg_types(node)[1 if backward else 0 :][:2]
-    products = 1 + sum(node.attrs.get("wanted", (True,) * 3)[:2]) if backward else 1
+    x, weight = arg_types(node)[1 if node.op.name == "linear_cross_entropy_backward" else 0 :][:2]
+    products = 1 if node.op.name == "linear_cross_entropy" else 1 + sum(node.attrs.get("wanted", (True,) * 3)[:2])
     return product((2 * products, *x.shape, weight.shape[0]))
 
 
@@ -298,5 +367,23 @@ LOSS: dict[str, Op] = table(
         split=_split_linear,
         cost=1000,
         doc="linear_cross_entropy_backward(grad [n], x, weight, bias|None, target, lse, ...) -> (dx, dweight, dbias)",
+    ),
+    Op(
+        "linear_cross_entropy_gradients",
+        "library",
+        dims=_gradients_dims,
+        ref=linear_cross_entropy_gradients_ref,
+        infer=_gradients_infer,
+        flops=_linear_flops,
+        cost=1000,
+        doc="linear_cross_entropy_gradients(x, weight, bias|None, target, ...) -> (loss [n], dx, dweight, dbias)",
+    ),
+    Op(
+        "scaled_gradients",
+        "library",
+        dims=_scaled_dims,
+        ref=scaled_gradients_ref,
+        infer=_scaled_infer,
+        doc="scaled_gradients(dx, dweight, dbias, by []) -> (dx, dweight, dbias)",
     ),
 )

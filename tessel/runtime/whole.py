@@ -19,14 +19,16 @@ from ..ir.node import Node
 from ..targets import Target
 from . import experts_cpu, loss_cpu, scan_cpu
 from .fused_gpu import GpuExperts, GpuLoss
+from .linear import LINEAR, linear
 from .matmul_cpu import by_library
+from .scan_gpu import GpuSelective
 
 __all__ = ["WHOLE", "whole"]
 
 _NAMES = ("linear_cross_entropy", "experts", "selective_scan")
 WHOLE = frozenset(f"{name}{suffix}" for name in _NAMES for suffix in ("", "_backward")) - {
     "selective_scan"  # opened, and fused by the fuse pass
-}
+} | {"linear_cross_entropy_gradients", "scaled_gradients", *LINEAR}
 _WHAT = {
     "linear_cross_entropy": "Tessel's kernel: logits are never written",
     "experts": "Tessel's kernel: all experts of a layer at once",
@@ -35,7 +37,15 @@ _WHAT = {
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
-_GPU: dict[str, Any] = {"linear_cross_entropy": GpuLoss, "experts": GpuExperts}
+_GPU: dict[str, Any] = {"linear_cross_entropy": GpuLoss, "experts": GpuExperts, "selective_scan": GpuSelective}
+
+
+def _parted(kind: str) -> tuple[str, str]:
+    """What an operator's kernels are filed under, and the function of theirs that runs it."""
+    for part in ("backward", "gradients"):
+        if kind.endswith(f"_{part}"):
+            return kind.removesuffix(f"_{part}"), part
+    return kind, "forward"
 
 
 @cache
@@ -55,12 +65,16 @@ def whole(
         folder: where Triton kernels are written.
         wanted: the kernel is asked for wherever there is one.
     """
-    name, dtype, features = node.op.name.removesuffix("_backward"), node.operands[1].dtype, target.features
+    if node.op.name in LINEAR:
+        return linear(node, how)
+    if node.op.name == "scaled_gradients":
+        return loss_cpu.scaled, "in place, where the backward runs once"
+    (name, part), dtype, features = _parted(node.op.name), node.operands[1].dtype, target.features
     if how != "native":
-        if how == "torch" or name not in _GPU or dtype.itemsize > 4:
+        if how == "torch" or part not in ("forward", "backward") or name not in _GPU or dtype.itemsize > 4:
             return None, f"{str(dtype).removeprefix('torch.')} has no kernel here: its reference in torch"
         made = _on_gpu(name, target, folder)
-        return (made.forward if name == node.op.name else made.backward), _WHAT[name].replace("kernel", "kernels")
+        return getattr(made, part), _WHAT[name].replace("kernel", "kernels")
     why = None
     if dtype not in _CPU_DTYPES or (dtype == torch.bfloat16 and "avx512_bf16" not in features):
         why = f"{str(dtype).removeprefix('torch.')} has no kernel on this CPU"
@@ -78,10 +92,10 @@ def whole(
 @cache
 def _on_cpu(kind: str, dtype: torch.dtype, turned: bool) -> tuple[Callable[..., Any] | None, str]:
     """The kernel of an operator, compiled, or why it cannot be."""
-    name = kind.removesuffix("_backward")
+    name, part = _parted(kind)
     kernels: Any = {"linear_cross_entropy": loss_cpu, "experts": experts_cpu, "selective_scan": scan_cpu}[name]
     try:
         kernels.prepare(kind, dtype, turned)
     except TesselError as e:
         return None, str(e)
-    return (kernels.forward if kind == name else kernels.backward), ""
+    return getattr(kernels, part), ""

@@ -12,23 +12,34 @@ enum { NO_CLASS = 8 };  // a target that is none: which one is in `wrong`
 constexpr i64 WIDTH = gemm::WIDTH;
 constexpr i64 SPAN = WIDTH * 42;  // classes that are folded one after another: their number decides the bits, not the threads'
 constexpr i64 TOKENS = 1024;      // whose logits' gradients are held at a time
+constexpr i64 HELD = 1 << 24;     // exponentials that are held at a time
 
 struct Classes {
   i64 offset, total, ignore;
   float smoothing, cap;
 };
 
+INLINE vf widened(const float* p) { return get<vf>(p, Full{}); }
+INLINE vf widened(const u16* p) { return from_bf16(get<vh>(p, Full{})); }
+INLINE void narrowed(float* p, vf x) { put(p, x, Full{}); }
+INLINE void narrowed(u16* p, vf x) { put_bf16(p, x, Full{}); }
+
 // A part of a row of logits from its sums, -inf after its end; `slopes` (if any) are those of the soft cap.
 template <class T>
 INLINE void logits(const float* sums, const T* bias, i64 count, float cap, float* z, float* slopes) {
-  for (i64 j = 0; j < count; ++j) z[j] = bias ? sums[j] + gemm::value(bias + j) : sums[j];
+  i64 j = 0;
+  for (; j + W <= count; j += W) {
+    const vf plain = get<vf>(sums + j, Full{});
+    put(z + j, bias ? plain + widened(bias + j) : plain, Full{});
+  }
+  for (; j < count; ++j) z[j] = bias ? sums[j] + gemm::value(bias + j) : sums[j];
   if (cap > 0)
-    for (i64 j = 0; j < count; j += W) {
+    for (j = 0; j < count; j += W) {
       const vf bent = tanh(get<vf>(z + j, Full{}) * (1 / cap));
       put(z + j, bent * cap, Full{});
       if (slopes) put(slopes + j, 1 - bent * bent, Full{});
     }
-  for (i64 j = count; j < WIDTH; ++j) z[j] = -INF;
+  for (j = count; j < WIDTH; ++j) z[j] = -INF;
 }
 
 INLINE int check_targets(const i64* target, i64 n, const Classes& c, i64* wrong) {
@@ -209,6 +220,165 @@ INLINE int backward(const float* grad, const T* x, i64 x_step, const T* weight, 
     if (!SAME && dweight) gemm::stored(w_sums, dweight + v0 * k, columns * k, threads);
   }
   if (!SAME && dx) gemm::stored(x_sums, dx, n * k, threads);
+  return 0;
+}
+
+// Where a chunk of tokens is kept: per token and panel of classes, the largest logit and the sum of exponentials less it.
+struct Panels {
+  i64 wide, count;  // classes of a panel, panels
+  float *tops, *sums;
+};
+
+// exp(logits - the panel's largest) of `rows` tokens as elements, times the slopes of the soft cap if there is one.
+template <class T>
+INLINE int exponentials(const T* x, i64 x_step, const T* weight, i64 w_step, const T* bias, const i64* target, i64 rows,
+                        i64 v, i64 k, T* p, i64 ld, const Panels parts, float* picked, float* slope, float* plain,
+                        const Classes c, i64 threads) {
+  return gemm::multiply<true>(rows, v, k, x, x_step, weight, w_step, threads,
+      [=](i64 row, i64 begin, i64 end, const float* sums) __attribute__((always_inline)) -> int {
+    const i64 count = end - begin, panel = row * parts.count + begin / parts.wide, place = target[row] - begin;
+    alignas(64) float z[WIDTH], slopes[WIDTH];
+    logits(sums, bias ? bias + begin : nullptr, count, c.cap, z, slopes);
+    vf most_ = all(-INF), total_ = {};
+    for (i64 j = 0; j < WIDTH; j += W) most_ = larger(get<vf>(z + j, Full{}), most_);
+    const float top = most(most_);
+    const vf base = all(top == -INF ? 0.0f : top);
+    if ((u64)place < (u64)count) {
+      picked[row] = z[place];
+      slope[row] = c.cap > 0 ? slopes[place] : 1;
+    }
+    if (plain) {
+      float sum = 0;
+      for (i64 j = 0; j < count; ++j) sum += z[j];
+      plain[panel] = sum;
+    }
+    T* const to = p + row * ld + begin;
+    for (i64 j = 0; j < WIDTH; j += W) {
+      const vf one = exp(get<vf>(z + j, Full{}) - base);
+      total_ += one;
+      const vf kept = c.cap > 0 ? one * get<vf>(slopes + j, Full{}) : one;
+      if (j + W <= count) narrowed(to + j, kept);
+      else put(z + j, kept, Full{});
+    }
+    if (count % W) gemm::put_row(to + count / W * W, z + count / W * W, count % W);
+    parts.tops[panel] = top;
+    parts.sums[panel] = total(total_);
+    return 0;
+  });
+}
+
+// The losses of all tokens, and the gradients of their sum (each if it is given), in one: a chunk of tokens has its
+// exponentials in memory until their sum is known, so that their logits are not made a second time (the idea of Hsu et
+// al. 2024, "Liger kernel"). Every target counts. There is no smoothing with a soft cap.
+template <class T>
+INLINE int together(const T* x, i64 x_step, const T* weight, i64 w_step, const T* bias, const i64* target, float* loss,
+                    T* dx, T* dweight, T* dbias, i64 n, i64 v, i64 k, const Classes c, i64* wrong, i64 threads) {
+  if (const int bad = check_targets(target, n, c, wrong)) return bad;
+  constexpr bool SAME = sizeof(T) == 4;
+  constexpr i64 SOME = WIDTH * gemm::DOTS;  // classes whose gradients are multiplied at a time, whole panels of any kind
+  const i64 chunks = ceil_div(n, max(64, HELD / max(1, v))), high = ceil_div(n, chunks);
+  const i64 wide = min(v, SOME), ld = ceil_div(v, 32) * 32 + 32, turned_ld = gemm::turned_step<T>(high);
+  const i64 panels = ceil_div(v, min(gemm::DOTS, WIDTH));
+  const auto size = [](bool wanted, i64 count, i64 bytes) { return wanted ? ceil_div(count * bytes, 64) * 64 : 0; };
+  const i64 p_size = size(true, high * ld, sizeof(T)), part_size = size(true, high * panels, 4);
+  const i64 turned_size = size(dweight, wide * turned_ld, sizeof(T)), x_size = size(dx, high * k, 4);
+  const i64 w_size = size(dweight && !SAME && chunks > 1, v * k, 4), b_size = size(dbias, v, 4);
+  const bool smooth = c.smoothing > 0;
+  const gemm::Room memory(p_size + part_size * (smooth ? 3 : 2) + turned_size + x_size + w_size + b_size + 2 * size(true, high, 4));
+  if (!memory.at) return NO_MEMORY;
+  char* at_ = memory.at;
+  const auto cut = [&at_](i64 bytes) { char* const here = at_; at_ += bytes; return here; };
+  T* const p = (T*)cut(p_size);
+  float* const tops = (float*)cut(part_size);
+  float* const panel_sums = (float*)cut(part_size);
+  float* const plain = smooth ? (float*)cut(part_size) : nullptr;
+  T* const turned = (T*)cut(turned_size);
+  float* const x_sums = (float*)cut(x_size);
+  float* const w_sums = SAME ? (float*)dweight : (float*)cut(w_size);
+  float* const b_sums = (float*)cut(b_size);
+  float* const picked = (float*)cut(size(true, high, 4));
+  float* const slope = (float*)cut(size(true, high, 4));
+  for (i64 j = 0; dbias && j < v; ++j) b_sums[j] = 0;
+  const float even = c.smoothing / (float)c.total, sure = 1 - c.smoothing;
+  for (i64 chunk = 0; chunk < chunks; ++chunk) {
+    const i64 t0 = n * chunk / chunks, rows = n * (chunk + 1) / chunks - t0;
+    const T* const here = x + t0 * x_step;
+    const i64 panel = gemm::few(rows, v) ? gemm::DOTS : WIDTH;
+    const Panels mine = {panel, ceil_div(v, panel), tops, panel_sums};
+    int bad = exponentials(here, x_step, weight, w_step, bias, target + t0, rows, v, k, p, ld, mine, picked, slope, plain, c, threads);
+    bad |= parallel(rows, rows * mine.count * 16, threads, [=](i64 first, i64 last, i64) __attribute__((always_inline)) -> int {
+      for (i64 i = first; i < last; ++i) {
+        float* const tops = mine.tops + i * mine.count;
+        float* const sums = mine.sums + i * mine.count;
+        float top = -INF, sum = 0, all_ = 0;
+        for (i64 s = 0; s < mine.count; ++s) top = tops[s] > top ? tops[s] : top;
+        const float base = top == -INF ? 0 : top;
+        for (i64 s = 0; s < mine.count; ++s) {
+          sum += sums[s] * exp((tops[s] == -INF ? 0 : tops[s]) - base);
+          if (plain) all_ += plain[i * mine.count + s];
+        }
+        const float lse = base + log(sum);
+        loss[t0 + i] = lse - (plain ? sure * picked[i] + all_ * even : picked[i]);
+        for (i64 s = 0; s < mine.count; ++s) sums[s] = exp((tops[s] == -INF ? 0 : tops[s]) - lse);
+      }
+      return 0;
+    });
+    for (i64 v0 = 0; v0 < v; v0 += wide) {
+      const i64 columns = min(wide, v - v0);
+      T* const d = p + v0;
+      // The gradient of the logits, in place of their exponentials.
+      bad |= parallel(rows, rows * columns * 2, threads, [=](i64 first, i64 last, i64) __attribute__((always_inline)) -> int {
+        for (i64 i = first; i < last; ++i) {
+          T* const row = p + i * ld;
+          for (i64 begin = v0; begin < v0 + columns; begin += mine.wide) {
+            const float scale = mine.sums[i * mine.count + begin / mine.wide];
+            const i64 end = min(begin + mine.wide, v0 + columns);
+            i64 j = begin;
+            for (; j + W <= end; j += W) narrowed(row + j, widened(row + j) * scale - even);
+            for (; j < end; ++j) {
+              const float one = gemm::value(row + j) * scale - even;
+              gemm::put_row(row + j, &one, 1);
+            }
+          }
+          const i64 place = target[t0 + i] - v0;
+          if ((u64)place < (u64)columns) {
+            const float one = gemm::value(row + v0 + place) - sure * slope[i];
+            gemm::put_row(row + v0 + place, &one, 1);
+          }
+        }
+        return 0;
+      });
+      if (dx)
+        bad |= gemm::multiply<false>(rows, k, columns, d, ld, weight + v0 * w_step, w_step, threads,
+            [=](i64 row, i64 begin, i64 end, const float* sums) __attribute__((always_inline)) -> int {
+          gemm::put_or_add(x_sums + row * k + begin, sums, end - begin, v0 > 0);
+          return 0;
+        });
+      if (dweight) {
+        bad |= gemm::turned<T>(1, columns, rows, threads, turned, [=](i64) { return gemm::Right<T, false>{d, ld}; });
+        bad |= gemm::multiply<false>(columns, k, rows, turned, gemm::turned_step<T>(rows), here, x_step, threads,
+            [=](i64 row, i64 begin, i64 end, const float* sums) __attribute__((always_inline)) -> int {
+          const i64 at = (v0 + row) * k + begin;
+          if (chunks == 1) {
+            gemm::put_row(dweight + at, sums, end - begin);
+            return 0;
+          }
+          gemm::put_or_add(w_sums + at, sums, end - begin, chunk > 0);
+          if (!SAME && chunk == chunks - 1) gemm::put_row(dweight + at, w_sums + at, end - begin);
+          return 0;
+        });
+      }
+      if (dbias)
+        parallel(ceil_div(columns, 64), rows * columns, threads, [=](i64 first, i64 last, i64) __attribute__((always_inline)) -> int {
+          for (i64 i = 0; i < rows; ++i)
+            for (i64 j = v0 + first * 64; j < v0 + min(last * 64, columns); ++j) b_sums[j] += gemm::value(p + i * ld + j);
+          return 0;
+        });
+    }
+    if (bad) return bad;
+    if (dx) gemm::stored(x_sums, dx + t0 * k, rows * k, threads);
+  }
+  if (dbias) gemm::put_row(dbias, b_sums, v);
   return 0;
 }
 
