@@ -18,344 +18,33 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import fx
 
 from .attention_op import attention
-
-# A score further down than this weighs nothing beside one that is not hidden, and swallows what it is added to.
-_HIDDEN = -1e30
-
-_CASTS = frozenset({"to", "_to_copy", "type", "type_as", "float", "double", "half", "bfloat16"})
-_SAME = _CASTS | {"contiguous", "clone", "alias"}
-_VIEWS = frozenset({"view", "reshape", "_unsafe_view"})
-_NAMES = dict(
-    pair.split(":")
-    for pair in "iadd:add isub:sub imul:mul __rmul__:mul multiply:mul divide:div itruediv:div truediv:div "
-    "true_divide:div bmm:matmul __matmul__:matmul _softmax:softmax concat:cat slice:getitem".split()
+from .attention_walk import Scores, down, up
+from .fx_words import (
+    CASTS,
+    SAME,
+    VIEWS,
+    Maker,
+    Refused,
+    argument,
+    op_name,
+    readers,
+    same_size,
+    shape_of,
+    value_of,
 )
 
-
-class Refused(Exception):
-    """Why something that looks like attention is left as it is, in words."""
-
-
-def value_of(x: Any) -> Any:
-    """What a node holds, as an example (a fake tensor, a size); anything else as it is."""
-    return x.meta.get("example_value", x.meta.get("val")) if isinstance(x, fx.Node) else x
-
-
-def op_name(node: Any) -> str:
-    """What a node does, one name for the function, the method, the in-place form and the ATen operator; "" if unknown.
-
-    >>> g = fx.Graph()
-    >>> op_name(g.call_function(operator.iadd, (1, 2))), op_name(g.call_function(torch.ops.aten.bmm.default))
-    ('add', 'matmul')
-    """
-    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
-        return ""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
-        namespace, _, name = packet._qualified_op_name.partition("::")
-        if namespace != "aten":
-            return ""
-    else:
-        name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    name = name.rstrip("_") if not name.startswith("__") else name
-    return _NAMES.get(name, name)
-
-
-def shape_of(x: Any) -> tuple[Any, ...]:
-    """The sizes of a node that holds a tensor. Raises ``Refused`` for anything else."""
-    value = value_of(x)
-    if not isinstance(value, torch.Tensor):
-        raise Refused("something between the products is no tensor")
-    return tuple(value.shape)
-
-
-def same_size(a: Any, b: Any) -> bool:
-    """Equal, without asking for a new guard."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    return isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and bool(a.node.expr == b.node.expr)
-
-
-def constant(x: Any) -> float | None:
-    """The number that an argument is: a Python number, or a 0-d tensor filled with one."""
-    if isinstance(x, int | float) and not isinstance(x, bool):
-        return float(x)
-    if isinstance(x, fx.Node):
-        name = op_name(x)
-        if name in _SAME and x.args:
-            return constant(x.args[0])
-        if name in ("tensor", "scalar_tensor", "lift_fresh_copy") and x.args:
-            return constant(x.args[0])
-        if name == "full" and not tuple(x.args[0] if len(x.args) > 1 else x.kwargs.get("size", (1,))):  # type: ignore[arg-type]
-            return constant(x.args[1] if len(x.args) > 1 else x.kwargs.get("fill_value"))
-    return None
-
-
-def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
-    """An argument by place or by name."""
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """What reads a node's numbers; assertions of its type, which torch.export adds, do not."""
-    return [u for u in node.users if op_name(u) != "_assert_tensor_metadata"]
-
-
-def _only_reader(node: fx.Node) -> fx.Node:
-    readers = _readers(node)
-    if len(readers) != 1:
-        raise Refused("something else reads the weights (a result of the model?)")
-    return readers[0]
-
-
-# ---------------------------------------------------------------- from the weights to the result
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """Down from the softmax: the product with the values, whether a last column is dropped on the way."""
-
-    product: fx.Node
-    v: fx.Node
-    drops_column: bool
-
-
-def _down(softmax: fx.Node) -> _Weights:
-    node, drops = softmax, False
-    while True:
-        user = _only_reader(node)
-        name = op_name(user)
-        if name in ("matmul", "baddbmm", "__matmul__") and user.args and user.args[0] is node and name != "baddbmm":
-            v = argument(user, 1, "other", user.kwargs.get("mat2"))
-            if not isinstance(v, fx.Node):
-                raise Refused("the values are no tensor")
-            return _Weights(user, v, drops)
-        if not user.args or user.args[0] is not node:
-            raise Refused(f"the weights are an argument of {name or user.target}")
-        if name == "dropout":
-            if argument(user, 1, "p", 0.5) != 0 and argument(user, 2, "training", argument(user, 2, "train", True)):
-                raise Refused("dropout of the weights")
-        elif name == "getitem" and not drops and _drops_last(user, node):
-            drops = True
-        elif name not in _SAME and not (name in _VIEWS and _same_matrix(user, node)):
-            raise Refused(f"{name or user.target} of the weights")
-        node = user
-
-
-def _same_matrix(a: fx.Node, b: fx.Node) -> bool:
-    """Whether a view leaves the last two dims alone."""
-    x, y = shape_of(a), shape_of(b)
-    return len(x) >= 2 and len(y) >= 2 and all(map(same_size, x[-2:], y[-2:]))
-
-
-def _drops_last(node: fx.Node, of: fx.Node) -> bool:
-    """Whether a slice drops one column, the last one."""
-    after, before = shape_of(node), shape_of(of)
-    index = node.args[1]
-    if isinstance(index, int):  # aten.slice(x, dim, start, end)
-        full = index in (-1, len(before) - 1) and argument(node, 2, "start", 0) in (0, None)
-    else:
-        last = index[-1] if isinstance(index, tuple) else index
-        full = isinstance(last, slice) and last.start in (0, None) and last.step in (1, None)
-    whole = len(after) == len(before) and all(map(same_size, after[:-1], before[:-1]))
-    return full and whole and same_size(after[-1] + 1, before[-1])
-
-
-# ---------------------------------------------------------------- from the weights to queries and keys
-
-# A mask: a coefficient and what is added; or what must be true (+1) or false (-1) for a key to be seen, and what
-# is added where it is not.
-_Term: TypeAlias = tuple[float, Any]
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """What has been met on the way up from the softmax. ``times`` multiplies all that is still above."""
-
-    times: float = 1.0
-    added: tuple[_Term, ...] = ()
-    seen: tuple[tuple[fx.Node, bool, float], ...] = ()
-    softcap: float | None = None
-    sink: fx.Node | None = None
-    heads: int | None = None
-    column: bool = False
-    q: Any = None
-    kt: Any = None
-
-
-def _up(node: Any, s: _Scores) -> _Scores:
-    """Up to the product of queries and keys; both sides of an addition are tried."""
-    while True:
-        if not isinstance(node, fx.Node):
-            raise Refused("no product of queries and keys")
-        name = op_name(node)
-        if len(_readers(node)) > 1 and not _only_its_peak(node):
-            raise Refused(f"something else reads the scores (the result of {name})")
-        if name == "matmul":
-            other = argument(node, 1, "other", node.kwargs.get("mat2"))
-            return replace(s, q=node.args[0], kt=other)
-        if name == "baddbmm":
-            return _baddbmm(node, s)
-        if name in ("add", "sub"):
-            return _sum(node, name, s)
-        before = node.args[0] if node.args else None
-        if name in _SAME:
-            pass
-        elif name in ("mul", "div"):
-            before, factor = _scaled(node, name)
-            s = replace(s, times=s.times * factor)
-        elif name == "masked_fill":
-            fill = constant(argument(node, 2, "value"))
-            s = _hide(s, argument(node, 1, "mask"), False, fill)
-        elif name == "where":
-            before, s = _where(node, s)
-        elif name == "tanh":
-            if s.softcap is not None:
-                raise Refused("a second soft cap")
-            s = replace(s, softcap=s.times, times=1.0)
-        elif name == "cat":
-            before, s = _sink(node, s)
-        elif name in _VIEWS and isinstance(before, fx.Node) and _same_matrix(node, before):
-            s = _heads(node, before, s)
-        else:
-            raise Refused(f"{name or node.op} among the score edits")
-        node = before
-
-
-def _only_its_peak(node: fx.Node) -> bool:
-    """Whether the other readers are the greatest score and its subtraction, which change no softmax."""
-    readers = _readers(node)
-    return len(readers) == 2 and any(op_name(u) in ("max", "amax") for u in readers)
-
-
-def _free_of_rows(node: fx.Node) -> bool:
-    """Whether a value is the same for all keys of a row."""
-    shape = shape_of(node)
-    return len(shape) >= 1 and isinstance(shape[-1], int) and shape[-1] == 1
-
-
-def _sum(node: fx.Node, name: str, s: _Scores) -> _Scores:
-    if argument(node, 2, "alpha", 1) != 1:
-        raise Refused("an addition with a factor")
-    left, right = node.args[0], argument(node, 1, "other")
-    sign = 1.0 if name == "add" else -1.0
-    if name == "sub" and isinstance(right, fx.Node) and s.sink is None and s.softcap is None and _free_of_rows(right):
-        width = shape_of(node)[-1]
-        if not (isinstance(width, int) and width == 1):
-            return _up(left, s)  # the same number off every score of a row
-    problems: list[Refused] = []
-    for path, other, c in ((left, right, sign), (right, left, 1.0)):
-        if path is right and name == "sub":
-            continue
-        if not isinstance(path, fx.Node) or not _full(path, node):
-            continue
-        try:
-            return _up(path, _add(s, c, other))
-        except Refused as problem:
-            problems.append(problem)
-    raise problems[-1] if problems else Refused("no product of queries and keys")
-
-
-def _full(path: fx.Node, node: fx.Node) -> bool:
-    a, b = shape_of(path), shape_of(node)
-    return len(a) == len(b) and all(map(same_size, a, b))
-
-
-def _add(s: _Scores, c: float, other: Any) -> _Scores:
-    if s.column or s.softcap is not None:
-        raise Refused(f"a bias {'of the scores together with their sink' if s.column else 'inside the soft cap'}")
-    if isinstance(other, fx.Node):
-        value = value_of(other)
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            raise Refused("something that is no floating tensor is added to the scores")
-        return replace(s, added=(*s.added, (c * s.times, other)))
-    if constant(other) is None or s.sink is not None:
-        raise Refused("a number is added to the scores beside a sink")
-    return s  # the same number on every score
-
-
-def _baddbmm(node: fx.Node, s: _Scores) -> _Scores:
-    beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-    if not isinstance(beta, int | float) or not isinstance(alpha, int | float):
-        raise Refused("baddbmm with factors that are not numbers")
-    q, kt = argument(node, 1, "batch1"), argument(node, 2, "batch2")
-    if beta != 0:
-        s = _add(s, float(beta), node.args[0])
-    return replace(s, times=s.times * float(alpha), q=q, kt=kt)
-
-
-def _scaled(node: fx.Node, name: str) -> tuple[Any, float]:
-    left, right = node.args[0], argument(node, 1, "other")
-    if name == "mul" and constant(left) is not None:
-        left, right = right, left
-    factor = constant(right)
-    if factor is None or not math.isfinite(factor) or factor <= 0 or node.kwargs.get("rounding_mode"):
-        raise Refused(f"scores that are {'multiplied' if name == 'mul' else 'divided'} by what is no positive number")
-    return left, factor if name == "mul" else 1.0 / factor
-
-
-def _hide(s: _Scores, mask: Any, shown: bool, fill: float | None) -> _Scores:
-    if not isinstance(mask, fx.Node) or value_of(mask).dtype != torch.bool:
-        raise Refused("scores hidden by what is no boolean tensor")
-    if fill is None or fill > max(_HIDDEN, float(torch.finfo(torch.float16).min)) or math.isnan(fill):
-        raise Refused(f"scores replaced by {fill}, which does not hide them")
-    if s.column or s.softcap is not None:
-        raise Refused(f"a mask {'of the scores together with their sink' if s.column else 'inside the soft cap'}")
-    return replace(s, seen=(*s.seen, (mask, shown, fill * s.times)))
-
-
-def _where(node: fx.Node, s: _Scores) -> tuple[Any, _Scores]:
-    cond, yes, no = node.args[0], argument(node, 1, "self"), argument(node, 2, "other")
-    if node.op == "call_method":  # scores.where(cond, other)
-        cond, yes = argument(node, 1, "condition"), node.args[0]
-    if constant(no) is not None:
-        return yes, _hide(s, cond, True, constant(no))
-    if constant(yes) is not None:
-        return no, _hide(s, cond, False, constant(yes))
-    raise Refused("a choice between two scores")
-
-
-def _sink(node: fx.Node, s: _Scores) -> tuple[Any, _Scores]:
-    """``cat([scores, column], -1)``."""
-    parts, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
-    if not s.column or s.sink is not None or dim not in (-1, 3) or len(parts) != 2:
-        raise Refused("scores that are joined with others")
-    if s.added or s.seen or s.softcap is not None or s.times != 1.0:
-        raise Refused("scores that are edited together with their sink")
-    scores, column = parts
-    while op_name(column) in ("expand", *_SAME):
-        column = column.args[0]
-    shape = shape_of(column)
-    heads = shape_of(node)[1]
-    if len(shape) != 4 or not all(isinstance(n, int) and n == 1 for n in (shape[0], *shape[2:])) or shape[1] != heads:
-        raise Refused("a column of scores that differs by more than the head")
-    return scores, replace(s, sink=column, column=False)
-
-
-def _heads(node: fx.Node, before: Any, s: _Scores) -> _Scores:
-    """``[b * h, q, k]`` seen as ``[b, h, q, k]``."""
-    after, flat = shape_of(node), shape_of(before)
-    if len(after) == len(flat):
-        return s
-    if len(after) != 4 or len(flat) != 3 or not isinstance(after[1], int) or s.heads is not None:
-        raise Refused(f"scores seen as {list(after)} and {list(flat)}")
-    return replace(s, heads=after[1])
-
-
-# ---------------------------------------------------------------- the operator
+__all__ = ["join_attention", "rewrite", "shared_heads", "whole_groups"]
 
 
 def _strip(node: Any, dtype: torch.dtype) -> Any:
     """An operand before it was cast up from ``dtype``, the operator's own arithmetic is wide."""
-    while op_name(node) in _CASTS and value_of(node).dtype != dtype:
+    while op_name(node) in CASTS and value_of(node).dtype != dtype:
         if not isinstance(node.args[0], fx.Node) or value_of(node.args[0]).dtype != dtype:
             break
         node = node.args[0]
@@ -387,7 +76,7 @@ def shared_heads(node: fx.Node) -> tuple[fx.Node, int]:
         return node, 1
     chain: list[fx.Node] = []
     at: Any = node
-    while isinstance(at, fx.Node) and op_name(at) in (*_VIEWS, "expand", "getitem", "unsqueeze", "clone", "contiguous"):
+    while isinstance(at, fx.Node) and op_name(at) in (*VIEWS, "expand", "getitem", "unsqueeze", "clone", "contiguous"):
         if op_name(at) == "getitem" and not isinstance(value_of(at.args[0]), torch.Tensor):
             break
         chain.append(at)
@@ -406,23 +95,7 @@ def shared_heads(node: fx.Node) -> tuple[fx.Node, int]:
     return node, 1
 
 
-@dataclass
-class Maker:
-    """Adds nodes to a graph, each with the source lines of the node that it stands for."""
-
-    graph: fx.Graph
-    like: fx.Node
-    made: list[fx.Node] = field(default_factory=list)
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        method = isinstance(target, str)
-        new = self.graph.call_method(target, args, kwargs) if method else self.graph.call_function(target, args, kwargs)
-        new.meta.update({k: m for k, m in self.like.meta.items() if k not in ("example_value", "val")})
-        self.made.append(new)
-        return new
-
-
-def _mask(add: Maker, s: _Scores) -> Any:
+def _mask(add: Maker, s: Scores) -> Any:
     """The one mask of a row of terms: added numbers, and -inf or a finite number where a condition fails."""
 
     def placed(x: Any) -> Any:
@@ -464,13 +137,13 @@ def rewrite(softmax: fx.Node) -> fx.Node:
     dim = argument(softmax, 1, "dim")
     if dim not in (-1, len(shape) - 1) or len(shape) not in (3, 4):
         raise Refused("a softmax that is not over the keys")
-    down = _down(softmax)
-    if value_of(softmax).dtype == torch.float64 != value_of(down.v).dtype:
+    weights = down(softmax)
+    if value_of(softmax).dtype == torch.float64 != value_of(weights.v).dtype:
         raise Refused("weights computed in float64")
-    s = _up(softmax.args[0], _Scores(column=down.drops_column))
+    s = up(softmax.args[0], Scores(column=weights.drops_column))
     if s.column:
         raise Refused("a column of weights is dropped that no sink gave")
-    q, kt, v = s.q, s.kt, down.v
+    q, kt, v = s.q, s.kt, weights.v
     if not all(isinstance(x, fx.Node) for x in (q, kt)):
         raise Refused("queries or keys are no tensor")
     dtype = value_of(v).dtype
@@ -479,13 +152,13 @@ def rewrite(softmax: fx.Node) -> fx.Node:
     k = k if k is None else _strip(k, dtype)
     keys = kt if k is None else k
     types = {value_of(x).dtype for x in (q, keys, v)}
-    autocast = torch.is_autocast_enabled(value_of(v).device.type) or value_of(down.product).dtype != dtype
+    autocast = torch.is_autocast_enabled(value_of(v).device.type) or value_of(weights.product).dtype != dtype
     if not dtype.is_floating_point or (len(types) > 1 and not autocast):
         raise Refused(f"operands of different dtypes, {', '.join(sorted(map(str, types)))}")
     if len({value_of(x).device for x in (q, keys, v)}) > 1:
         raise Refused("operands on different devices")
     _check_shapes(q, keys, k is not None, v, s.heads)
-    graph, product = down.product.graph, down.product
+    graph, product = weights.product.graph, weights.product
     result = value_of(product)
     with graph.inserting_before(product):
         add = Maker(graph, product)
@@ -515,8 +188,8 @@ def rewrite(softmax: fx.Node) -> fx.Node:
 _CHAIN = frozenset(
     {"matmul", "baddbmm", "add", "sub", "mul", "div", "masked_fill", "where", "tanh", "softmax", "dropout", "cat"}
     | {"getitem", "max", "amax", "expand", "transpose", "permute"}
-    | _VIEWS
-    | _SAME
+    | VIEWS
+    | SAME
 )
 
 
@@ -525,7 +198,7 @@ def _erase(node: fx.Node) -> None:
     stack = [node]
     while stack:
         at = stack.pop()
-        if _readers(at) or op_name(at) not in _CHAIN:
+        if readers(at) or op_name(at) not in _CHAIN:
             continue
         for assertion in list(at.users):
             assertion.graph.erase_node(assertion)
@@ -584,17 +257,3 @@ def join_attention(gm: fx.GraphModule) -> tuple[int, list[str]]:
         gm.graph.lint()
         gm.recompile()
     return count, notes
-
-
-__all__ = [
-    "Maker",
-    "Refused",
-    "argument",
-    "join_attention",
-    "op_name",
-    "rewrite",
-    "same_size",
-    "shared_heads",
-    "value_of",
-    "whole_groups",
-]

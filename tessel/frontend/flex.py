@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .attention_match import Maker, Refused, rewrite, value_of
+from .attention_match import rewrite
+from .fx_words import Maker, Refused, value_of
 
 
 def join_flex(gm: fx.GraphModule) -> tuple[int, list[str]]:
