@@ -75,19 +75,23 @@ def capture_step(
     Raises:
         TesselError: torch cannot capture the model as one graph; its message is kept.
     """
-    return _Capture(train).run(model, tuple(args), dict(kwargs or {}))
+    capture = Capture(train)
+    leaves, tree = capture.run(model, tuple(args), dict(kwargs or {}))
+    known = capture.given(tensors_of(args, kwargs or {}))
+    return capture.recorder.step(known, leaves, capture.numbered, tree)
 
 
-class _Capture:
-    def __init__(self, train: bool) -> None:
-        self.train = train
+class Recorder:
+    """Takes the graphs of one Dynamo graph from AOTAutograd; running them gives empty tensors.
+
+    Args:
+        given: the arguments of the Dynamo graph.
+    """
+
+    def __init__(self, given: Sequence[Any]) -> None:
+        self.given = list(given)
         self.graphs: dict[str, tuple[Imported, GraphInfo]] = {}
-        self.given: Sequence[Any] = ()
         self.made: list[Any] = []
-
-    def backend(self, gm: Any, examples: Sequence[Any]) -> Any:
-        self.given = list(examples)
-        return aot(gm, examples, self.graph)
 
     def graph(self, imported: Imported, info: GraphInfo) -> Any:
         check(
@@ -103,31 +107,7 @@ class _Capture:
 
         return empty
 
-    def run(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
-        grad = contextlib.nullcontext() if self.train else torch.no_grad()
-        # each capture is a compilation of the same code for its own backend
-        undo = patcher(recompile_limit=_CAPTURES, accumulated_recompile_limit=_CAPTURES)()
-        try:
-            with grad:
-                compiled = torch.compile(model, backend=self.backend, fullgraph=True, dynamic=False)
-                result = compiled(*args, **kwargs)
-                leaves, tree = pytree.tree_flatten(result)
-                numbered = self.numbered(leaves)
-                if self.train:
-                    wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
-                    check(bool(wanted), lambda: "no result of the model depends on a parameter that needs a gradient")
-                    leaf = [x for x in (*model.parameters(), *tensors_of(args, kwargs)) if x.requires_grad]
-                    # not backward(): nobody's gradients are touched
-                    torch.autograd.grad(wanted, leaf, [torch.empty_like(x) for x in wanted], allow_unused=True)
-        except TesselError:
-            raise
-        except Exception as e:  # Dynamo raises everything that the model may raise, and classes of its own
-            raise TesselError(f"torch cannot capture the model as one graph: {type(e).__name__}: {e}") from e
-        finally:
-            undo()
-        return self.step(tensors_of(args, kwargs), leaves, numbered, tree)
-
-    def numbered(self, leaves: list[Any]) -> tuple[Any, ...]:
+    def numbered(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
         """Which output of the graph each leaf is, told by its memory."""
         where = {x.untyped_storage()._cdata: i for i, x in reversed(list(enumerate(self.made))) if _is_tensor(x)}
         found: list[Any] = []
@@ -143,15 +123,16 @@ class _Capture:
             found.append(Output(at))
         return tuple(found)
 
-    def step(self, tensors: list[torch.Tensor], leaves: list[Any], numbered: tuple[Any, ...], tree: Any) -> Step:
+    def step(self, known: Mapping[int, int], leaves: Sequence[Any], numbered: tuple[Any, ...], tree: Any) -> Step:
+        """What was recorded, after it ran forward and backward.
+
+        Args:
+            known: arguments of the Dynamo graph that the caller gives, by number; to their place among its tensors.
+            leaves: of the result, and ``numbered`` of them.
+        """
         kind = "forward" if "forward" in self.graphs else "inference"
         forward, info = self.graphs[kind]
-        positions = {}
-        for i, at in enumerate(info.order):
-            if at is not None and at < len(self.given):
-                for n, x in enumerate(tensors):
-                    if x is self.given[at]:
-                        positions[i] = n
+        positions = {i: known[at] for i, at in enumerate(info.order) if at in known}
         if "backward" not in self.graphs:
             return Step(forward, None, len(forward.graph.outputs), positions, tree, numbered, ())
         backward, _ = self.graphs["backward"]
@@ -176,6 +157,56 @@ class _Capture:
         return Step(forward, backward, results, positions, tree, numbered, differentiable)
 
 
+class Capture:
+    """One call of a model, captured by a backend that calls ``record`` for its Dynamo graph."""
+
+    def __init__(self, train: bool) -> None:
+        self.train = train
+        self.recorder = Recorder(())
+
+    def backend(self, gm: Any, examples: Sequence[Any]) -> Any:
+        self.recorder = Recorder(examples)
+        return aot(gm, examples, self.recorder.graph)
+
+    def run(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+        """Call the model, and its backward; what it returns, flattened, and the structure of that."""
+        grad = contextlib.nullcontext() if self.train else torch.no_grad()
+        # each capture is a compilation of the same code for its own backend
+        undo = patcher(recompile_limit=_CAPTURES, accumulated_recompile_limit=_CAPTURES)()
+        try:
+            with grad:
+                compiled = torch.compile(model, backend=self.backend, fullgraph=True, dynamic=False)
+                result = compiled(*args, **kwargs)
+                leaves, tree = pytree.tree_flatten(result)
+                self.ran(leaves)
+                if self.train:
+                    wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
+                    check(bool(wanted), lambda: "no result of the model depends on a parameter that needs a gradient")
+                    leaf = [x for x in (*model.parameters(), *tensors_of(args, kwargs)) if x.requires_grad]
+                    # not backward(): nobody's gradients are touched
+                    torch.autograd.grad(wanted, leaf, [torch.empty_like(x) for x in wanted], allow_unused=True)
+        except TesselError:
+            raise
+        except Exception as e:  # Dynamo raises everything that the model may raise, and classes of its own
+            raise TesselError(f"torch cannot capture the model as one graph: {type(e).__name__}: {e}") from e
+        finally:
+            undo()
+        return leaves, tree
+
+    def ran(self, leaves: list[Any]) -> None:
+        """After the forward: which output each leaf is."""
+        self.numbered = self.recorder.numbered(leaves)
+
+    def given(self, tensors: Sequence[torch.Tensor]) -> dict[int, int]:
+        """The arguments of the Dynamo graph that are the caller's tensors, and which."""
+        found = {}
+        for at, x in enumerate(self.recorder.given):
+            for n, own in enumerate(tensors):
+                if x is own:
+                    found[at] = n
+        return found
+
+
 def _is_tensor(x: Any) -> bool:
     return isinstance(x, torch.Tensor)
 
@@ -187,4 +218,4 @@ def _empty(output: Any, device: str) -> Any:
     return torch.empty_strided(t.shape, t.strides, dtype=t.dtype, device=t.device or device)
 
 
-__all__ = ["Output", "Step", "capture_step", "tensors_of"]
+__all__ = ["Capture", "Output", "Recorder", "Step", "capture_step", "tensors_of"]
