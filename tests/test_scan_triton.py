@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernels import check, poisoned, run
 from test_scans import chain, selective, selective_ref, tree
+from test_selective_scan import by_loop, by_scan, operands
 
 import tessel
 from tessel.codegen.offline import offline_compile
+from tessel.codegen.selective import PARTS, selective_source
 from tessel.codegen.triton import render
 from tessel.config import Options
 from tessel.errors import TesselError
@@ -22,7 +25,9 @@ from tessel.ir.node import Builder, make_input
 from tessel.ir.types import Dim, TensorType, symbol
 from tessel.ops import OPS
 from tessel.ops.scan import linear_scan_ref
+from tessel.ops.selective import selective_scan_backward_ref
 from tessel.passes import decompose, fuse
+from tessel.runtime.scan_gpu import GpuSelective
 from tessel.solve import tile
 from tessel.targets import get_target
 from tessel.tiles.kernel import Kernel
@@ -198,3 +203,64 @@ def test_few_long_recurrences_go_side_by_side_and_many_in_order() -> None:
     record = get_target("h100")
     assert tile(kernel_of((3, 100003), 1), record).knobs["SIDE"] > 1
     assert tile(kernel_of((64, 512, 4096), 1), record).knobs["SIDE"] == 1
+
+
+# ---------------------------------------------------------------- gradients of a selective scan
+
+
+def near(got: Sequence[Tensor], want: Sequence[Tensor], far: float = 3e-6) -> None:
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape
+        if w.numel():
+            assert (g.double() - w).abs().max() <= far * w.abs().max().clamp(min=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 37, 33, 5), (1, 16, 16, 16), (3, 1, 7, 3), (1, 50, 20, 4), (2, 0, 3, 4), (1, 17, 5, 1)], ids=str
+)
+def test_gradients_of_a_selective_scan(sizes: tuple[int, int, int, int], tmp_path: Path) -> None:
+    given = operands(*sizes)
+    want = selective_scan_backward_ref(*(x.double() for x in given))
+    kernels = GpuSelective(INTERPRET, tmp_path)
+    near(kernels.backward(*given), want)
+    halves = [x.bfloat16() for x in given]
+    rounded = selective_scan_backward_ref(*(x.double() for x in halves))
+    near(kernels.backward(*halves), rounded, 2**-7)  # the interpreter truncates to bf16
+
+
+def test_what_is_not_finite_spreads_as_it_should(tmp_path: Path) -> None:
+    grad, w, dt, A, B, C = operands(1, 40, 18, 4)
+    w[0, 20, 3], B[0, 30, 1] = torch.nan, torch.inf
+    got = GpuSelective(INTERPRET, tmp_path).backward(grad, w, dt, A, B, C)
+    for x, y in zip(got, selective_scan_backward_ref(grad, w, dt, A, B, C), strict=True):
+        assert torch.equal(x.isnan(), y.isnan())
+
+
+def test_training_runs_by_these_kernels() -> None:
+    torch.manual_seed(0)
+    b, d, n, t = 2, 10, 3, 19
+    shapes = [(b, d, t), (d, n), (b, t, n), (b, t, n), (b, d, t)]
+    dt, A, B, C, u = (torch.randn(s) for s in shapes)
+    args = [x.requires_grad_() for x in (dt.abs(), -A.abs(), B, C, u)]
+    torch._dynamo.reset()
+    made = tessel.compile(by_scan, target="triton-interpret", fullgraph=True)
+    got, exact = made(*args), [x.detach().double().requires_grad_() for x in args]
+    want = by_loop(*exact)
+    near(torch.autograd.grad(got.sin().sum(), args), torch.autograd.grad(want.sin().sum(), exact), 1e-5)
+    forward, backward = tessel.explain(made).compilations
+    assert [k.family for k in forward.kernels] == ["scan"]
+    assert ["states are made again" in c.reason for c in backward.calls if "selective" in c.operator] == [True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ("a100", "h100", "b200", "mi300x"))
+def test_gradients_compile_offline(target: str) -> None:
+    record = get_target(target)
+    assert record.limits is not None
+    sources = [selective_source(part, torch.bfloat16, record) for part in PARTS]
+    for source, got in zip(sources, offline_compile(sources, record.arch), strict=True):
+        what = f"{source.name} on {record.arch}"
+        assert got.ok, f"{what}: {got.error}"
+        assert got.shared_bytes is not None
+        assert got.shared_bytes <= source.smem_bytes <= record.limits.shared_bytes_per_block, what
+        assert not got.spills, what

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from ..errors import check
-from ..ir.types import TensorType, product, symbol
+from ..ir.types import Dim, TensorType, product, symbol
 from ..targets import Target
 from ..tiles.header import environment
 from ..tiles.kernel import Kernel, Param
 from .helpers import helpers_for
 from .source import Source
 
-__all__ = ["grouped_source", "loss_source", "tile_of"]
+__all__ = ["grouped_source", "loss_source", "source_of", "tile_of"]
 
 _SCRATCH = 2048  # bytes that a program takes beside its tiles: barriers, and sums that warps exchange
 SPAN = 8  # blocks of classes that one program folds
@@ -133,18 +133,44 @@ def _source(
     dtype: torch.dtype,
     more: Mapping[str, int],
 ) -> Source:
+    knobs = {**tile_of(part, target, dtype), **more}
+    operands = 3 if part == "inner" else 2  # tiles of the left operand and of one or two right ones
+    tile_bytes = max(knobs["BM"], knobs["BN"]) * knobs["BK"] * dtype.itemsize
+    smem = max(operands * tile_bytes * knobs["num_stages"], knobs["BM"] * knobs["BN"] * 4) + _SCRATCH
+    largest = [product(2 if name == "two" else symbol(name) for name in names) for names in _LARGEST[part]]
+    return source_of(family, part, params, outs, sizes, context, target, knobs, smem, largest)
+
+
+def source_of(
+    family: str,
+    part: str,
+    params: Sequence[tuple[str, torch.dtype]],
+    outs: Sequence[tuple[str, torch.dtype]],
+    sizes: Sequence[str],
+    context: Mapping[str, Any],
+    target: Target,
+    knobs: Mapping[str, int],
+    smem_bytes: int,
+    largest: Sequence[Dim],
+) -> Source:
+    """A kernel that is no tile program: macro ``part`` of ``<family>.triton.j2``, as a record like the others'.
+
+    Args:
+        params, outs: names of the tensors that it reads, and writes.
+        sizes: names of its integers, in the order that they follow the tensors.
+        context: what the template is told beside ``name`` and ``args``.
+        knobs: tile sizes, ``num_warps`` and ``num_stages``.
+        smem_bytes: shared memory that a program takes at most.
+        largest: what offsets may reach, expressions over the sizes.
+    """
     name = f"{family}_{part}"
     args = (*(f"{p}_ptr" for p, _ in (*params, *outs)), *sizes)
     module: Any = environment().get_template(f"{family}.triton.j2").module
     text = str(getattr(module, part)({"name": name, "args": args, **context}))
     code = "\n".join(line.rstrip() for line in text.split("\n") if line.strip()) + "\n"
     interpret = target.vendor == "interpret"
-    knobs = {**tile_of(part, target, dtype), **more}
-    operands = 3 if part == "inner" else 2  # tiles of the left operand and of one or two right ones
-    size = TensorType((symbol("numel"),), dtype)
+    size = TensorType((symbol("numel"),), _F32)
     record = tuple(Param(p, size.with_(dtype=d), i >= len(params), i) for i, (p, d) in enumerate((*params, *outs)))
-    largest = [product(2 if name == "two" else symbol(name) for name in names) for names in _LARGEST[part]]
-    tile_bytes = max(knobs["BM"], knobs["BN"]) * knobs["BK"] * dtype.itemsize
     return Source(
         name=name,
         header=f"# {part} of {family}\n# tile: {', '.join(f'{n}={v}' for n, v in knobs.items())}\n",
@@ -154,7 +180,7 @@ def _source(
         grid=(),
         constexprs=knobs,
         knobs=knobs,
-        smem_bytes=max(operands * tile_bytes * knobs["num_stages"], knobs["BM"] * knobs["BN"] * 4) + _SCRATCH,
+        smem_bytes=smem_bytes,
         extents=tuple(largest),
         always_wide=False,
         checks=False,

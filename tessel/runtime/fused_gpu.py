@@ -15,7 +15,7 @@ from ..codegen.fused import SPAN, grouped_source, loss_source
 from ..targets import Target
 from .launch import load
 
-__all__ = ["GpuExperts", "GpuLoss"]
+__all__ = ["FusedKernels", "GpuExperts", "GpuLoss"]
 
 _HELD = 1 << 25  # elements of a chunk of logits
 
@@ -24,7 +24,7 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-class _Kernels:
+class FusedKernels:
     """Rendered, loaded and kept by what they depend on."""
 
     def __init__(self, target: Target, directory: Path) -> None:
@@ -45,7 +45,7 @@ def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
-class GpuLoss(_Kernels):
+class GpuLoss(FusedKernels):
     """``linear_cross_entropy`` and its backward."""
 
     def _kernel(self, part: str, dtype: torch.dtype, bias: bool, attrs: dict[str, Any]) -> Any:
@@ -127,7 +127,7 @@ def _check_targets(target: torch.Tensor, ignore: int, classes: int) -> None:
         raise IndexError(f"Target {int(target[wrong][0])} is out of bounds.")
 
 
-class GpuExperts(_Kernels):
+class GpuExperts(FusedKernels):
     """``experts`` and its backward."""
 
     def _kernel(self, part: str, dtype: torch.dtype, attrs: dict[str, Any]) -> Any:
