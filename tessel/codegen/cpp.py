@@ -151,15 +151,15 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
     e = Emitter(kernel, space)
     e.past = too_large(kernel)
     copies = _copies(e, outer[-1].name, lane.name) if space.turned and lane else []
-    wide = lane is not None and _wide(kernel, e, lane)
-    e.nest([a.name for a in outer], [lane.name] if lane else [], wide)
+    wide, pairs = _wide(kernel, e, lane) if lane is not None else (False, False)
+    e.nest([a.name for a in outer], [lane.name] if lane else [], wide, pairs)
     for stmt in kernel.body:
         e.emit(stmt)
     count, where = items(outer, lane), coordinates(outer, lane)
     if wide and lane is not None and not space.turned:
         places, requests = asked_early(kernel, e, lane, where, e.blocks[0])
         e.blocks = [[*e.blocks[0], *places], [*requests, *e.blocks[1]]]
-    loop = _loop(lane, e.blocks[1], wide, simd({"|": ["bad"]} if e.flags else {})) if lane else []
+    loop = _loop(lane, e.blocks[1], wide, pairs, simd({"|": ["bad"]} if e.flags else {})) if lane else []
     if space.turned and lane is not None:
         count, where = squares(outer[:-1], outer[-1], lane)
     return {
@@ -172,19 +172,22 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
     }
 
 
-def _wide(kernel: Kernel, e: Emitter, lane: Axis) -> bool:
+def _wide(kernel: Kernel, e: Emitter, lane: Axis) -> tuple[bool, bool]:
+    """Whether the innermost loop is written with vectors, and whether with two at a time."""
     # an index read from memory has no text yet, and is in no square
     plain = [s for s in kernel.body if isinstance(s, Load) and e.copies and _plain(e, s)]
     copied = [s.out for s in plain if e.element(s.access)[0] in e.copies]
-    return Along(kernel, e.space, lane.name, {}, frozenset(copied)).all_wide(kernel.body, lane.extent)
+    along = Along(kernel, e.space, lane.name, {}, frozenset(copied))
+    wide = along.all_wide(kernel.body, lane.extent)
+    return wide, wide and along.in_pairs(kernel.body)
 
 
-def _loop(lane: Axis, body: list[str], wide: bool, pragma: str) -> list[str]:
+def _loop(lane: Axis, body: list[str], wide: bool, pairs: bool, pragma: str) -> list[str]:
     """The innermost loop of a pointwise kernel."""
     if not body:
         return []
     if wide:
-        return steps(lane, body)
+        return steps(lane, body, pairs=pairs)
     head = f"for (i64 {lane.name} = begin; {lane.name} < end; ++{lane.name}) {{"
     return [pragma, head, *("  " + line for line in body), "}"]
 

@@ -12,7 +12,7 @@ from ..ops import OPS
 from ..tiles.index import Atom, Cond, Index, bounds, nonnegative
 from ..tiles.kernel import Access, Check, Compute, IndexOf, Kernel, Load, Ref, Stmt, Store, Test
 from .cpp_space import Space
-from .cpp_vector import KINDS, wide_cast
+from .cpp_vector import KINDS, rough, wide_cast
 from .cpp_words import cast, literal, loaded, memory_type, size_text, stored, value_type
 from .dialect import compute_dtype
 
@@ -64,13 +64,16 @@ class Emitter:
         self.copies: dict[str, str] = {}  # elements of memory that lie in a local copy, by text
         self.read: set[int] = set()  # values that are elements of memory, at most converted
         self.past: frozenset[int] = frozenset()  # parameters that are too large for any cache
+        self.pairs = False  # whether vectors of the loop ``lane`` may come in pairs
+        self.rough = rough(kernel.body)
 
-    def nest(self, outer: Iterable[str], loops: Sequence[str], wide: bool = False) -> None:
+    def nest(self, outer: Iterable[str], loops: Sequence[str], wide: bool = False, pairs: bool = False) -> None:
         """Start a nest of loops over the variables ``loops``; those in ``outer`` have a value already.
 
-        With ``wide`` the last loop goes in steps of a vector; see ``cpp_vector.Along.all_wide``.
+        With ``wide`` the last loop goes in steps of a vector, and with ``pairs`` in steps of two; see
+        ``cpp_vector.Along.all_wide`` and ``in_pairs``.
         """
-        self.lane = loops[-1] if wide else None
+        self.lane, self.pairs = loops[-1] if wide else None, pairs
         known = frozenset(outer)
         self.blocks, self.known, self.flags = [[]], [known], False
         for name in loops:
@@ -145,7 +148,8 @@ class Emitter:
     def define(self, number: int, base: str, text: str, dims: Dims, dtype: torch.dtype) -> None:
         """A new value, held in a constant."""
         name = f"{base}{number}"
-        type_ = value_type(dtype) if not self.wide(dims) else "vi" if dtype == torch.bool else "vf"
+        vector = "auto" if self.pairs else "vi" if dtype == torch.bool else "vf"
+        type_ = vector if self.wide(dims) else value_type(dtype)
         self.line(f"const {type_} {name} = {text};", dims)
         self.values[number] = name, dims, dtype
 
@@ -260,6 +264,8 @@ class Emitter:
         if stmt.op in _DIVIDES and whole and stmt.args[1] in (0, *(a for a in stmt.args[1:] if isinstance(a, Ref))):
             self._flag(f"{texts[1]} == 0", "DIVIDED_BY_ZERO", dims)
         text = self._expression(stmt, texts)
+        if self.wide(dims) and stmt.out in self.rough:
+            text = f"rough_{stmt.op}({texts[0]})"
         self.define(stmt.out, f"{stmt.op}_", text, dims, stmt.dtype)
 
     def _expression(self, stmt: Compute, texts: list[str]) -> str:

@@ -139,9 +139,9 @@ class Writer:
             return None
         return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {_PAGE // param.type.dtype.itemsize});"
 
-    def once_a_line(self, load: Load, text: str) -> str:
-        """A request made by the first only of the vectors ``u`` that lie in one line."""
-        size = self.kernel.params[load.access.param].type.dtype.itemsize
+    def once_a_line(self, load: Load, text: str, pairs: bool = False) -> str:
+        """A request made by the first only of the vectors, or pairs of them, ``u`` that lie in one line."""
+        size = self.kernel.params[load.access.param].type.dtype.itemsize * (2 if pairs else 1)
         return f"if (W * {size} >= {_LINE} || u % ({_LINE} / (W * {size})) == 0) {text}"
 
     def better(self, f: Fold, acc: str, at: str, text: str) -> str:

@@ -130,19 +130,23 @@ class _Rows(Writer):
             before |= mine
         return loops, kept
 
-    def _wide(self, number: int, lane: Axis | None) -> bool:
-        """Whether a loop is written with vectors: also what earlier loops left in buffers must lie along it."""
+    def _wide(self, number: int, lane: Axis | None) -> tuple[bool, bool]:
+        """Whether a loop is written with vectors, and whether with two at a time.
+
+        Also what earlier loops left in buffers must lie along it.
+        """
         if lane is None:
-            return False
+            return False, False
         e = self.e
         along = Along(self.kernel, self.space, lane.name, {n: d for n, (_, d, _) in e.values.items()})
         for n in self.buffer:
             along.dims[n] = frozenset({lane.name})
         if (self.buffer or self.kept) and along.step(self.flat) != 1:
-            return False
+            return False, False
         mine = self.loops[number]
         held = [n for n in {*self.buffer, *self.kept} if any(n in refs(s) or getattr(s, "out", -1) == n for s in mine)]
-        return along.all_wide(mine, lane.extent) and all(self._dtype(n) in KINDS for n in held)
+        wide = along.all_wide(mine, lane.extent) and all(self._dtype(n) in KINDS for n in held)
+        return wide, wide and not held and along.in_pairs(mine)
 
     def _dtype(self, number: int) -> torch.dtype:
         return next(s.dtype for s in self.kernel.body if getattr(s, "out", -1) == number)  # type: ignore[union-attr]
@@ -161,8 +165,8 @@ class _Rows(Writer):
         lane = rs[-1] if rs else None
         known = [a.name for a in self.outer]
         only = None if few else self._only(number)
-        wide = only is None and self._wide(number, lane)
-        e.nest(known, [a.name for a in rs], wide)
+        wide, pairs = self._wide(number, lane) if only is None else (False, False)
+        e.nest(known, [a.name for a in rs], wide, pairs)
         inner = frozenset(e.known[-1])
         place = e.index(self.flat)[0]
         for n, name in self.buffer.items():
@@ -187,6 +191,7 @@ class _Rows(Writer):
                     continue
                 if wide:
                     text = text if e.wide(dims) else f"all({text})"
+                    text = f"{f.op}_of({text})" if pairs else text
                     e.line(fold_step(f.op, f"{f.name}_v{'[u]' if copies > 1 else ''}", text), inner)
                     continue
                 acc = f"{f.name}_part" if partial and f.op == "sum" else f.name
@@ -204,7 +209,7 @@ class _Rows(Writer):
                     e.line(f"{name}[{place}] = {text};", inner)
                 self.buffer[stmt.out] = name
         if wide and only is None:
-            for line in self._ahead(number, lane, copies):
+            for line in self._ahead(number, lane, copies, pairs):
                 e.line(line, inner)
         if e.flags:
             clauses.setdefault("|", []).append("bad")
@@ -218,7 +223,7 @@ class _Rows(Writer):
             body = [*e.blocks[0], f"if ((u64){place} < (u64){extent}) {{", *indented(lines, 1), "}"]
         elif wide:
             assert lane is not None
-            body = self._around(self._vectors(e.blocks[-1], lane, folds, copies), e.blocks, lane, few, partial)
+            body = self._around(self._vectors(e.blocks[-1], lane, folds, copies, pairs), e.blocks, lane, few, partial)
         else:
             body = self._nest(e.blocks, lane, sums, simd(clauses) if plain else "", few, partial)
         dims = frozenset(known)
@@ -228,7 +233,7 @@ class _Rows(Writer):
             return Part(body, folds, shared=True)
         return Part([*starts, "{", *indented(body, 1), "}"])
 
-    def _ahead(self, number: int, lane: Axis | None, copies: int) -> list[str]:
+    def _ahead(self, number: int, lane: Axis | None, copies: int, pairs: bool) -> list[str]:
         """Lines that ask for what is read later.
 
         In the last of several passes over a row, what the first pass reads of a later row: the CPU's own prefetching
@@ -244,20 +249,20 @@ class _Rows(Writer):
             near = not from_memory(self.kernel)
             loads = [s for s in loads if near or self.kernel.params[s.access.param].type.dtype.itemsize < 4]
             asked = [(s, self.along(s, lane)) for s in loads]
-            lines = [self.once_a_line(s, t) if copies > 1 else t for s, t in asked if t is not None]
+            lines = [self.once_a_line(s, t, pairs) if copies > 1 else t for s, t in asked if t is not None]
         elif self.outer and from_memory(self.kernel):
             lines = [t for t in (self.early(s, self.outer[-1], lane) for s in loads) if t is not None]
         else:
             lines = []
         return list(dict.fromkeys(lines))
 
-    def _vectors(self, block: list[str], lane: Axis, folds: Sequence[Fold], copies: int) -> list[str]:
+    def _vectors(self, block: list[str], lane: Axis, folds: Sequence[Fold], copies: int, pairs: bool) -> list[str]:
         """The innermost loop in steps of a vector, from ``begin`` to ``end``."""
         lines: list[str] = []
         for f in folds:
             first = ", ".join([f"all({f.start})"] * copies)
             lines.append(f"vf {f.name}_v[] = {{{first}}};" if copies > 1 else f"vf {f.name}_v = {first};")
-        lines += steps(lane, block, copies)
+        lines += steps(lane, block, copies, pairs)
         for f in folds:
             if copies > 1:
                 step = fold_step(f.op, f"{f.name}_v[0]", f"{f.name}_v[u]").replace("(n,", "(Full{},")

@@ -84,20 +84,27 @@ def simd(folds: Mapping[str, Sequence[str]]) -> str:
     return f"#pragma omp simd{clauses}"
 
 
-def steps(lane: Axis, body: Sequence[str], copies: int = 1) -> list[str]:
+def steps(lane: Axis, body: Sequence[str], copies: int = 1, pairs: bool = False) -> list[str]:
     """A loop from ``begin`` to ``end`` in steps of a vector; ``copies`` accumulators ``u`` take turns.
 
-    In the body ``n`` tells how many lanes count.
+    In the body ``n`` tells how many lanes count. With ``pairs`` a step is two vectors, as long as there are so many.
     """
     name = lane.name
     turns = ", int u" if copies > 1 else ""
     lines = [f"const auto step = [&](i64 {name}, auto n{turns}) __attribute__((always_inline)) {{"]
     lines += [*("  " + line for line in body), "};", f"i64 {name} = begin;"]
     first = ", 0" if copies > 1 else ""
-    if copies > 1:
-        calls = " ".join(f"step({name}{f' + {u} * W' if u else ''}, Full{{}}, {u});" for u in range(copies))
-        lines.append(f"for (; {name} + {copies} * W <= end; {name} += {copies} * W) {{ {calls} }}")
-    lines.append(f"for (; {name} + W <= end; {name} += W) step({name}, Full{{}}{first});")
-    if not (isinstance(lane.extent, int) and lane.extent % 16 == 0):
+    whole = lane.extent if isinstance(lane.extent, int) else 1
+    for size, lanes, most in ((2, "Pair{}", 32), (1, "Full{}", 16)) if pairs else ((1, "Full{}", 16),):
+        if copies > 1:
+            starts = [f"{name}{f' + {u * size} * W' if u else ''}" for u in range(copies)]
+            calls = " ".join(f"step({start}, {lanes}, {u});" for u, start in enumerate(starts))
+            by = f"{copies * size} * W"
+            lines.append(f"for (; {name} + {by} <= end; {name} += {by}) {{ {calls} }}")
+        by = f"{size} * W" if size > 1 else "W"
+        lines.append(f"for (; {name} + {by} <= end; {name} += {by}) step({name}, {lanes}{first});")
+        if whole % most == 0:
+            break
+    else:
         lines.append(f"if ({name} < end) step({name}, Part{{end - {name}}}{first});")
     return ["{", *("  " + line for line in lines), "}"]

@@ -20,7 +20,18 @@ from ..tiles.index import Cond, Index
 from ..tiles.kernel import Check, Compute, IndexOf, Kernel, Load, Param, Reduce, Ref, Scan, Stmt, Store, Test, refs
 from .cpp_space import Space
 
-__all__ = ["FOLDS", "KINDS", "Along", "fold_step", "from_memory", "last_cache", "too_large", "unroll", "wide_cast"]
+__all__ = [
+    "FOLDS",
+    "KINDS",
+    "Along",
+    "fold_step",
+    "from_memory",
+    "last_cache",
+    "rough",
+    "too_large",
+    "unroll",
+    "wide_cast",
+]
 
 KINDS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16", torch.bool: "bool"}
 _FUNCTIONS = """abs sign maximum minimum relu exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal sin cos tanh
@@ -31,6 +42,12 @@ _OF_BOOL = frozenset(
     """add mul maximum minimum abs relu eq ne logical_and logical_or logical_xor logical_not bitwise_and bitwise_or
     bitwise_xor bitwise_not cast copy""".split()
 )
+_OF_PAIRS = frozenset(
+    """abs maximum minimum relu exp exp2 sqrt rsqrt reciprocal tanh erf sigmoid floor ceil round trunc copysign add sub
+    mul div neg cast copy pow""".split()
+)
+_KEEP_PARTS = frozenset("mul div neg abs cast copy".split())  # the result is as far off, in parts of it, as an operand
+_ROUGH = frozenset({"exp", "exp2", "sigmoid"})
 FOLDS = {"sum": "total", "amax": "most", "amin": "least"}  # a vector of partial results made one
 
 
@@ -55,6 +72,29 @@ class Along:
             return False
         each = [self._wide(s) for s in stmts]  # of every one: later ones need to know what it varies along
         return all(each)
+
+    def in_pairs(self, stmts: Iterable[Stmt]) -> bool:
+        """Whether a loop for which ``all_wide`` holds is best done two vectors at a time, even and odd elements apart.
+
+        All that lies along it in memory is bfloat16, and no value is a condition.
+        """
+        some = False
+        for s in stmts:
+            along = self.lane in (self.dims.get(s.out, ()) if hasattr(s, "out") else (self.lane,))
+            if isinstance(s, Load | Store) and along:
+                if (
+                    self.kernel.params[s.access.param].type.dtype != torch.bfloat16
+                    or getattr(s, "out", -1) in self.copied
+                ):
+                    return False
+                some = True
+            elif isinstance(s, Compute) and along:
+                floats = {s.dtype, s.arg_dtype} <= {torch.float32, torch.bfloat16}
+                if not floats or s.op not in _OF_PAIRS:
+                    return False
+            elif isinstance(s, Scan):
+                return False
+        return some
 
     def step(self, index: Index) -> int | None:
         """How far memory moves from one point to the next: 0, 1, or another distance (None)."""
@@ -120,6 +160,32 @@ class Along:
             power = s.args[1]
             return not isinstance(power, Ref) and power in (0.0, 0.5, -0.5, 1.0, -1.0, 2.0, -2.0, 3.0)
         return s.op in (_OF_BOOL if s.arg_dtype == torch.bool and s.op != "where" else _OPS)
+
+
+def rough(stmts: Iterable[Stmt]) -> frozenset[int]:
+    """Values that may be off by 2^-16 of what they are, because all that is made of them is rounded to 8 or 11 bits.
+
+    They reach the rounding through products and quotients alone: a sum of two could be much smaller than either.
+    """
+    made = {s.out: s for s in stmts if isinstance(s, Compute)}
+    users: dict[int, list[Stmt]] = {}
+    for s in stmts:
+        for n in refs(s):
+            users.setdefault(n, []).append(s)
+    halves = (torch.bfloat16, torch.float16)
+
+    @cache
+    def good(n: int) -> bool:
+        def rounds(s: Stmt) -> bool:
+            if isinstance(s, Store):
+                return s.dtype in halves
+            if not isinstance(s, Compute) or s.op not in _KEEP_PARTS:
+                return False
+            return s.dtype in halves or good(s.out)
+
+        return all(rounds(s) for s in users.get(n, ()))
+
+    return frozenset(n for n, s in made.items() if s.op in _ROUGH and s.arg_dtype == torch.float32 and good(n))
 
 
 @cache

@@ -398,6 +398,7 @@ typedef u8 vb __attribute__((vector_size(W)));
 // How many of the lanes count: all, or the first n (1 .. W - 1) at the end of a row.
 struct Full {};
 struct Part { i64 n; };
+struct Pair {};  // twice as many lanes as a vector has, all of which count
 
 INLINE vf all(float x) { return x - vf{}; }
 INLINE vi all(bool x) { return vi{} - (i32)x; }
@@ -442,6 +443,7 @@ template <int N> INLINE void leave(const vf* v, float* p) {
 }
 // Lanes that do not count keep what was there.
 INLINE vf chosen(Full, vf now, vf) { return now; }
+INLINE vf chosen(Pair, vf now, vf) { return now; }
 INLINE vf chosen(Part k, vf now, vf before) {
   vi at;
   for (i32 l = 0; l < W; ++l) at[l] = l;
@@ -526,26 +528,83 @@ INLINE vf times_pow2(vf p, vf n) {
   return p * (vf)((half + 127) << 23) * (vf)((k - half + 127) << 23);
 #endif
 }
-INLINE vf exp_of_parts(vf n, vf r) {
-  vf p = all(0x1.6db410p-10f);
+// What is left of x when it is rounded to a whole number; nothing of infinities.
+INLINE vf fraction(vf x) {
+#ifdef __AVX512DQ__
+  vf y;
+  asm("vreduceps $8, %1, %0" : "=v"(y) : "v"(x));
+  return y;
+#else
+  vf y = x - round(x);
+  return abs(x) == INF ? vf{} : y;
+#endif
+}
+
+// Two vectors worked on in turn: the even elements of a line of bf16, and the odd ones. They become words by a shift
+// and a mask, where widening half a line moves lanes, and a CPU that waits for the one works on the other.
+struct vp {
+  vf e, o;
+  INLINE vp(vf even, vf odd) : e(even), o(odd) {}
+  INLINE vp(vf both) : e(both), o(both) {}
+  INLINE vp(float x) : e(x - vf{}), o(x - vf{}) {}
+};
+#define BOTH(op) \
+  INLINE vp operator op(vp a, vp b) { return {a.e op b.e, a.o op b.o}; }
+BOTH(+) BOTH(-) BOTH(*) BOTH(/)
+#undef BOTH
+INLINE vp operator-(vp x) { return {-x.e, -x.o}; }
+INLINE vp all(vp x) { return x; }
+INLINE vp fma(vp a, vp b, vp c) { return {fma(a.e, b.e, c.e), fma(a.o, b.o, c.o)}; }
+#define BOTH(name) \
+  INLINE vp name(vp x) { return {name(x.e), name(x.o)}; }
+BOTH(abs) BOTH(relu) BOTH(sqrt) BOTH(round) BOTH(floor) BOTH(ceil) BOTH(trunc) BOTH(fraction)
+#undef BOTH
+#define BOTH(name) \
+  INLINE vp name(vp a, vp b) { return {name(a.e, b.e), name(a.o, b.o)}; }
+BOTH(larger) BOTH(smaller) BOTH(maximum) BOTH(minimum) BOTH(copysign) BOTH(times_pow2)
+#undef BOTH
+
+template <class V> INLINE V exp_of_parts(V n, V r) {
+  V p = all(0x1.6db410p-10f);
   p = fma(p, r, all(0x1.123b46p-7f));
   p = fma(p, r, all(0x1.55545ep-5f));
   p = fma(p, r, all(0x1.55548ep-3f));
   p = fma(p, r, all(0.5f));
-  return times_pow2(fma(r * r, p, r) + 1, n);
+  return times_pow2(fma(r * r, p, r) + all(1.0f), n);
 }
-INLINE vf exp(vf x) {  // NaN stays NaN on every step
-  vf c = smaller(all(90.0f), larger(all(-105.0f), x));
-  vf n = round(c * 0x1.715476p+0f);
-  vf r = fma(n, all(-0x1.62e400p-1f), c);
-  return exp_of_parts(n, fma(n, all(-0x1.7f7d1cp-20f), r));
+template <class V> INLINE V wide_exp(V x) {  // NaN stays NaN on every step
+  V c = smaller(all(90.0f), larger(all(-105.0f), x));
+  V n = round(c * all(0x1.715476p+0f));
+  V r = fma(n, all(-0x1.62e400p-1f), c);
+  return exp_of_parts<V>(n, fma(n, all(-0x1.7f7d1cp-20f), r));
 }
-INLINE vf exp2(vf x) {
-  vf c = smaller(all(130.0f), larger(all(-152.0f), x));
-  vf n = round(c);
-  return exp_of_parts(n, (c - n) * 0x1.62e430p-1f);
+template <class V> INLINE V wide_exp2(V x) {
+  V c = smaller(all(130.0f), larger(all(-152.0f), x));
+  V n = round(c);
+  return exp_of_parts<V>(n, (c - n) * all(0x1.62e430p-1f));
 }
-INLINE vf sigmoid(vf x) { return all(1.0f) / (1 + exp(-x)); }
+template <class V> INLINE V wide_sigmoid(V x) { return V(all(1.0f)) / (wide_exp<V>(-x) + all(1.0f)); }
+// 2^x to 2^-17 of it, which is lost where it is rounded to 8 or 11 bits; half the instructions.
+template <class V> INLINE V wide_rough_exp2(V x) {
+#ifdef __AVX512F__
+  V f = fraction(x), p = all(0x1.3a02ccp-7f);
+  p = fma(p, f, all(0x1.c9fc46p-5f));
+  p = fma(p, f, all(0x1.ec0378p-3f));
+  p = fma(p, f, all(0x1.62e12cp-1f));
+  return times_pow2(fma(p, f, all(1.0f)), round(x));
+#else
+  return wide_exp2<V>(x);
+#endif
+}
+template <class V> INLINE V wide_rough_exp(V x) { return wide_rough_exp2<V>(x * all(0x1.715476p+0f)); }
+template <class V> INLINE V wide_rough_sigmoid(V x) {
+  return V(all(1.0f)) / (wide_rough_exp2<V>(x * all(-0x1.715476p+0f)) + all(1.0f));
+}
+#define BOTH(name) \
+  INLINE vf name(vf x) { return wide_##name<vf>(x); } \
+  INLINE vp name(vp x) { return wide_##name<vp>(x); }
+BOTH(exp) BOTH(exp2) BOTH(sigmoid) BOTH(rough_exp) BOTH(rough_exp2) BOTH(rough_sigmoid)
+#undef BOTH
 INLINE vf tanh(vf x) {
   vf a = abs(x), s = a * a;
   vf p = all(0x1.163b6cp-9f);
@@ -582,6 +641,8 @@ INLINE vf erf(vf x) {
   INLINE vf name(vf x) { return lanes([](float v) { return name(v); }, x); }
 LANES(expm1) LANES(log) LANES(log2) LANES(log10) LANES(log1p) LANES(sin) LANES(cos) LANES(sign)
 #undef LANES
+INLINE vp tanh(vp x) { return {tanh(x.e), tanh(x.o)}; }
+INLINE vp erf(vp x) { return {erf(x.e), erf(x.o)}; }
 
 // Half as many lanes, each made of two: the tree that ends in one number.
 typedef float vf8 __attribute__((vector_size(32)));
@@ -611,6 +672,14 @@ INLINE float most(vf v) {
 INLINE float least(vf v) {
   return folded(v, [](auto a, auto b) __attribute__((always_inline)) { return (a < b) | (a != a) ? a : b; });
 }
+
+// Both vectors of a pair as one.
+INLINE vf sum_of(vf x) { return x; }
+INLINE vf amax_of(vf x) { return x; }
+INLINE vf amin_of(vf x) { return x; }
+INLINE vf sum_of(vp x) { return x.e + x.o; }
+INLINE vf amax_of(vp x) { return maximum(x.e, x.o); }
+INLINE vf amin_of(vp x) { return minimum(x.e, x.o); }
 
 // Words made of halves, and halves of words: what the compiler makes of a conversion takes several instructions.
 INLINE vu words_of(vh x) {
@@ -668,6 +737,23 @@ INLINE vh near_bf16(vf x) {
 #endif
 }
 INLINE vf round_near_bf16(vf x) { return from_bf16(near_bf16(x)); }
+// A line of bf16 as floats, and back.
+INLINE vp from_bf16_line(vu x) { return {as_floats(x << 16), as_floats(x & 0xffff0000u)}; }
+INLINE vu to_bf16_line(vp x) { return bf16_words(x.e) | bf16_words(x.o) << 16; }
+INLINE vu near_bf16_line(vp x) {
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+  alignas(64) static constexpr u16 PLACES[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  vu halves, places = get<vu>(PLACES, Full{});
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(halves) : "v"(x.o), "v"(x.e));
+  asm("vpermw %0, %1, %0" : "+v"(halves) : "v"(places));
+  return halves;
+#else
+  return to_bf16_line(x);
+#endif
+}
+INLINE vp round_bf16(vp x) { return from_bf16_line(to_bf16_line(x)); }
+INLINE vp round_near_bf16(vp x) { return from_bf16_line(near_bf16_line(x)); }
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
 INLINE vf from_f16(vh x) {
   vf y;
@@ -770,10 +856,13 @@ template <class T> INLINE void turn_square(const T* from, i64 step, i64 high, i6
 template <class K> INLINE vf get_float(const float* p, K k) { return get<vf>(p, k); }
 template <class K> INLINE vf get_bf16(const u16* p, K k) { return from_bf16(get<vh>(p, k)); }
 template <class K> INLINE vf get_f16(const u16* p, K k) { return from_f16(get<vh>(p, k)); }
+INLINE vp get_bf16(const u16* p, Pair) { return from_bf16_line(get<vu>(p, Full{})); }
 template <class K> INLINE vi get_bool(const u8* p, K k) { return words_of(get<vb>(p, k)) != 0; }
 template <class K> INLINE void put_float(float* p, vf v, K k) { put(p, v, k); }
 template <class K> INLINE void put_bf16(u16* p, vf v, K k) { put(p, to_bf16(v), k); }
 template <class K> INLINE void put_near_bf16(u16* p, vf v, K k) { put(p, near_bf16(v), k); }
+INLINE void put_bf16(u16* p, vp v, Pair) { put(p, to_bf16_line(v), Full{}); }
+INLINE void put_near_bf16(u16* p, vp v, Pair) { put(p, near_bf16_line(v), Full{}); }
 template <class K> INLINE void put_f16(u16* p, vf v, K k) { put(p, to_f16(v), k); }
 template <class K> INLINE void put_bool(u8* p, vi v, K k) { put(p, bytes_of(v & 1), k); }
 
@@ -794,6 +883,8 @@ template <class V, class T> INLINE void put_past(T* p, V v, Full k) {
 template <class K> INLINE void put_past_float(float* p, vf v, K k) { put_past(p, v, k); }
 template <class K> INLINE void put_past_bf16(u16* p, vf v, K k) { put_past(p, to_bf16(v), k); }
 template <class K> INLINE void put_past_near_bf16(u16* p, vf v, K k) { put_past(p, near_bf16(v), k); }
+INLINE void put_past_bf16(u16* p, vp v, Pair) { put_past(p, to_bf16_line(v), Full{}); }
+INLINE void put_past_near_bf16(u16* p, vp v, Pair) { put_past(p, near_bf16_line(v), Full{}); }
 template <class K> INLINE void put_past_f16(u16* p, vf v, K k) { put_past(p, to_f16(v), k); }
 template <class K> INLINE void put_past_bool(u8* p, vi v, K k) { put_past(p, bytes_of(v & 1), k); }
 
