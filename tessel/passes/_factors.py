@@ -108,4 +108,22 @@ def layout(shape: tuple[Term, ...], split: Mapping[str, Axes], rule: Rule, mesh:
     return None if None in dims else Sharding(dims)  # type: ignore[arg-type]
 
 
-__all__ = ["COMBINED", "Axes", "Rule", "Split", "compose", "layout", "project", "rule_of"]
+def follow(rule: Rule, lies: Sharding, mesh: Mapping[str, int]) -> Split | None:
+    """The split of a view that reads its operand as it lies; ``None`` where its dims do not say one."""
+    found: Split = {}
+    for term, axes in zip(rule.dims.operands[0], lies.dims, strict=True):
+        some, used = project(term, axes, rule.sizes, mesh)
+        if used < len(axes):
+            return None
+        found |= some
+    return found if all(layout(s, found, rule, mesh) is not None for s in rule.dims.results) else None
+
+
+def through(view: Node, lies: Sharding, mesh: Mapping[str, int]) -> Sharding | None:
+    """How the result of a view lies whose operand lies so; ``None`` where no sharding says it."""
+    rule = rule_of(view)
+    split = follow(rule, lies, mesh)
+    return None if split is None else layout(rule.dims.results[0], split, rule, mesh)
+
+
+__all__ = ["COMBINED", "Axes", "Rule", "Split", "compose", "follow", "layout", "project", "rule_of", "through"]

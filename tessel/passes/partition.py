@@ -26,7 +26,7 @@ from ..ir.node import INPUT, Graph, Node, Value, values_in
 from ..ir.sharding import Sharding
 from ..ir.types import Loc, TensorType
 from ..targets.mesh import Mesh
-from ._factors import Rule, Split, layout, project, rule_of
+from ._factors import Rule, Split, follow, layout, project, rule_of
 from ._layouts import Layouts
 from ._linear import Carried, carries
 from ._rank import Action, Local, Move, write_rank
@@ -116,6 +116,7 @@ def partition(
     outputs: Mapping[int, Sharding] | None = None,
     splits: Mapping[Node, Split] | None = None,
     limits: Mapping[str, frozenset[str]] | None = None,
+    held: Mapping[Value, Sharding] | None = None,
     price: Price | None = None,
 ) -> Program:
     """Decide what each device computes and what moves.
@@ -127,6 +128,7 @@ def partition(
         outputs: how outputs are to leave, by position; the others leave as propagation gave them.
         splits: the split of nodes that a plan has decided; a node's own cheapest otherwise. With such splits a view
             is cut as its operand lies, and moves nothing.
+        held: how a plan wants values to leave of which there is a copy lying so.
         limits: for the lines of a module (by its path) the only mesh axes that may split them.
         price: what a step of communication costs, in bytes of the machine in this file's head.
 
@@ -134,6 +136,7 @@ def partition(
         TesselError: an output's sharding does not fit it, or a split does not fit its node.
     """
     run = _Partition(graph, mesh, layouts, dict(outputs or {}), dict(splits or {}), dict(limits or {}), price)
+    run.held = dict(held or {})
     run.inputs()
     for node in graph.nodes:
         run.node(node)
@@ -154,6 +157,7 @@ class _Partition:
     ) -> None:
         self.graph, self.mesh, self.layouts, self.wanted, self.splits = graph, mesh, layouts, outputs, splits
         self.limits, self.price = limits, price
+        self.held: dict[Value, Sharding] = {}
         self.program = Program(graph, mesh, layouts)
         self.have: dict[Value, list[Sharding]] = {}  # the shardings in which a value is at hand
         self.unread: dict[Value, Sharding] = {}  # inputs to be brought to how they are used, at their first use
@@ -204,6 +208,8 @@ class _Partition:
         """How an output leaves that nobody said more of: an input as it came, a result in its smallest share."""
         if out.op is INPUT:
             return self.layouts.arrives(out)
+        if self.held.get(out) in self.have[out]:
+            return self.held[out]
         done = [s for s in self.have[out] if not s.partial]
         if not done or out in self.layouts.fixed:
             return self.layouts.of[out]
@@ -257,7 +263,8 @@ class _Partition:
         carried = carries(node, lying, self.users.get(node.out, []) if alone else [])
         split = self.splits.get(node)
         if split is None and self.splits and node.op.kind == "view":
-            split = self.follow(rule)
+            found = (follow(rule, s, self.mesh) for s in reversed(self.have[rule.operands[0]]))
+            split = next((f for f in found if f is not None), None)
         if split is None:
             split = self.choose(node, rule, carried)
         if "target" in node.attrs and any(s.axes for v in rule.operands for s in self.have[v]):
@@ -304,20 +311,6 @@ class _Partition:
             left = ((a, rule.combine(f)) for f, axes in split.items() if f not in kept for a in axes)
             results.append(Sharding(lies.dims, (*carried.result, *((a, how) for a, how in left if how is not None))))
         return reads, results
-
-    def follow(self, rule: Rule) -> Split | None:
-        """The split of a view that reads its operand as it lies; ``None`` where its dims do not say one."""
-        (v, *_), (shape, *_) = rule.operands, rule.dims.operands
-        for lies in reversed(self.have[v]):
-            found: Split = {}
-            whole = True
-            for term, axes in zip(shape, lies.dims, strict=True):
-                some, used = project(term, axes, rule.sizes, self.mesh)
-                found |= some
-                whole = whole and used == len(axes)
-            if whole and all(layout(s, found, rule, self.mesh) is not None for s in rule.dims.results):
-                return found
-        return None
 
     def choose(self, node: Node, rule: Rule, carried: Carried) -> Split:
         """The cheapest split of a node's factors."""
