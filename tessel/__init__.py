@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from .build import Loaded
     from .sharding.distributed import Distributed
+    from .sharding.plan_file import ShardingPlan
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "distribute",
     "explain",
     "load",
+    "plan",
 ]
 
 
@@ -146,6 +148,60 @@ def load(folder: str | Path, weights: Mapping[str, torch.Tensor] | None = None, 
     return load_build(folder, weights, device)
 
 
+def plan(
+    model: torch.nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    mesh: Mesh,
+    target: str,
+    train: bool | None = None,
+    optimizer: str = "adamw",
+    memory: int | None = None,
+    gpus_per_node: int | None = None,
+    free_axes: bool = False,
+    annotations: Annotations | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> ShardingPlan:
+    """Find the fastest sharding of a model on a mesh that fits in memory. No devices are needed, nor weights.
+
+    What ``annotate`` was told about the model is kept; everything else is chosen. ``distribute`` runs the plan;
+    ``plan.write("plan.json")`` keeps it, ``tessel.sharding.text.plan_text(plan)`` prints it.
+
+    Args:
+        model: on any device, ``meta`` included.
+        args, kwargs: of one step, the whole mesh's batch; sizes are fixed to theirs.
+        mesh: axes and sizes, the slowest first, as ``Mesh({"dp": 2, "tp": 4})``. Names say what an axis splits: dp and
+            fsdp the batch, tp all but the batch, sp and cp the sequence; other names anything.
+        target: a name from ``TARGETS``.
+        train: plan a training step; by default if the model is in training mode.
+        optimizer: "adamw", "sgd" or "sgd-momentum".
+        memory: bytes that a device may hold; what it has by default.
+        gpus_per_node: ranks that share a node.
+        free_axes: every axis may split anything, whatever its name.
+        annotations: instead of what ``annotate`` was told about the model.
+        progress: is called with a line of words now and then.
+
+    Raises:
+        TesselError: an annotation does not fit (its file and line are named), nothing fits in memory (the message
+            says what needs how much), or torch cannot capture the model as one graph.
+    """
+    from .sharding.planned import plan_model  # the search is not needed for anything else
+    from .sharding.planner import Request
+
+    request = Request(
+        train=model.training if train is None else train,
+        optimizer=optimizer,
+        remat="none",
+        memory=memory,
+        gpus_per_node=gpus_per_node,
+        roles=not free_axes,
+    )
+    return plan_model(
+        model, args, kwargs, mesh=mesh, target=target, request=request, annotations=annotations, progress=progress
+    )
+
+
 def distribute(
     model: torch.nn.Module,
     plan: Any = None,
@@ -155,6 +211,8 @@ def distribute(
     kwargs: Mapping[str, Any] | None = None,
     annotations: Annotations | None = None,
     train: bool | None = None,
+    weights: str | Path | Mapping[str, torch.Tensor] | None = None,
+    init: Callable[[torch.nn.Module], Any] | None = None,
 ) -> Distributed:
     """This process's part of a model on a mesh, ready to train or to infer; under torchrun, on every process.
 
@@ -162,12 +220,15 @@ def distribute(
     and their gradients are this rank's shards.
 
     Args:
-        model: with its parameters, the same on every process; they are read, not changed.
-        plan: a plan file that was read; it says mesh, parameters and inputs.
+        model: with its parameters, the same on every process; they are read, not changed. Or on the meta device: then
+            only this rank's shards are ever made, by ``weights`` or ``init``.
+        plan: what ``plan`` made, or the name of a plan file; what runs is what it says, to the byte.
         mesh: as many devices as there are processes, as ``Mesh({"dp": 2, "tp": 4})``.
         args, kwargs: example arguments; sizes are fixed to theirs.
         annotations: instead of what ``annotate`` was told about the model.
-        train: with gradients; by default if the model is in training mode.
+        train: with gradients; by default if the model is in training mode. A plan says it itself.
+        weights: for a model on the meta device: safetensors (a file, an index, a folder), or tensors by name.
+        init: for a model on the meta device: writes its parameters and buffers in place, as on one device.
 
     Raises:
         TesselError: torch.distributed is not initialised, the world is not the mesh, an annotation does not fit
@@ -175,4 +236,14 @@ def distribute(
     """
     from .sharding.distributed import distribute as run  # what talks to other processes is not needed for anything else
 
-    return run(model, plan, mesh=mesh, args=args, kwargs=kwargs, annotations=annotations, train=train)
+    return run(
+        model,
+        plan,
+        mesh=mesh,
+        args=args,
+        kwargs=kwargs,
+        annotations=annotations,
+        train=train,
+        weights=weights,
+        init=init,
+    )

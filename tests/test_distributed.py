@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from ranks import annotations, same_as_one_device
+from ranks import annotations
 from test_partition import Layer
 from torch import nn
 
@@ -22,9 +22,7 @@ from tessel.frontend.joint import capture_step
 from tessel.ops.collective import together
 from tessel.runtime.collectives import ProcessGroups
 from tessel.runtime.shares import share
-from tessel.sharding.annotate import annotations_of_plan
 from tessel.sharding.distributed import Distributed, distribute
-from tessel.sharding.plan_file import ShardingPlan
 from tessel.sharding.spmd import lay_out
 from tessel.targets.mesh import Mesh
 
@@ -228,27 +226,6 @@ def test_capture_touches_no_gradient() -> None:
     before = [p.grad for p in module.parameters()]
     capture_step(module, (x,), train=True)
     assert all(p.grad is g for p, g in zip(module.parameters(), before, strict=True))
-
-
-def test_a_plan_file_becomes_annotations() -> None:
-    def plan(shape: list[int]) -> ShardingPlan:
-        tensors = {"0.weight": {"shape": shape, "dtype": "f32", "sharding": "{tp.dp,·}", "use": "{tp,·}"}}
-        settings = {"batch_axes": ["dp"], "sequence_axes": []}
-        return ShardingPlan({"model": {"name": "m"}, "tensors": tensors, "settings": settings})
-
-    module = nn.Sequential(nn.Linear(8, 8, bias=False))
-    weight, x = annotations_of_plan(plan([8, 8]), module, [2])
-    assert weight.gather == ("dp",) and str(weight.sharding) == "{tp.dp,·}" and str(x.sharding) == "{dp,·}"
-    captured = capture_step(module, (torch.ones(4, 8),), train=True)
-    spmd = lay_out(captured, Mesh({"dp": 2, "tp": 2}), tessel.Annotations([weight, x]))
-    assert [str(s) for s in spmd.forward.inputs] == ["{tp.dp,·}", "{dp,·}"]
-    same_as_one_device(spmd, module, [torch.ones(4, 8)])
-    with pytest.raises(TesselError, match=r"0.weight is \[8, 8\] in the model and \[4, 8\] in the plan"):
-        annotations_of_plan(plan([4, 8]), module, [2])
-    with pytest.raises(TesselError, match="the plan has no tensor '0.bias'"):
-        annotations_of_plan(plan([8, 8]), nn.Sequential(nn.Linear(8, 8)), [2])
-    with pytest.raises(TesselError, match="a plan is a ShardingPlan"):
-        distribute(module, "plan.json", args=(torch.ones(4, 8),))
 
 
 def test_annotations_that_no_model_could_have() -> None:

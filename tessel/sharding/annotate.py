@@ -28,7 +28,6 @@ from ..ir.node import Graph, Node, Value
 from ..ir.sharding import AXIS, Sharding
 from ..ir.types import Loc, TensorType
 from ..passes._layouts import Seed
-from .plan_file import ShardingPlan
 
 Spec = Sequence[Any]
 _INPUT = re.compile(r"inputs\[(\d+)\]\Z")
@@ -123,37 +122,6 @@ def annotate(model: torch.nn.Module) -> Iterator[Annotations]:
 def annotations_of(model: torch.nn.Module) -> Annotations:
     """What ``annotate`` was told about a model."""
     return _of_models.get(model) or Annotations()
-
-
-def annotations_of_plan(plan: ShardingPlan, model: torch.nn.Module, inputs: Sequence[int]) -> Annotations:
-    """What a plan file says of the tensors that a model is given: parameters as they are kept and used, inputs.
-
-    Args:
-        plan: a checked plan.
-        model: the one it was made for.
-        inputs: the number of dimensions of each tensor among the model's arguments: batch, then sequence.
-
-    Raises:
-        TesselError: a parameter that the plan lacks, or has in another shape.
-    """
-    found = Annotations()
-    where = Loc(f"the plan of {plan.data['model']['name']}")
-    for name, p in model.named_parameters():
-        kept = plan.sharding(name)
-        entry = plan.data["tensors"][name]
-        check(
-            list(p.shape) == list(entry["shape"]),
-            lambda n=name, a=list(p.shape), b=entry["shape"]: f"{n} is {a} in the model and {b} in the plan",  # type: ignore[misc]
-        )
-        used = Sharding.parse(entry.get("use", entry["sharding"]))
-        gathered = tuple(a for a in kept.axes if a not in used.axes)
-        found.entries.append(Annotation("tensor", name, kept, gathered, 0, where))
-    settings = plan.data["settings"]
-    split = (tuple(settings["batch_axes"]), tuple(settings["sequence_axes"]))
-    for i, rank in enumerate(inputs):
-        dims = tuple(split[d] if d < min(2, rank) else () for d in range(rank))
-        found.entries.append(Annotation("tensor", f"inputs[{i}]", Sharding(dims), (), 0, where))
-    return found
 
 
 # ---------------------------------------------------------------- from annotations to seeds
@@ -277,4 +245,4 @@ def _caller() -> Loc:
     return Loc(frame.f_code.co_filename, frame.f_lineno)
 
 
-__all__ = ["Annotation", "Annotations", "annotate", "annotations_of", "annotations_of_plan", "fits", "seeds"]
+__all__ = ["Annotation", "Annotations", "annotate", "annotations_of", "fits", "seeds"]

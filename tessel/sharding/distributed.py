@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,11 +31,17 @@ from ..passes.partition import Program
 from ..runtime.collectives import ProcessGroups
 from ..runtime.shares import share
 from ..targets.mesh import Mesh
-from .annotate import Annotations, annotations_of, annotations_of_plan
-from .plan_file import ShardingPlan
+from .annotate import Annotations, annotations_of
+from .checkpoint import DTensors
+from .materialize import Files, drawn, region
+from .plan_file import ShardingPlan, fingerprint_of, read_plan
+from .planned import lay_out_plan
+from .planner import parameters_of
 from .spmd import Spmd, lay_out
 
 Run = Callable[[list[Any]], Sequence[Any]]
+Weights = str | Path | Mapping[str, torch.Tensor] | None
+Init = Callable[[torch.nn.Module], Any] | None
 How = Literal["compiled", "interpreted"]
 
 
@@ -47,18 +54,24 @@ def distribute(
     kwargs: Mapping[str, Any] | None = None,
     annotations: Annotations | None = None,
     train: bool | None = None,
+    weights: Weights = None,
+    init: Init = None,
     run: How = "compiled",
 ) -> Distributed:
     """This process's part of a model, ready to train or to infer. Every process of the world has to call it.
 
     Args:
-        model: with its parameters, the same on every process; they are read, not changed.
-        plan: a plan file that was read, or a laid-out model (``Spmd``). Of a plan file, mesh, parameters and
-            inputs are taken; what lies between follows by propagation.
+        model: with its parameters, the same on every process; they are read, not changed. Or on the meta device: then
+            this rank's shards are made by ``weights`` or ``init``, and nothing is ever whole here.
+        plan: what ``tessel.plan`` made, the name of a plan file, or a laid-out model (``Spmd``).
         mesh: as many devices as there are processes; not with a plan.
         args, kwargs: example arguments; sizes are fixed to theirs.
         annotations: instead of what ``tessel.annotate`` was told about the model.
         train: with gradients; by default if the model is in training mode.
+        weights: of a model on the meta device: safetensors (a file, an index, a folder) that are read by slices, or
+            tensors by name.
+        init: of a model on the meta device, for what ``weights`` has not: called with it, it writes parameters and
+            buffers in place, as it would on one device; the shards are drawn as parts of what it would draw there.
         run: "compiled" (kernels as ``tessel.compile`` makes them) or "interpreted" (each operator by its
             reference, slow, for checks).
 
@@ -67,22 +80,24 @@ def distribute(
             fit, or torch cannot capture the model as one graph.
     """
     if isinstance(plan, Spmd):
-        return Distributed(model, plan, ProcessGroups(plan.mesh), run)
+        return Distributed(model, plan, ProcessGroups(plan.mesh), run, weights, init)
+    if isinstance(plan, str | Path):
+        plan = read_plan(plan)
     if isinstance(plan, ShardingPlan):
-        plan.check_model(world=dist.get_world_size() if dist.is_initialized() else None)
-        mesh = Mesh(plan.mesh)
-        ranks = [x.dim() for x in tensors_of(args, kwargs or {})]
-        annotations = annotations_of_plan(plan, model, ranks)
-    elif plan is not None:
+        plan.check_model(fingerprint_of(parameters_of(model)), dist.get_world_size() if dist.is_initialized() else None)
+        step = capture_step(model, args, kwargs, train=bool(plan.data["settings"]["train"]))
+        spmd = lay_out_plan(plan, step)
+        return Distributed(model, spmd, ProcessGroups(spmd.mesh), run, weights, init)
+    if plan is not None:
         raise TesselError(
-            f"distribute: a plan is a ShardingPlan (tessel.sharding.plan_file.read_plan) or an Spmd, not {plan!r}"
+            f"distribute: a plan is what tessel.plan gives, the name of a plan file, or an Spmd, not {plan!r}"
         )
     check(mesh is not None, lambda: "distribute: give a plan, or a mesh as mesh=tessel.Mesh({'dp': 2})")
     assert mesh is not None
     said = annotations if annotations is not None else annotations_of(model)
     step = capture_step(model, args, kwargs, train=model.training if train is None else train)
     spmd = lay_out(step, mesh, said)
-    return Distributed(model, spmd, ProcessGroups(spmd.mesh), run)
+    return Distributed(model, spmd, ProcessGroups(spmd.mesh), run, weights, init)
 
 
 class Distributed(torch.nn.Module):
@@ -92,12 +107,23 @@ class Distributed(torch.nn.Module):
     Calls take the whole arguments, of the sizes of the example, and give the model's whole results.
     """
 
-    def __init__(self, model: torch.nn.Module, spmd: Spmd, by: ProcessGroups, run: How) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        spmd: Spmd,
+        by: ProcessGroups,
+        run: How,
+        weights: Weights = None,
+        init: Init = None,
+    ) -> None:
         super().__init__()
         self.spmd, self.by = spmd, by
         rank, mesh = by.rank, spmd.mesh
         self.shardings: dict[str, Sharding] = spmd.inputs()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._source = (weights, init)
         self._take_shards(model, mesh, rank)
+        self._dtensors = DTensors(mesh, rank, spmd.step.forward.device.partition(":")[0])
         forward, backward = spmd.forward, spmd.backward
         by.prepare(_groups(spmd))
         if any(n.op.random for n in forward.graph.nodes):
@@ -109,20 +135,70 @@ class Distributed(torch.nn.Module):
 
     def _take_shards(self, model: torch.nn.Module, mesh: Mesh, rank: int) -> None:
         """Parameters and buffers of this rank, under the model's names; shared ones stay shared."""
+        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        names: dict[int, list[str]] = {}
+        for name, x in tensors:
+            names.setdefault(id(x), []).append(name)
+            self.shapes[name] = tuple(x.shape)
+        for own in names.values():
+            known = next((self.shardings[n] for n in own if n in self.shardings), None)
+            if known is not None:
+                self.shardings.update(dict.fromkeys(own, known))
+        missing = {own[0]: own for own in names.values() if dict(tensors)[own[0]].is_meta}
+        parts = _made(model, missing, self.shardings, mesh, rank, *self._source)
         made: dict[int, torch.Tensor] = {}
         with torch.no_grad():
-            for name, p in model.named_parameters(remove_duplicate=False):
-                if id(p) not in made:
-                    made[id(p)] = torch.nn.Parameter(self._shard(name, p, mesh, rank), p.requires_grad)
-            for name, b in model.named_buffers(remove_duplicate=False):
-                if id(b) not in made:
-                    made[id(b)] = self._shard(name, b, mesh, rank)
+            for name, x in tensors:
+                if id(x) in made:
+                    continue
+                part = parts[name] if name in parts else self._shard(name, x, mesh, rank)
+                made[id(x)] = torch.nn.Parameter(part, x.requires_grad) if isinstance(x, torch.nn.Parameter) else part
         # the same module tree, its tensors replaced: names, and what is shared, stay
         self.module = copy.deepcopy(model, memo=dict(made))
 
     def _shard(self, name: str, x: torch.Tensor, mesh: Mesh, rank: int) -> torch.Tensor:
         sharding = self.shardings.get(name)
         return (x if sharding is None else share(x, sharding, mesh, rank)).detach().clone()
+
+    # ------------------------------------------------------------ state
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The model's state under its own names, shards as DTensors that share memory with the parameters."""
+        own = self.module.state_dict(*args, **kwargs)
+        return {
+            n: self._dtensors.of(x, self._lies(n, x), self.shapes[n]) if n in self.shapes else x for n, x in own.items()
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Write a state into the shards: DTensors of any layout or whole tensors.
+
+        Raises:
+            TesselError: a name is missing or unknown (if ``strict``), a shape is another, or ``assign`` is asked for.
+        """
+        check(not assign, lambda: "load_state_dict: assign=True would put tensors in the place of shards; copy instead")
+        own = self.module.state_dict()
+        unknown, missing = [n for n in state_dict if n not in own], [n for n in own if n not in state_dict]
+        if strict and (unknown or missing):
+            lists = (", ".join(names[:5]) or "nothing" for names in (missing, unknown))
+            raise TesselError("load_state_dict: missing {}; unknown {}".format(*lists))
+        for name, x in own.items():
+            if name in state_dict:
+                self._dtensors.into(x, state_dict[name], self._lies(name, x), name, self.shapes[name])
+        return torch.nn.modules.module._IncompatibleKeys(missing, unknown)
+
+    def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The state of an optimizer over these parameters by their names, shards as DTensors."""
+        return self._dtensors.optimizer_state(
+            optimizer, dict(self.module.named_parameters()), self.shardings, self.shapes
+        )
+
+    def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """Write the state that ``optimizer_state_dict`` gave, under this plan or another, into an optimizer."""
+        named = dict(self.module.named_parameters())
+        self._dtensors.load_optimizer_state(optimizer, state, named, self.shardings, self.shapes)
+
+    def _lies(self, name: str, x: torch.Tensor) -> Sharding:
+        return self.shardings.get(name, Sharding.replicated(x.dim()))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result on these arguments."""
@@ -187,6 +263,38 @@ class _Step(torch.autograd.Function):
             given = grads[i]
             inputs.append(torch.zeros(shape, dtype=dtype, device=device) if given is None else given.contiguous())
         return (None, None, None, None, *ctx.run(inputs))
+
+
+def _made(
+    model: torch.nn.Module, missing: Mapping[str, Sequence[str]], shardings: Mapping[str, Sharding], mesh: Mesh,
+    rank: int, weights: Weights, init: Init,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """This rank's part of tensors on the meta device: name to all its names, from weights, else drawn."""
+    found: dict[str, torch.Tensor] = {}
+    if not missing:
+        check(weights is None and init is None, lambda: "weights and init are for a model on the meta device")
+        return found
+    files = Files(weights) if isinstance(weights, str | Path) else None
+    given: Mapping[str, torch.Tensor] = weights if isinstance(weights, Mapping) else {}
+    whole = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, names in missing.items():
+        place = region(whole[name].shape, shardings.get(name), mesh, rank)
+        known = next((n for n in names if n in (files.files if files is not None else given)), None)
+        if known is None:
+            continue
+        if files is not None:
+            found[name] = files.part(known, whole[name], place)
+            continue
+        if given[known].shape != whole[name].shape:
+            raise TesselError(f"weights: {name} is {list(given[known].shape)}, in the model {list(whole[name].shape)}")
+        found[name] = given[known][place].to(whole[name].dtype, copy=True)
+    left = [n for n in missing if n not in found]
+    if left and init is None:
+        raise TesselError(f"{', '.join(left[:5])}: on the meta device, and no weights hold them; give weights or init")
+    if left and init is not None:
+        drawing = drawn(model, init, left)
+        found |= {n: x for n, x in drawing.shards(shardings, mesh, rank).items() if n in left}
+    return found
 
 
 def _groups(spmd: Spmd) -> list[tuple[str, ...]]:

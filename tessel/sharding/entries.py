@@ -195,6 +195,17 @@ class _Writer:
                 "seconds": self.times * (choice.forward + choice.backward),
             }
         )
+        held = [self._held(t) for t in unit.results]
+        if any(s is not None for s in held):
+            texts = [None if s is None else layout_text(t, s, pricer) for t, s in zip(unit.results, held)]
+            self.out.nodes[-1]["holds"] = texts
+
+    def _held(self, tensor: Tensor) -> State | None:
+        """The layout in which a result is held for its readers and the backward, where that was a choice."""
+        if tensor is self.picked.segment.after:
+            return self.picked.exit
+        form = self.picked.forms.get(tensor)
+        return None if form is None or form.source else form.state
 
     def _splits(self, choice: Choice) -> dict[str, str]:
         return {a.name: str(s) for a, s in zip(self.out.pricer.axes, choice.splits) if s is not None}

@@ -261,12 +261,21 @@ def _check_consistent(plan: ShardingPlan) -> None:
             if what in t:
                 Sharding.parse(t[what]).check(t["shape"], mesh, f"{name} ({what})")
         _known_axes(t.get("level", {}), mesh, name)
+    for name, t in data.get("inputs", {}).items():
+        Sharding.parse(t["sharding"]).check(t["shape"], mesh, name)
+    if "program" in data:
+        check("inputs" in data and "aliases" in data, lambda: "a plan with a program has inputs and aliases")
+        sent = sum(c["bytes"] for c in data["program"]["collectives"])
+        said = data["program"]["bytes"]
+        check(sent == said, lambda: f"program: the collectives add up to {sent} bytes, bytes says {said}")
+        for c in data["program"]["collectives"]:
+            _known_axes(c["axes"], mesh, f"{c['kind']} of {c['tensor']}")
     names = set()
     for node in data["nodes"]:
         check(node["name"] not in names, lambda n=node: f"node {n['name']!r} stands twice")  # type: ignore[misc]
         names.add(node["name"])
         _known_axes(node["splits"], mesh, node["name"])
-        for text in (*node["reads"], *node["makes"]):
+        for text in (*node["reads"], *node["makes"], *node.get("holds", ())):
             if text is not None:
                 layout = Sharding.parse(text.partition(" ")[0])
                 _known_axes([*layout.axes, *(a for a, _ in layout.partial)], mesh, node["name"])

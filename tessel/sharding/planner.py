@@ -28,7 +28,7 @@ from ..ops import OPS
 from ..solve.comm import MeshAxis, axes_of
 from ..solve.memory import optimizer_bytes
 from ..solve.pipeline import SCHEDULES
-from ..solve.shard_choice import Setting, matches, role_of
+from ..solve.shard_choice import NO_PINS, Pins, Setting, matches, role_of
 from ..solve.shard_price import Pricer
 from ..solve.shard_search import Answer, Search
 from ..solve.shortage import shortage
@@ -36,7 +36,9 @@ from ..solve.transient import transient_bytes
 from ..solve.units import Param, Segment, repeats, segments_of, units_of
 from ..targets import Target, get_target
 from ..targets.mesh import Mesh
+from .annotate import Annotations
 from .entries import Entries, entries_of, renamed, split_axes
+from .pins import asked_of, pins_of
 from .pipeline import AXIS, StageSearch, microbatch_choices, search_stages
 from .plan_file import ShardingPlan, fingerprint_of
 
@@ -58,6 +60,8 @@ class Request:
         gpus_per_node: ranks that share a node.
         schedule: of pipeline stages, ``auto`` for the best; see ``solve/pipeline.py``.
         pinned: parameter's name, ``*`` for any part, to the sharding it must have.
+        annotations: what the user said of parameters, inputs and results of modules.
+        runs: only what can be laid out and run as it is planned.
     """
 
     train: bool = False
@@ -69,6 +73,8 @@ class Request:
     roles: bool = True
     schedule: str = "auto"
     pinned: Mapping[str, Sharding] = field(default_factory=dict)
+    annotations: Annotations = field(default_factory=Annotations)
+    runs: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Captured:
         parameters: of the whole model: name, shape, dtype.
         global_batch, seq: of one step; None where the inputs do not say.
         aliases: other names of parameters that are tied, to the one in ``parameters``.
+        positions: of graph inputs (by number) among the model's inputs; in order if None.
     """
 
     name: str
@@ -92,6 +99,7 @@ class Captured:
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    positions: Mapping[int, int] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -149,7 +157,7 @@ def _captured(
     rows, inner = (shape[i] if len(shape) > i else None for i in (0, 1))
     return Captured(
         spec, graph, tuple(parameters), layers, held, microbatches * rows if isinstance(rows, int) else None,
-        inner if isinstance(inner, int) else None, notes=tuple(notes), aliases=_aliases(module),
+        inner if isinstance(inner, int) else None, notes=tuple(notes), aliases=aliases_of(module),
     )  # fmt: skip
 
 
@@ -169,7 +177,7 @@ def _names_all(captured: Captured) -> bool:
     return found == {n for n, _, _ in captured.parameters}
 
 
-def _aliases(module: Any) -> dict[str, str]:
+def aliases_of(module: Any) -> dict[str, str]:
     if not isinstance(module, torch.nn.Module):
         return {}
     first = {id(p): n for n, p in module.named_parameters()}
@@ -235,8 +243,11 @@ class Problem:
     shift: list[int]  # layers between the one that a segment is of and the one that it stands for
 
 
-def problem_of(captured: Captured) -> Problem:
+def problem_of(captured: Captured, pins: Pins = NO_PINS) -> Problem:
     """The graph's segments, its repeated stretch as often as the model has layers.
+
+    Args:
+        pins: segments of which the user asked different things are different ones.
 
     Raises:
         TesselError: the model has more layers than the graph, and no stretch of the graph repeats.
@@ -244,7 +255,8 @@ def problem_of(captured: Captured) -> Problem:
     units, params, _ = units_of(captured.graph, value_names(captured.graph))
     for p in params:  # one that is tied has several names
         p.name = captured.aliases.get(p.name, p.name)
-    segments = segments_of(units)
+        p.apart = pins.apart(p.name)
+    segments = [replace(s, signature=s.signature + asked_of(s, pins)) for s in segments_of(units)]
     numbers: dict[str, int] = {}
     kinds: list[Segment] = []
     ids = []
@@ -298,8 +310,9 @@ def make_plan(
         return make_staged_plan({request.microbatches: captured}, mesh, target, request, progress)
     started = time.perf_counter()
     record, axes, limit = check_request(mesh, target, request)
-    setting = _setting(request, request.microbatches)
-    problem = problem_of(captured)
+    pins = pins_of(request.annotations, captured.graph, mesh, captured.positions, captured.aliases)
+    setting = _setting(request, request.microbatches, pins)
+    problem = problem_of(captured, pins)
     _check_pinned(request.pinned, captured)
     pricer = Pricer(record, axes, setting)
     answer, held = _search(problem, pricer, limit, progress)
@@ -339,8 +352,9 @@ def make_staged_plan(
     searches, problems = {}, {}
     for m, captured in captures.items():
         _check_pinned(request.pinned, captured)
-        problems[m] = problem_of(captured)
-        pricer = Pricer(record, inner, _setting(request, m))
+        pins = pins_of(request.annotations, captured.graph, mesh, captured.positions, captured.aliases)
+        problems[m] = problem_of(captured, pins)
+        pricer = Pricer(record, inner, _setting(request, m, pins))
         searches[m] = StageSearch(problems[m].kinds, problems[m].order, pricer, stages, limit, request.schedule)
     m, staged = search_stages(searches, progress or (lambda _: None))
     captured, problem, answer = captures[m], problems[m], staged.merged()
@@ -352,10 +366,11 @@ def make_staged_plan(
     return _document(captured, mesh, target, asked, staged.pricer, axes, limit, answer, entries, sections, started)
 
 
-def _setting(request: Request, microbatches: int) -> Setting:
+def _setting(request: Request, microbatches: int, pins: Pins) -> Setting:
+    levels = (0, 3) if request.runs else (0, 1, 2, 3)
     return Setting(
         request.train, request.optimizer, microbatches, request.remat if request.train else "none",
-        roles=request.roles, pinned=tuple(request.pinned.items()),
+        levels=levels, roles=request.roles, pinned=tuple(request.pinned.items()), pins=pins, runs=request.runs,
     )  # fmt: skip
 
 

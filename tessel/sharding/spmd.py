@@ -7,7 +7,7 @@ sharding of its parameter, so that what data parallelism adds up, or scatters, f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import TesselError, did_you_mean
@@ -105,6 +105,7 @@ def lay_out(
     whole_results: bool = True,
     splits: Mapping[Node, Split] | None = None,
     price: Price | None = None,
+    ring: Collection[str] = (),
 ) -> Spmd:
     """Lay a captured model out on a mesh.
 
@@ -114,21 +115,50 @@ def lay_out(
         annotations: the user's.
         whole_results: every device returns the model's whole results, as one device would; else its share.
         splits: decided splits of nodes of the prepared graphs.
-        price: see ``partition``.
+        price, ring: see ``partition``.
 
     Raises:
         TesselError: an annotation fits nothing, or does not fit its tensor or the mesh.
     """
+    step = prepared_step(step)
+    said = seeds(annotations, step.forward.graph, mesh, step.positions)
+    return lay_out_prepared(step, mesh, said, whole_results=whole_results, splits=splits, price=price, ring=ring)
+
+
+def prepared_step(step: Step) -> Step:
+    """A step whose graphs are ready to be laid out."""
     step = replace(step, forward=replace(step.forward, graph=prepared(step.forward)))
-    if step.backward is not None:
-        step = _saved_in_full_rank(replace(step, backward=replace(step.backward, graph=prepared(step.backward))))
+    if step.backward is None:
+        return step
+    return _saved_in_full_rank(replace(step, backward=replace(step.backward, graph=prepared(step.backward))))
+
+
+def lay_out_prepared(
+    step: Step,
+    mesh: Mesh,
+    said: Sequence[Seed],
+    *,
+    whole_results: bool = True,
+    results: Mapping[int, Sharding] | None = None,
+    splits: Mapping[Node, Split] | None = None,
+    limits: Mapping[str, frozenset[str]] | None = None,
+    held: Mapping[Value, Sharding] | None = None,
+    price: Price | None = None,
+    ring: Collection[str] = (),
+) -> Spmd:
+    """``lay_out`` of a step from ``prepared_step``, from what is known of its values.
+
+    ``results`` says how results leave, by their number; ``limits`` are those of ``partition``, for the backward: its nodes carry the modules of the forward's. ``held`` are
+    the forward's, for what it saves.
+    """
     graph = step.forward.graph
-    layouts = propagate(graph, mesh, seeds(annotations, graph, mesh, step.positions))
+    layouts = propagate(graph, mesh, said)
     wanted = {}
     if whole_results:
-        results = enumerate(graph.outputs[: step.results])
-        wanted = {i: Sharding.replicated(o.type.rank) for i, o in results if _is_tensor(o)}
-    forward = partition(graph, mesh, layouts, outputs=wanted, splits=splits, price=price)
+        own = enumerate(graph.outputs[: step.results])
+        wanted = {i: Sharding.replicated(o.type.rank) for i, o in own if _is_tensor(o)}
+    wanted |= results or {}
+    forward = partition(graph, mesh, layouts, outputs=wanted, splits=splits, held=held, price=price, ring=ring)
     if step.backward is None:
         return Spmd(step, mesh, forward, None)
     back = step.backward.graph
@@ -153,7 +183,8 @@ def lay_out(
         for i, n in enumerate(n for n in graph.inputs if n.attrs["role"] != "constant")
         if i < len(back.outputs) and _is_tensor(back.outputs[i])
     }
-    backward = partition(back, mesh, propagate(back, mesh, found), outputs=grads, splits=splits, price=price)
+    spread = propagate(back, mesh, found)
+    backward = partition(back, mesh, spread, outputs=grads, splits=splits, limits=limits, price=price, ring=ring)
     return Spmd(step, mesh, forward, backward)
 
 
@@ -202,4 +233,4 @@ def _is_tensor(x: object) -> bool:
     return isinstance(x, Value) and isinstance(x.type, TensorType)
 
 
-__all__ = ["Spmd", "lay_out", "prepared"]
+__all__ = ["Spmd", "lay_out", "lay_out_prepared", "prepared", "prepared_step"]

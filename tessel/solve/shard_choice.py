@@ -3,13 +3,76 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from ..ir.sharding import Sharding
 from .comm import R, State, Step
-from .units import Param, Unit
+from .units import Param, Place, Unit
 
-__all__ = ["Choice", "Role", "Setting", "Split", "Weight", "matches", "role_of"]
+__all__ = ["NO_PINS", "Choice", "Pins", "Role", "Setting", "Split", "Weight", "agrees", "matches", "may_lie", "role_of"]
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What the user asked of single tensors, by name.
+
+    Attributes:
+        kept, used: parameters, as they are kept and as they are used; an open dimension may be split further.
+        inputs: of the model.
+        results: of units, by ``Tensor.name``: for each mesh axis the part that it splits, None for a copy on each of
+            its devices; an axis that is not named may do as it likes.
+        said: the annotations in words, for messages.
+    """
+
+    kept: Mapping[str, Sharding] = field(default_factory=dict)
+    used: Mapping[str, Sharding] = field(default_factory=dict)
+    inputs: Mapping[str, Sharding] = field(default_factory=dict)
+    results: Mapping[str, Mapping[str, Place | None]] = field(default_factory=dict)
+    said: Mapping[str, str] = field(default_factory=dict)
+
+    def apart(self, name: str) -> int | None:
+        """The dimension of a parameter that is split where it is kept and not where it is used."""
+        kept, used = self.kept.get(name), self.used.get(name)
+        if kept is None or used is None:
+            return None
+        return next((d for d, (a, b) in enumerate(zip(kept.dims, used.dims, strict=True)) if a != b), None)
+
+    def of_unit(self, unit: Unit) -> list[str]:
+        """The annotations, in words, of what a unit reads and makes."""
+        names = [u.source.name if isinstance(u.source, Param) else u.name for u in unit.uses]
+        return [self.said[n] for n in dict.fromkeys([*names, *(t.name for t in unit.results)]) if n in self.said]
+
+
+NO_PINS = Pins()
+
+
+def agrees(asked: Sharding, got: Sharding) -> bool:
+    """Whether a layout is what was asked for: closed dimensions as they are, open ones as far as they were said.
+
+    >>> agrees(Sharding.parse("{dp?,·}"), Sharding.parse("{dp.tp,·}"))
+    True
+    >>> agrees(Sharding.parse("{·}"), Sharding.parse("{tp}"))
+    False
+    """
+    pairs = zip(asked.dims, got.dims, strict=True)
+    return all(g[: len(a)] == a if d in asked.open else g == a for d, (a, g) in enumerate(pairs))
+
+
+def may_lie(parts: Iterable[tuple[int, int]]) -> bool:
+    """Whether a sharding can say it that parts ``(elements outside, pieces)`` of one dimension are split.
+
+    An inner part is only split where all outside it is split to the end.
+
+    >>> may_lie([(1, 2), (2, 4)]), may_lie([(1, 2), (4, 4)]), may_lie([(8, 2)])
+    (True, False, False)
+    """
+    outside = 1
+    for major, pieces in sorted(parts):
+        if major > 1 and outside != major:
+            return False
+        outside *= pieces
+    return True
 
 
 @dataclass(frozen=True)
@@ -23,6 +86,8 @@ class Setting:
         levels: which levels a parameter may have.
         roles: whether an axis's name says what it may split, see ``Role``.
         pinned: pairs (name of parameters, ``*`` for any part of it; the sharding that they must be kept in).
+        pins: what the user asked of tensors.
+        runs: only what ``passes/partition.py`` can lay out: no rings, no layouts that a sharding cannot say.
     """
 
     train: bool = False
@@ -33,6 +98,8 @@ class Setting:
     levels: tuple[int, ...] = (0, 1, 2, 3)
     roles: bool = True
     pinned: tuple[tuple[str, Sharding], ...] = ()
+    pins: Pins = NO_PINS
+    runs: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ..ops.dims import Factor, Shape
 from ..targets import Target, calibration_of
 from .comm import Atom, Layouts, MeshAxis, P, R, State, Step, V, bytes_sent
 from .memory import is_cheap, param_bytes
-from .shard_choice import Choice, Role, Setting, Split, Weight, matches, role_of
+from .shard_choice import Choice, Role, Setting, Split, Weight, agrees, matches, may_lie, role_of
 from .units import Param, Tensor, Unit, Use, numel, place_of, view_back
 
 __all__ = ["Pricer", "shard_dim", "weight_sharding"]
@@ -97,7 +97,8 @@ class Pricer:
         for name, factor in unit.dims.factors.items():
             if _may_split(factor) and unit.sizes[name] > 1:
                 out += [Split(name, m) for m in unit.majors[name] if role.allows(unit, unit.roles.get((name, m), ""))]
-        if unit.op == "attention" and not unit.node.attrs.get("window") and role.allows(unit, "sequence"):
+        ring = unit.op == "attention" and not unit.node.attrs.get("window") and not self.setting.runs
+        if ring and role.allows(unit, "sequence"):
             out += [Split("s", 1, ring=True)]
         return out
 
@@ -121,6 +122,10 @@ class Pricer:
             outs.append(tuple(self._out(unit, tensor, shape, s) for s in splits))
             if not self.layouts(tensor).divides(outs[-1]):
                 return None
+            if self.is_pinned(tensor) and not self._made_as_asked(tensor, outs[-1]):
+                return None
+        if not self._asked_inputs(unit, splits, pieces) or (self.setting.runs and not _sayable(unit, pieces)):
+            return None
         forward, backward = self._work(unit, splits)
         inner = tuple(self._inner(unit, splits))
         exposed = sum(s.seconds for s in inner if s.kind != "permute")
@@ -158,6 +163,60 @@ class Pricer:
         if isinstance(use.source, Tensor) and not self.layouts(use.source).divides(state):
             return None
         return state
+
+    def _asked_inputs(self, unit: Unit, splits: Sequence[Split | None], pieces: Mapping[Split, int]) -> bool:
+        """Whether inputs of the model are read as the user said that they lie."""
+        for use, shape in zip(unit.uses, unit.dims.operands, strict=True):
+            asked = self.setting.pins.inputs.get(use.name) if use.source is None else None
+            if asked is None:
+                continue
+            dims: list[list[str]] = [[] for _ in range(asked.rank)]
+            for axis, split in zip(self.axes, splits):
+                at = place_of(shape, split.factor, unit.sizes) if split is not None else None
+                if split is None or at is None:
+                    continue
+                found = view_back(use.views, (at[0], at[1] * split.major), pieces[split])
+                if found is None:
+                    return False
+                if not isinstance(found, bool):
+                    dims[found[0]].append(axis.name)
+            if not agrees(asked, Sharding(tuple(map(tuple, dims)))):
+                return False
+        return True
+
+    def asked(self, tensor: Tensor, state: State) -> bool:
+        """Whether a tensor may be kept in a layout, after what the user said of it and what can be laid out."""
+        said = self.setting.pins.results.get(tensor.name, {})
+        for axis, code in zip(self.axes, state):
+            if axis.name in said and said[axis.name] != (
+                (tensor.atoms[code].dim, tensor.atoms[code].major) if code >= 0 else None
+            ):
+                return False
+        if not self.setting.runs:
+            return True
+        parts: dict[int, dict[int, int]] = {}
+        for axis, code in zip(self.axes, state):
+            if code >= 0:
+                atom = tensor.atoms[code]
+                own = parts.setdefault(atom.dim, {})
+                own[atom.major] = own.get(atom.major, 1) * axis.size
+        return all(may_lie(own.items()) for own in parts.values())
+
+    def _made_as_asked(self, tensor: Tensor, state: State) -> bool:
+        """Whether a unit makes what the user asked for, up to sums that are finished on the way to the readers."""
+        return self.asked(tensor, state) or (
+            bool(tensor.users)
+            and P in state
+            and any(
+                self.asked(tensor, s)
+                for s in self.layouts(tensor).states
+                if all(a in (b, P) for a, b in zip(state, s)) and P not in s
+            )
+        )
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        """Whether the user said how a tensor lies."""
+        return tensor.name in self.setting.pins.results
 
     def _out(self, unit: Unit, tensor: Tensor, shape: Shape, split: Split | None) -> int:
         if split is None:
@@ -265,6 +324,12 @@ class Pricer:
             stored = weight_sharding(param, state, picked, self.axes, 3)
             if any(matches(n, param.name) and stored != wanted for n, wanted in self.setting.pinned):
                 continue
+            pins = self.setting.pins
+            used = weight_sharding(param, state, picked, self.axes, 4)
+            if not agrees(pins.kept.get(param.name, stored), stored):
+                continue
+            if not agrees(pins.used.get(param.name, used), used):
+                continue
             kinds = [(level, a.size) for level, a, c in zip(picked, self.axes, state) if c < 0]
             held = param_bytes(elements, itemsize, kinds, self.setting.optimizer if train else None)
             steps = list(self._param_steps(elements * itemsize, state, picked, first))
@@ -316,9 +381,11 @@ class Pricer:
 
 
 def shard_dim(param: Param, state: State, levels: Sequence[int], axes: Sequence[MeshAxis]) -> int | None:
-    """The dimension that levels 1 to 3 split: the first that still divides by all of them."""
+    """The dimension that levels 1 to 3 split: the user's, or the first that still divides by all of them."""
     parts = prod(a.size for a, level in zip(axes, levels) if level > 0)
     for d, n in enumerate(param.type.shape):
+        if param.apart not in (None, d):
+            continue
         taken = prod(a.size for a, c in zip(axes, state) if c == d)
         if n // taken % parts == 0:  # type: ignore[operator]
             return d
@@ -343,6 +410,19 @@ def weight_sharding(
 
 def _param_atoms(param: Param) -> tuple[Atom, ...]:
     return tuple(Atom(d, 1, n) for d, n in enumerate(param.type.shape))  # type: ignore[arg-type]
+
+
+def _sayable(unit: Unit, pieces: Mapping[Split, int]) -> bool:
+    """Whether a sharding says how each operand and result of a unit lies, if its factors are split so."""
+    for shape in (*unit.dims.operands, *unit.dims.results):
+        parts: dict[int, list[tuple[int, int]]] = {}
+        for split, n in pieces.items():
+            at = place_of(shape, split.factor, unit.sizes)
+            if at is not None:
+                parts.setdefault(at[0], []).append((at[1] * split.major, n))
+        if not all(map(may_lie, parts.values())):
+            return False
+    return True
 
 
 def _may_split(factor: Factor) -> bool:

@@ -265,7 +265,8 @@ class Search:
         choices = {u: pricer.choices(u) for s in segments for u in s.units}
         for unit, own in choices.items():
             if not own:
-                wanted = ", ".join(f"{n} as {s}" for n, s in pricer.setting.pinned) or "the mesh"
+                asked = [f"{n} as {s}" for n, s in pricer.setting.pinned] + pricer.setting.pins.of_unit(unit)
+                wanted = ", ".join(asked) or "the mesh"
                 raise TesselError(f"{unit.name} ({unit.op}, {unit.node.loc.short}): no way to run it fits {wanted}")
         remat = pricer.setting.remat
         modes = (MODES if remat == "auto" else (remat,)) if pricer.setting.train else ("none",)

@@ -125,7 +125,7 @@ class Tables:
             self._add((tensor.unit, "out"), self._times * self._rows(layouts, own, self.ends[1]))
             if inside:
                 self._readers(tensor, "out", [Form(s) for s in self.ends[1]])
-        elif len(tensor.users) == 1 and tensor not in self.kept.saved:
+        elif len(tensor.users) == 1 and tensor not in self.kept.saved and not self.pricer.is_pinned(tensor):
             user, i = tensor.users[0]
             if all(use.source is not tensor for j, use in enumerate(user.uses) if j != i):
                 needs = [c.needs[i] for c in self.domains[user]]
@@ -136,8 +136,11 @@ class Tables:
 
     def _kept_tensor(self, tensor: Tensor, layouts: Layouts, own: Sequence[State]) -> None:
         """A tensor with a form of its own: one its producer makes or a reader asks for."""
-        asked = [c.needs[i] for user, i in tensor.users for c in self.domains[user]]
+        asked: list[State | None] = [c.needs[i] for user, i in tensor.users for c in self.domains[user]]
+        if self.pricer.is_pinned(tensor):  # nobody else may want what the user asked for
+            asked = [*layouts.states]
         states = [s for s in dict.fromkeys([*own, *asked]) if s is not None and P not in s]
+        states = [s for s in states if self.pricer.asked(tensor, s)]
         saved = tensor in self.kept.saved
         forms = [Form(s) for s in states] + [Form(s, True) for s in states if saved]
         self.domains[tensor] = forms
@@ -302,7 +305,9 @@ class Solved:
 
 def _states(pricer: Pricer, tensor: Tensor | None) -> list[State]:
     """What a tensor between segments may lie like."""
-    return [()] if tensor is None else [s for s in pricer.layouts(tensor).states if P not in s]
+    if tensor is None:
+        return [()]
+    return [s for s in pricer.layouts(tensor).states if P not in s and pricer.asked(tensor, s)]
 
 
 def _at(table: Array, picks: Array) -> Array:

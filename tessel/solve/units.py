@@ -20,7 +20,7 @@ from ..ir.types import TensorType
 from ..ops.dims import Dims, Shape, dims_of, factor_sizes
 from .comm import Atom
 
-__all__ = ["Param", "Segment", "Tensor", "Unit", "Use", "place_of", "segments_of", "units_of", "view_back"]
+__all__ = ["Param", "Place", "Segment", "Tensor", "Unit", "Use", "place_of", "segments_of", "units_of", "view_back"]
 
 VIEWS = frozenset({"reshape", "permute", "expand"})
 Place = tuple[int, int]  # a dimension and how many elements lie outside of the part: Atom without its size
@@ -28,11 +28,12 @@ Place = tuple[int, int]  # a dimension and how many elements lie outside of the 
 
 @dataclass(eq=False)
 class Param:
-    """A parameter: its name, type, and the units that use it."""
+    """A parameter: its name, type, the units that use it, and the dimension that the user wants kept apart."""
 
     name: str
     type: TensorType
     users: list[Unit] = field(default_factory=list)
+    apart: int | None = None
 
 
 @dataclass(eq=False)

@@ -1,0 +1,236 @@
+"""Plans of a model that is at hand: searched on the very graph that runs, with the program's collectives to the byte.
+
+    plan = tessel.plan(model, (ids,), mesh=tessel.Mesh({"dp": 2, "tp": 2}), target="h100", train=True)
+    spmd = lay_out_plan(plan, capture_step(model, (ids,), train=True))     # what ``tessel.distribute`` does
+
+The split of every node comes from the plan; a graph that has other nodes, and a program that would send something
+else than the plan says, are refused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+
+from ..errors import TesselError, check
+from ..frontend.joint import Step, capture_step
+from ..ir.node import Graph, Node, Value
+from ..ir.sharding import Sharding
+from ..ir.text import value_names
+from ..ir.types import DTYPE_NAMES, TensorType
+from ..ops.dims import Shape
+from ..passes._factors import Split, through
+from ..passes._layouts import Seed
+from ..solve.units import VIEWS, Unit, Use, place_of, units_of, view_back
+from ..targets.mesh import Mesh
+from .annotate import Annotations, annotations_of
+from .plan_file import ShardingPlan
+from .planner import Captured, Request, aliases_of, make_plan, parameters_of
+from .spmd import Spmd, lay_out_prepared, prepared_step
+
+__all__ = ["lay_out_plan", "plan_model"]
+
+
+def plan_model(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, mesh: Mesh, target: str,
+    request: Request, annotations: Annotations | None = None, name: str = "",
+    progress: Callable[[str], None] | None = None,
+) -> ShardingPlan:  # fmt: skip
+    """The best plan of a model that fits, with the program that ``tessel.distribute`` runs.
+
+    Args:
+        model: on any device; on ``meta`` it needs no memory.
+        args, kwargs: of one step, for the whole mesh; sizes are fixed to theirs.
+        request: ``runs``, ``annotations`` and ``pinned`` are set here.
+        annotations: instead of what ``tessel.annotate`` was told about the model.
+        progress: is told in words what is being done.
+
+    Raises:
+        TesselError: torch cannot capture the model as one graph, an annotation does not fit, or nothing fits.
+    """
+    check(
+        request.remat == "none" and request.microbatches == 1,
+        lambda: "a plan that runs keeps every activation and takes its batch at once: remat 'none', 1 microbatch",
+    )
+    started = time.perf_counter()
+    step = prepared_step(capture_step(model, args, kwargs, train=request.train))
+    graph = _results_only(step)
+    first = next((n.type for n in graph.inputs if n.attrs["role"] == "input"), None)
+    rows, inner = (first.shape[i] if first is not None and len(first.shape) > i else None for i in (0, 1))
+    captured = Captured(
+        name or type(model).__name__, graph, tuple(parameters_of(model)), 0, 0,
+        rows if isinstance(rows, int) else None, inner if isinstance(inner, int) else None,
+        time.perf_counter() - started, aliases=aliases_of(model), positions=step.positions,
+    )  # fmt: skip
+    said = annotations if annotations is not None else annotations_of(model)
+    asked = replace(request, annotations=said, runs=True)
+    made = make_plan(captured, mesh, target, asked, progress)
+    data = dict(made.data)
+    data["aliases"] = dict(captured.aliases)
+    data["inputs"] = _inputs(graph, data["nodes"], mesh)
+    spmd = _laid(ShardingPlan(data), step)
+    data["program"] = _program(spmd)
+    return ShardingPlan(data)
+
+
+def _results_only(step: Step) -> Graph:
+    """The forward graph without what it saves for the backward; its nodes are those of the step."""
+    graph = step.forward.graph
+    return graph.replace(outputs=graph.outputs[: step.results]).live()
+
+
+def lay_out_plan(plan: ShardingPlan, step: Step) -> Spmd:
+    """A captured step laid out as a plan says.
+
+    Raises:
+        TesselError: the plan has no program; the step has other nodes than the plan, or would send other bytes. The
+            first difference is named.
+    """
+    program = plan.data.get("program")
+    if program is None:
+        raise TesselError(
+            f"the plan of {plan.data['model']['name']} holds no program: it was searched on {_captured(plan)} of the "
+            "model; make one that runs by tessel.plan(model, args, ...) or `tessel plan --whole`"
+        )
+    trains = bool(plan.data["settings"]["train"])
+    if trains != (step.backward is not None):
+        raise TesselError(f"the plan is for {'training' if trains else 'inference'}, the model is run for the other")
+    spmd = _laid(plan, prepared_step(step))
+    own = _program(spmd)
+    for i, (said, found) in enumerate(zip(program["collectives"], own["collectives"])):
+        keys = [k for k in ("phase", "kind", "axes", "bytes", "tensor") if said[k] != found[k]]
+        if keys:
+            raise TesselError(
+                f"collective {i} of the plan is {_words(said)}, the program that its nodes give has {_words(found)}: "
+                "the plan was changed by hand or made by another version; make it again"
+            )
+    a, b = len(program["collectives"]), len(own["collectives"])
+    check(a == b, lambda: f"the plan has {a} collectives, the program that its nodes give {b}; make the plan again")
+    return spmd
+
+
+def _captured(plan: ShardingPlan) -> str:
+    return str(plan.data["provenance"]["captured"])
+
+
+def _words(c: Mapping[str, Any]) -> str:
+    return f"{c['kind']} over {', '.join(c['axes'])} of {c['tensor']}, {c['bytes']} bytes, at {c['where']}"
+
+
+def _laid(plan: ShardingPlan, step: Step) -> Spmd:
+    graph, mesh = _results_only(step), Mesh(plan.mesh)
+    units, _, _ = units_of(graph, value_names(graph))
+    nodes = plan.data["nodes"]
+    if len(nodes) != len(units):
+        raise TesselError(f"the plan has {len(nodes)} nodes, the model's graph {len(units)}; make the plan again")
+    splits: dict[Node, Split] = {}
+    axes: dict[str, set[str]] = {}
+    held: dict[Value, Sharding] = {}
+    said = _given(plan, graph)
+    for node, unit in zip(nodes, units, strict=True):
+        own = f"{unit.node.loc.module}:{unit.op}"
+        name = node["name"].partition("#")[0]
+        if name != own:
+            raise TesselError(f"the plan's node is {node['name']} where the model's graph has {own}; make it again")
+        splits[unit.node] = _split(node, unit, mesh)
+        axes.setdefault(unit.node.loc.module, set()).update(node["splits"])
+        for tensor, text, v in zip(unit.results, node["makes"], _tensors(unit.node), strict=True):
+            layout = Sharding.parse(text.partition(" ")[0])
+            if not layout.partial and " " not in text:
+                said.append(Seed(v, layout, f"the plan's {node['name']}"))
+                layout.check(tensor.type.shape, mesh, node["name"])
+        for text, v in zip(node.get("holds", ()), _tensors(unit.node), strict=False):
+            if text is not None and " " not in text:
+                held[v] = Sharding.parse(text)
+    limits = {module: frozenset(own) for module, own in axes.items() if module}
+    for view in graph.nodes:  # what is saved may be a view of it
+        if view.op.name in VIEWS and view.args[0] in held:
+            lies = through(view, held[view.args[0]], mesh)
+            if lies is not None:
+                held[view.out] = lies
+    return lay_out_prepared(step, mesh, said, splits=splits, limits=limits, held=held)
+
+
+def _tensors(node: Node) -> list[Value]:
+    return [v for v in node.outs if isinstance(v.type, TensorType)]
+
+
+def _given(plan: ShardingPlan, graph: Graph) -> list[Seed]:
+    """What a plan says of parameters and inputs."""
+    found = []
+    for node in graph.inputs:
+        name, role, v = str(node.attrs["name"]), node.attrs["role"], node.out
+        known = plan.data["tensors"].get(plan.data["aliases"].get(name, name))
+        if role == "param" and known is not None:
+            kept = Sharding.parse(known["sharding"])
+            used = Sharding.parse(known.get("use", known["sharding"]))
+            found.append(Seed(v, used, f"the plan's {name}", 0, None if kept == used else kept))
+        elif role == "input" and name in plan.data["inputs"]:
+            found.append(Seed(v, Sharding.parse(plan.data["inputs"][name]["sharding"]), f"the plan's {name}"))
+    return found
+
+
+def _split(node: Mapping[str, Any], unit: Unit, mesh: Mesh) -> Split:
+    """The split of a node, from ``{"dp": "m", "tp": "m/8"}``: for each factor its axes, the outer parts first."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for axis in mesh:
+        text = node["splits"].get(axis)
+        if text is None:
+            continue
+        factor, _, major = text.partition("/")
+        if factor not in unit.dims.factors or not (major or "1").isdecimal():
+            raise TesselError(f"{node['name']}: {axis} splits {text!r}; {unit.op} has '{unit.dims}'")
+        found.setdefault(factor, []).append((int(major or 1), axis))
+    return {f: tuple(a for _, a in sorted(axes, key=lambda x: x[0])) for f, axes in found.items()}
+
+
+def _inputs(graph: Graph, nodes: Sequence[Mapping[str, Any]], mesh: Mesh) -> dict[str, Any]:
+    """How the model's inputs lie: as the first unit that reads one wants it; whole where none does."""
+    units, _, _ = units_of(graph, value_names(graph))
+    lies: dict[str, Sharding] = {}
+    for node, unit in zip(nodes, units, strict=True):
+        for use, shape in zip(unit.uses, unit.dims.operands, strict=True):
+            if use.source is None and use.name not in lies and use.roles:
+                lies[use.name] = _read_as(_split(node, unit, mesh), unit, use, shape, mesh)
+    found = {}
+    for n in graph.inputs:
+        name = str(n.attrs["name"])
+        if n.attrs["role"] == "input" and isinstance(n.types[0], TensorType):
+            sharding = str(lies.get(name, Sharding.replicated(n.type.rank)))
+            found[name] = {"shape": list(n.type.shape), "dtype": DTYPE_NAMES[n.type.dtype], "sharding": sharding}
+    return found
+
+
+def _read_as(split: Split, unit: Unit, use: Use, shape: Shape, mesh: Mesh) -> Sharding:
+    """How a unit reads an input of the model, before its views."""
+    rank = use.views[0].args[0].type.rank if use.views else use.type.rank
+    dims: list[list[str]] = [[] for _ in range(rank)]
+    for factor, axes in split.items():
+        at = place_of(shape, factor, unit.sizes)
+        found = view_back(use.views, at, prod(mesh[a] for a in axes)) if at is not None else None
+        if found is not None and not isinstance(found, bool) and found[1] == 1:
+            dims[found[0]] += axes
+    return Sharding(tuple(map(tuple, dims)))
+
+
+def _program(spmd: Spmd) -> dict[str, Any]:
+    """The collectives of the program, in order."""
+    rows = [
+        {
+            "phase": phase,
+            "kind": c.kind,
+            "axes": list(c.axes),
+            "bytes": c.bytes,
+            "tensor": c.tensor,
+            "where": c.loc.short[:1000],
+            "why": c.why[:2000],
+        }
+        for phase, program in zip(("forward", "backward"), spmd.programs())
+        for c in program.collectives()
+    ]
+    return {"bytes": spmd.bytes, "collectives": rows}
