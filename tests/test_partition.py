@@ -5,7 +5,9 @@ The formulas and vectors are those of the papers named at each test, for b=1, s=
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ from tessel.sharding.spmd import Spmd, lay_out
 from tessel.targets.mesh import Mesh
 
 S = Sharding.parse
+ORACLES = json.loads((Path(__file__).parent / "data/sharding_oracles.json").read_text(encoding="utf-8"))["bytes"]
 HIDDEN = SEQUENCE = 8192
 HEADS, DEVICES = 64, 8
 

@@ -23,6 +23,8 @@ Split: TypeAlias = "dict[str, Axes]"
 
 # How the pieces of a reduced axis are put together by a collective, by the combine of the dims string.
 COMBINED = {"sum": "sum", "max": "max", "min": "min", "any": "max", "all": "min"}
+# Those that take several collectives with work in between (``_exchange.py``).
+MERGED = frozenset({"softmax-merge", "nll-merge"})
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Rule:
     def may_split(self, factor: str) -> bool:
         """Whether pieces of the factor can be joined or combined by what there is here."""
         f = self.dims.factors[factor]
-        return self.sizes[factor] > 1 and (f.kind == "map" or (f.kind == "reduce" and f.combine in COMBINED))
+        joined = f.kind == "map" or (f.kind == "reduce" and (f.combine in COMBINED or f.combine in MERGED))
+        return self.sizes[factor] > 1 and joined
 
     def combine(self, factor: str) -> str | None:
         """What combines the pieces of a reduced factor."""
@@ -126,4 +129,16 @@ def through(view: Node, lies: Sharding, mesh: Mapping[str, int]) -> Sharding | N
     return None if split is None else layout(rule.dims.results[0], split, rule, mesh)
 
 
-__all__ = ["COMBINED", "Axes", "Rule", "Split", "compose", "follow", "layout", "project", "rule_of", "through"]
+__all__ = [
+    "COMBINED",
+    "MERGED",
+    "Axes",
+    "Rule",
+    "Split",
+    "compose",
+    "follow",
+    "layout",
+    "project",
+    "rule_of",
+    "through",
+]

@@ -16,6 +16,7 @@ from ..ir.types import NOWHERE, Loc, TensorType, Type
 from ..ir.verify import same_type
 from ..ops import OPS, Piece
 from ..targets.mesh import Mesh
+from ._exchange import Exchange, write_exchange
 from ._factors import Axes, Rule, rule_of
 from ._reshard import Step, sources
 
@@ -48,6 +49,7 @@ class Local:
         reads: the sharding in which each tensor operand is read, in order.
         results: the sharding of each tensor result.
         once: operands that only the first device along the axes counts that the result is partial over.
+        exchange: what the ranks send each other while they compute it.
     """
 
     node: Node
@@ -55,6 +57,7 @@ class Local:
     reads: tuple[Sharding, ...]
     results: tuple[Sharding, ...]
     once: tuple[int, ...] = ()
+    exchange: Exchange | None = None
 
 
 Action: TypeAlias = "Move | Local"
@@ -148,7 +151,10 @@ class _Writer:
         node, rule = action.node, rule_of(action.node)
         self.builder.loc = node.loc
         reads = iter(action.reads)
-        pieces = [self.piece(node, rule, f, axes) for f, axes in action.split.items()]
+        ring = action.exchange is not None and action.exchange.kind == "ring"
+        pieces = [
+            self.piece(node, rule, f, axes) for f, axes in action.split.items() if not (ring and f in ("s", "t"))
+        ]
         # zeros where only the first piece of a factor may count an operand
         once = {i for first, p in pieces if not first for i in p.once}
         if action.once and any(self.coordinates[a] for a, _ in action.results[0].partial):
@@ -170,6 +176,11 @@ class _Writer:
                 args[place] = literal
         local = [s.local_shape(v.shape, self.mesh) for v, s in zip(rule.results, action.results, strict=True)]
         attrs = self.attrs(node, [p for _, p in pieces], local)
+        if action.exchange is not None:
+            made = write_exchange(self.builder, action.exchange, node, args, attrs, self.mesh, self.rank)
+            for old, got, lies in zip(node.outs, made, action.results, strict=True):
+                self.env[old, lies] = got
+            return
         types = self.types(node, rule, local)
         if node.op.infer is not None:
             inferred = node.op.infer(*(map_values(a, lambda v: v.type) for a in args), **attrs)

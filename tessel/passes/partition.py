@@ -15,7 +15,7 @@ linear in them, until something needs them finished.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -25,7 +25,9 @@ from ..errors import TesselError, check
 from ..ir.node import INPUT, Graph, Node, Value, values_in
 from ..ir.sharding import Sharding
 from ..ir.types import Loc, TensorType
+from ..ops.collective import payload_of
 from ..targets.mesh import Mesh
+from ._exchange import can_ring, dry_run, exchange_of
 from ._factors import Rule, Split, follow, layout, project, rule_of
 from ._layouts import Layouts
 from ._linear import Carried, carries
@@ -87,20 +89,21 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """Every collective in order; slices are none."""
-        return [
-            Collective(
-                s.kind,
-                s.axes,
-                prod(self.mesh[a] for a in s.axes),
-                s.bytes,
-                f"{m.value.type}{s.before}",
-                m.loc,
-                m.why,
-            )
-            for m in self.moves()
-            for s in m.steps
-            if s.kind != "slice"
-        ]
+        found = []
+        for action in self.actions:
+            if isinstance(action, Move):
+                for s in action.steps:
+                    if s.kind != "slice":
+                        parts, what = prod(self.mesh[a] for a in s.axes), f"{action.value.type}{s.before}"
+                        found.append(Collective(s.kind, s.axes, parts, s.bytes, what, action.loc, action.why))
+            elif action.exchange is not None:
+                node, ex = action.node, action.exchange
+                why = "keys and values go round" if ex.kind == "ring" else f"pieces are put together ({ex.kind})"
+                for n in dry_run(ex, node, action.reads, node.attrs, self.mesh):
+                    what = f"{n.args[0].type} of {node.op.name}"
+                    axes, parts = n.attrs["axes"], n.attrs["parts"]
+                    found.append(Collective(n.op.name, axes, parts, payload_of(n), what, node.loc, why))
+        return found
 
     @property
     def bytes(self) -> int:
@@ -118,6 +121,7 @@ def partition(
     limits: Mapping[str, frozenset[str]] | None = None,
     held: Mapping[Value, Sharding] | None = None,
     price: Price | None = None,
+    ring: Collection[str] = (),
 ) -> Program:
     """Decide what each device computes and what moves.
 
@@ -131,12 +135,14 @@ def partition(
         held: how a plan wants values to leave of which there is a copy lying so.
         limits: for the lines of a module (by its path) the only mesh axes that may split them.
         price: what a step of communication costs, in bytes of the machine in this file's head.
+        ring: mesh axes over which attention with split sequences sends keys and values round, a share at a time,
+            where it would gather them: as many bytes, of which a rank never holds more than a share.
 
     Raises:
         TesselError: an output's sharding does not fit it, or a split does not fit its node.
     """
     run = _Partition(graph, mesh, layouts, dict(outputs or {}), dict(splits or {}), dict(limits or {}), price)
-    run.held = dict(held or {})
+    run.held, run.ring = dict(held or {}), frozenset(ring)
     run.inputs()
     for node in graph.nodes:
         run.node(node)
@@ -158,6 +164,7 @@ class _Partition:
         self.graph, self.mesh, self.layouts, self.wanted, self.splits = graph, mesh, layouts, outputs, splits
         self.limits, self.price = limits, price
         self.held: dict[Value, Sharding] = {}
+        self.ring: frozenset[str] = frozenset()
         self.program = Program(graph, mesh, layouts)
         self.have: dict[Value, list[Sharding]] = {}  # the shardings in which a value is at hand
         self.unread: dict[Value, Sharding] = {}  # inputs to be brought to how they are used, at their first use
@@ -275,7 +282,8 @@ class _Partition:
         reads, results = self.shardings(node, rule, split, carried)
         for v, want in zip(rule.operands, reads, strict=True):
             self.bring(v, want, f"{node.op.name} at {node.loc} reads it as {want}", node)
-        self.program.actions.append(Local(node, split, tuple(reads), tuple(results), carried.once))
+        exchange = exchange_of(rule, split)
+        self.program.actions.append(Local(node, split, tuple(reads), tuple(results), carried.once, exchange))
         for v, got in zip(rule.results, results, strict=True):
             self.have[v] = [got]
             settled = self.layouts.of[v]
@@ -297,8 +305,13 @@ class _Partition:
 
     def try_shardings(self, rule: Rule, split: Split, carried: Carried) -> tuple[list[Sharding], list[Sharding]] | None:
         reads: list[Sharding] = []
+        exchange = exchange_of(rule, split)
+        ring = exchange is not None and exchange.kind == "ring"
         for shape, partial in zip(rule.dims.operands, carried.operands, strict=True):
-            lies = layout(shape, split, rule, self.mesh)
+            names = {f.name for term in shape for f in term}
+            # a mask is cut step by step, its keys stay whole
+            own = {f: a for f, a in split.items() if f != "t"} if ring and not names & {"d", "e"} else split
+            lies = layout(shape, own, rule, self.mesh)
             if lies is None:
                 return None
             reads.append(Sharding(lies.dims, partial))
@@ -308,7 +321,8 @@ class _Partition:
             if lies is None:
                 return None
             kept = {f.name for term in shape for f in term}
-            left = ((a, rule.combine(f)) for f, axes in split.items() if f not in kept for a in axes)
+            summed = {f: axes for f, axes in split.items() if f not in kept and not (ring and f in ("s", "t"))}
+            left = ((a, rule.combine(f)) for f, axes in summed.items() for a in axes)
             results.append(Sharding(lies.dims, (*carried.result, *((a, how) for a, how in left if how is not None))))
         return reads, results
 
@@ -345,6 +359,10 @@ class _Partition:
                 dims = tuple(tuple(a for a in axes if a not in carried.axes) for axes in self.layouts.of[v].dims)
                 goal = Sharding(dims, carried.result)
                 cost += self.cost(v, got, goal)
+            exchange = exchange_of(rule, split)
+            if exchange is not None:
+                for n in dry_run(exchange, node, found[0], node.attrs, self.mesh):
+                    cost += (self.price or by_bytes(self.mesh))(n.op.name, n.attrs["axes"], n.args[0].type.nbytes)
             # no device repeats work that another could do: what is gathered to be computed twice has to pay
             # off at every size, and whether it does is for a plan to decide
             rank = (0 if node.op.kind == "view" else -parts, cost)
@@ -391,6 +409,14 @@ class _Partition:
             for factor in dict.fromkeys(f for f in pick if f is not None):
                 mine = {a for a, f in zip(axes_in_sight, pick, strict=True) if f == factor}
                 split[factor] = tuple(dict.fromkeys(a for a in orders[factor] if a in mine))
+            if self.ring and can_ring(node):
+                rings = self.ring & {a for f, axes in split.items() if f in ("s", "t") for a in axes}
+                if rings and set(split.get("s", ())) == rings and rule.sizes["s"] == rule.sizes["t"]:
+                    yield {**split, "t": split["s"]}
+                if rings:
+                    continue
+            if split.get("s") and set(split["s"]) & set(split.get("t", ())):
+                continue
             yield split
 
     def work(self, node: Node, rule: Rule, parts: int) -> float:

@@ -24,13 +24,14 @@ import torch
 
 from ..errors import TesselError
 from ..frontend.joint import Step
-from ..ir.node import INPUT, Graph, Node, Value
+from ..ir.node import INPUT, Builder, Graph, Node, Value, map_values
 from ..ir.sharding import Sharding
 from ..ir.text import value_names
 from ..ir.types import Loc, TensorType
 from ..ops.collective import COLLECTIVE
 from ..ops.dims import Piece
-from ..passes._factors import Rule, Split, compose, project, rule_of
+from ..passes._exchange import EXCHANGING, exchange_of, write_exchange
+from ..passes._factors import Rule, Split, compose, layout, project, rule_of
 from ..passes.partition import Program
 from ..solve.lemma import Operand, Verdict, holds, interpreted, moved
 from ..targets.mesh import Mesh
@@ -225,6 +226,8 @@ class _Walk:
                     where = next(m for m in step if m is not None)
                     raise _Fault(f"{self.title(where)}: rank 0 runs {a} where rank {rank} runs {b}: they would wait")
             nodes = [n for n in step if n is not None]
+            if self.exchanged(nodes, queues):
+                continue
             if nodes[0].op.name in COLLECTIVE or self.is_share(nodes):
                 self.move(nodes)
                 self.report.collectives += nodes[0].op.name in COLLECTIVE
@@ -305,6 +308,82 @@ class _Walk:
             a, b = sorted(map(self.told, found))[:2]
             raise _Fault(f"{self.title(nodes[0])}: some ranks read {a}, others {b}")
         return next(iter(found), None), frozenset(zero)
+
+    # ------------------------------------------------------------ rings and merges
+
+    def exchanged(self, nodes: Sequence[Node], queues: Sequence[Iterator[Node]]) -> bool:
+        """Take an operation whose ranks exchange pieces while they compute it, if that begins here.
+
+        What the ranks do then has to be the whole pattern (``passes/_exchange.py``), place by place; that the pattern
+        computes the operation is not proved here but tested against one device.
+        """
+        if self.at == len(self.steps):
+            return False
+        whole, seen = self.steps[self.at], [list(nodes)]
+        if whole.op.name not in EXCHANGING:
+            return False
+        cut = nodes[0].op.name == "slice" and self.held.get(nodes[0].operands[0])
+        if cut:  # of a mask, of which each step of a ring takes a part
+            if cut.value not in whole.operands:
+                return False
+            seen.append([n for r, q in enumerate(queues) if (n := self.next(r, q)) is not None])
+        first = seen[-1]
+        if len(first) != len(nodes) or any(n.op != whole.op for n in first):
+            return False
+        self.settle_free()
+        args = [[seen[0][r].args[0] if cut and a == seen[0][r].out else a for a in n.args] for r, n in enumerate(first)]
+        rule = rule_of(whole)
+        flat = [[v for v in some if isinstance(v, Value)] for some in args]
+        lies = []
+        for i, v in enumerate(whole.operands):
+            held = {self.held.get(own[i]) for own in flat}
+            (one,) = held if len(held) == 1 else (None,)
+            if one is None or one.value != v:
+                raise _Fault(f"{self.title(first[0])}: operand {i} is not {self.name(v)} on every rank")
+            lies.append(one.sharding)
+        split = self.joint_split(rule, lies)
+        ex = exchange_of(rule, split)
+        if ex is None:
+            if cut:
+                raise _Fault(f"{self.title(first[0])}: reads part of a mask, and no ring goes through its keys")
+            return False
+        ring = ex.kind == "ring"
+        apart = {f: a for f, a in split.items() if not (ring and f in ("s", "t"))}
+        results = [layout(shape, split, rule, self.mesh) for shape in rule.dims.results]
+        done: list[list[Value]] = []
+        for rank, queue in enumerate(queues):
+            attrs = dict(whole.attrs) | self.changed(whole, rule, apart, rank)
+            expected = Builder()
+            outs = write_exchange(expected, ex, whole, args[rank], attrs, self.mesh, rank)
+            actual: dict[Value, Value] = {}
+            got = [step[rank] for step in seen]
+            for i, want in enumerate(expected.nodes):
+                n = got[i] if i < len(got) else self.next(rank, queue)
+                same = tuple(_renamed(a, actual) for a in want.args)
+                if n is None or n.op != want.op or dict(n.attrs) != dict(want.attrs) or tuple(n.args) != same:
+                    where = self.title(n if n is not None else whole)
+                    raise _Fault(f"{where}: rank {rank} is to run {want.op.name} here, step {i} of a {ex.kind}")
+                actual.update(zip(want.outs, n.outs, strict=True))
+            done.append([actual[v] for v in outs])
+            if rank == 0:
+                self.report.collectives += sum(n.op.name in COLLECTIVE for n in expected.nodes)
+        for made in done:
+            for old, new, s in zip(whole.outs, made, results, strict=True):
+                assert s is not None
+                self.held[new] = _Held(old, s)
+        self.go_on()
+        self.report.operations += 1
+        self.report.opaque[f"{whole.op.name} ({ex.kind})"] += 1
+        return True
+
+    def joint_split(self, rule: Rule, lies: Sequence[Sharding]) -> Split:
+        """The mesh axes of every factor; one axis may split several."""
+        found: Split = {}
+        for sharding, shape in zip(lies, rule.dims.operands, strict=True):
+            for term, axes in zip(shape, sharding.dims, strict=True):
+                for factor, some in project(term, axes, rule.sizes, self.mesh)[0].items():
+                    found.setdefault(factor, some)
+        return found
 
     # ------------------------------------------------------------ collectives and slices
 
@@ -488,20 +567,26 @@ class _Walk:
     def attributes(self, whole: Node, local: Node, rule: Rule, split: Split, rank: int) -> None:
         """A share's attributes and literals are the whole's, but for what the operator says of its splits."""
         pieces = [self.piece(whole, rule, f, axes, rank) for f, axes in split.items()]
-        for key in {*whole.attrs, *local.attrs}:
-            old, got = whole.attrs.get(key), local.attrs.get(key)
-            if key == "shape":
-                continue  # the results' sizes say it
-            new = [p.attrs[key] for p in pieces if key in p.attrs and p.attrs[key] != old]
-            want = old if not new else new[0] if len(new) == 1 else (old or 0) + sum(n - (old or 0) for n in new)
-            # an offset of 0 may be left out
-            if got != want and (got or 0) != (want or 0):
+        expected = dict(whole.attrs) | self.changed(whole, rule, split, rank)
+        for key in {*expected, *local.attrs} - {"shape"}:  # the results' sizes say that one
+            want, got = expected.get(key), local.attrs.get(key)
+            if got != want and (got or 0) != (want or 0):  # an offset of 0 may be left out
                 raise _Fault(f"{self.title(local)}: {key} is {got} on rank {rank}, its share needs {want}")
         changed = {i: x for p in pieces for i, x in p.args.items()}
         for i, (a, b) in enumerate(zip(local.args, whole.args, strict=True)):
             want = changed.get(i, b)
             if not isinstance(want, Value | tuple | list) and a != want and a is not want:
                 raise _Fault(f"{self.title(local)}: argument {i} is {a} on rank {rank}, its share needs {want}")
+
+    def changed(self, whole: Node, rule: Rule, split: Split, rank: int) -> dict[str, Any]:
+        """The attributes that a rank's share has of its own."""
+        pieces = [self.piece(whole, rule, f, axes, rank) for f, axes in split.items()]
+        found = {}
+        for key in {k for p in pieces for k in p.attrs} - {"shape"}:
+            old = whole.attrs.get(key)
+            new = [p.attrs[key] for p in pieces if key in p.attrs and p.attrs[key] != old]
+            found[key] = new[0] if len(new) == 1 else (old or 0) + sum(n - (old or 0) for n in new) if new else old
+        return found
 
     def piece(self, whole: Node, rule: Rule, factor: str, axes: Sequence[str], rank: int) -> Piece:
         size = rule.sizes[factor] // prod(self.mesh[a] for a in axes)
@@ -517,6 +602,9 @@ class _Walk:
                     if tuple(got.shape) != want:
                         raise _Fault(f"{self.title(n)}: rank {rank} makes {list(got.shape)}, {s} is {list(want)}")
                 self.held[got] = _Held(old, s)
+        self.go_on()
+
+    def go_on(self) -> None:
         self.at += 1
         for free in self.free:
             free.clear()
@@ -552,6 +640,10 @@ class _Walk:
 
     def title(self, node: Node) -> str:
         return f"{node.op.name} at {node.loc}"
+
+
+def _renamed(arg: Any, actual: Mapping[Value, Value]) -> Any:
+    return map_values(arg, lambda v: actual.get(v, v))
 
 
 def _ratio(n: int, m: int) -> int | None:
