@@ -87,7 +87,7 @@ CASES = {
     unbound: "linear_scan",
     chunks: "linear_scan",
     bent: "loop",
-    delta_rule: "loop",
+    delta_rule: "linear_attention",
     two_back: "loop",
 }
 
@@ -131,6 +131,19 @@ def test_a_loop_is_one_kernel_where_its_state_is_a_line() -> None:
     with torch.no_grad():
         _, report = compiled(collected, torch.rand(2, 20, 40), torch.rand(2, 20, 40))
     assert [k.family for k in report.kernels] == ["scan"]
+
+
+@pytest.mark.parametrize("fn", [written, backwards], ids=lambda f: f.__name__)
+def test_a_first_factor_that_is_not_finite_meets_a_start_of_zero(fn: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 20, 40), torch.randn(2, 20, 40)
+    a[0, 0, 3], a[0, -1, 3], a[1, 0, 5], a[1, -1, 5] = torch.nan, torch.nan, torch.inf, torch.inf
+    with torch.no_grad():
+        got, report = compiled(fn, a, b)
+        want = fn(a, b)
+    assert "scan" in [k.family for k in report.kernels]
+    for x, y in zip(got, want if isinstance(want, tuple) else [want], strict=True):
+        assert x.isnan().any() and torch.equal(x.isnan(), y.isnan())
 
 
 def noisy(a: Tensor) -> Tensor:

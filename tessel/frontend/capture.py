@@ -24,7 +24,7 @@ from .experts import join_experts
 from .flex import join_flex
 from .importer import Imported, import_graph
 from .locs import qualified_name
-from .loops import complete_examples
+from .loops import complete_examples, keep_first_factors
 from .losses import join_losses
 from .recompute import partition
 from .rolled import roll
@@ -82,6 +82,7 @@ def aot(
     if lower_scans(gm) + roll(gm):
         complete_examples(gm)
         fold_states(gm)
+        keep_first_factors(gm)
     keep_composites(gm)
     notes = [*join_flex(gm)[1], *join_attention(gm)[1], *join_experts(gm)[1], *join_losses(gm)[1]]
     names = _input_names(gm)

@@ -29,6 +29,7 @@ __all__ = [
     "WITH_START",
     "NotAffine",
     "Step",
+    "Written",
     "complete_examples",
     "emit",
     "emit_affine",
@@ -37,9 +38,11 @@ __all__ = [
     "filled",
     "fixed",
     "has_side_effects",
+    "keep_first_factors",
 ]
 
 _MOST_PARTS = 4096
+_FROM_ZEROS = "tessel_from_zeros"  # metadata of a recurrence: its first factor is not a number, its start is zero
 WITH_START = "tessel_with_start"  # metadata of all states of a carry: its start, and the node that has both
 
 
@@ -79,9 +82,14 @@ def fixed(x: Any) -> bool:
     return not isinstance(x, torch.Tensor) or all(isinstance(n, int) for n in x.shape)
 
 
-def complete_examples(gm: fx.GraphModule) -> None:
-    """Give nodes that were put into a Dynamo graph the fake results that Dynamo's own nodes have."""
-    missing = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method") and example(n) is None]
+def complete_examples(gm: fx.GraphModule, nodes: Iterable[fx.Node] | None = None) -> None:
+    """Give nodes that were put into a Dynamo graph the fake results that Dynamo's own nodes have.
+
+    Args:
+        nodes: which, in order; all if left out.
+    """
+    among = gm.graph.nodes if nodes is None else nodes
+    missing = [n for n in among if n.op in ("call_function", "call_method") and example(n) is None]
     known = [example(n) for n in gm.graph.nodes if n.op == "placeholder"] if missing else []
     mode = next((x.fake_mode for x in known if isinstance(x, FakeTensor)), None)
     if mode is None:
@@ -124,7 +132,7 @@ def emit_affine(root: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[f
     Raises:
         NotAffine: they are not; the graph is as it was.
     """
-    return _Written(root.graph, step, _Affine(step).plan()).write()
+    return Written(root.graph, step, _Affine(step).plan()).write()
 
 
 def _as_scan(root: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -268,12 +276,12 @@ class _Part:
     timed: bool
     rank: int
 
-    def ranked(self, writer: _Written, rank: int) -> fx.Node:
+    def ranked(self, writer: Written, rank: int) -> fx.Node:
         """With so many dimensions after time."""
         return writer.call(_deeper, self.node, rank - self.rank) if self.timed and self.rank < rank else self.node
 
 
-class _Written:
+class Written:
     """A step whose carries are lines, written for all steps at once."""
 
     def __init__(self, graph: fx.Graph, step: Step, plan: list[Any]) -> None:
@@ -309,9 +317,11 @@ class _Written:
             self.batched[carry] = self.call(_before, start, states)
             return states
         shape = (self.step.length, *like.shape)
-        a, b = (self.full(self.value(x), shape, like.dtype, one) for x, one in ((line.a, 1.0), (line.b, 0.0)))
+        factor = self.value(line.a)
+        a, b = (self.full(x, shape, like.dtype, one) for x, one in ((factor, 1.0), (self.value(line.b), 0.0)))
         if _is_zero(start):
             states = self.call(linear_scan, a, b, 0, False)
+            states.meta[_FROM_ZEROS] = isinstance(factor, _Part)
             self.batched[carry] = self.call(_before, start, states)
             return states
         with_start = self.call(linear_scan, *(self.call(_behind, *x) for x in ((start, a), (start, b))), 0, False)
@@ -439,7 +449,7 @@ def _is_slice(p: Any) -> bool:
 
 
 def _is_zero(node: fx.Node) -> bool:
-    """Whether a node is made as zeros. ``a * 0`` is left out then, which differs where a is not finite."""
+    """Whether a node is made as zeros. ``a * 0`` is left out then; ``keep_first_factors`` puts it in again."""
     while node.op == "call_method" and node.target in ("to", "contiguous", "type", "float"):
         node = node.args[0]  # type: ignore[assignment]
     return node.target in (torch.zeros, torch.zeros_like, "new_zeros") and all(_only_reads(u, node) for u in node.users)
@@ -449,7 +459,26 @@ def _only_reads(user: fx.Node, node: fx.Node) -> bool:
     return user.target is not operator.setitem and not (user.op == "call_method" and str(user.target).endswith("_"))
 
 
+def keep_first_factors(gm: fx.GraphModule) -> None:
+    """Give recurrences from zeros that are still there the product of their first factor and zero: a NaN, if that
+    factor is not finite, and else nothing. After all rewrites that look for recurrences."""
+    found = [n for n in gm.graph.nodes if n.target is linear_scan and n.meta.get(_FROM_ZEROS)]
+    for node in found:
+        a, b, *rest = node.args
+        with gm.graph.inserting_before(node):
+            first = gm.graph.call_function(_with_first_factor, (a, b))
+        first.meta.update({**node.meta, "example_value": example(b)})
+        node.args = (a, first, *rest)
+    if found:
+        gm.recompile()
+
+
 # What the graph calls. They are plain functions, which AOTAutograd traces through.
+
+
+def _with_first_factor(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    first = torch.arange(a.shape[0], device=a.device).reshape(-1, *(1 for _ in a.shape[1:])) == 0
+    return torch.where(first, b + a * 0.0, b)
 
 
 def _deeper(x: torch.Tensor, more: int) -> torch.Tensor:
