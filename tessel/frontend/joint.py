@@ -132,7 +132,7 @@ class Recorder:
         """
         kind = "forward" if "forward" in self.graphs else "inference"
         forward, info = self.graphs[kind]
-        positions = {i: known[at] for i, at in enumerate(info.order) if at in known}
+        positions = {i: known[at] for i, at in enumerate(info.order) if at is not None and at in known}
         if "backward" not in self.graphs:
             return Step(forward, None, len(forward.graph.outputs), positions, tree, numbered, ())
         backward, _ = self.graphs["backward"]
@@ -188,6 +188,9 @@ class Capture:
         except TesselError:
             raise
         except Exception as e:  # Dynamo raises everything that the model may raise, and classes of its own
+            inner = getattr(e, "inner_exception", None)
+            if isinstance(inner, TesselError):
+                raise inner from e
             raise TesselError(f"torch cannot capture the model as one graph: {type(e).__name__}: {e}") from e
         finally:
             undo()

@@ -22,7 +22,7 @@ from .locs import qualified_name
 
 __all__ = ["Part", "capture_parts"]
 
-# part_of(parameters in the order of their uses) -> the parts that use each
+# part_of(the parameter of every use, in order) -> the parts that use each
 PartOf = Callable[[Sequence[str]], Mapping[str, Sequence[int]]]
 
 
@@ -47,8 +47,7 @@ def capture_parts(
 
     Args:
         model, args, kwargs, train: as ``capture_step``; the arguments are one microbatch.
-        part_of: is asked once, with the parameters in the order of their first uses: the parts, from 0, that each
-            belongs to.
+        part_of: is asked once, with the parameter of every use in order: the parts, from 0, that use each.
 
     Raises:
         TesselError: as ``capture_step``; the model cannot be cut there.
@@ -122,9 +121,8 @@ class _Cutter:
             known = qualified_name(compat.dynamo_source(node))
             if known is not None and known[1] == "param":
                 self.names[node] = known[0]
-        uses = sorted((self.at[u], p) for p in self.names for u in p.users)
-        order = list(dict.fromkeys(self.names[p] for _, p in uses))
-        self.parts_of = part_of(order)
+        uses = sorted(((self.at[u], p) for p in self.names for u in p.users), key=lambda x: x[0])
+        self.parts_of = part_of([self.names[p] for _, p in uses])
         self.count = 1 + max((max(own) for own in self.parts_of.values()), default=0)
         self.free = self._free()
         self.starts = self._starts()
