@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from .loops import WITH_START, Step, emit, erase_unused, example, fixed, has_side_effects
+from .linear_match import emit_linear_attention
+from .loops import WITH_START, NotAffine, Step, complete_examples, emit, erase_unused, example, fixed, has_side_effects
 
 __all__ = ["roll"]
 
@@ -326,16 +327,23 @@ class _Loop:
         known = set(graph.nodes)
         with graph.inserting_before(after):
             xs = [self._all_steps(s) for s in self.slices.values()]
+            complete_examples(self.gm, [n for n in graph.nodes if n not in known])
             step = Step(
                 fx.GraphModule({}, step_graph), tuple(self.carries), tuple(xs), tuple(extras), self.stretch.repeats
             )
-            lasts, ys = emit(self.gm, step)
+            try:
+                lasts, ys = emit_linear_attention(step, graph)
+            except NotAffine:
+                lasts, ys = emit(self.gm, step)
             everything = dict(zip(results, ys, strict=True))
             for node, where in self.stores.items():
                 self._fill(where, everything[node])
+        last_of = dict(zip(self.carries.values(), lasts, strict=True))
         for q, node in enumerate(self.first):
             if node in everything and node not in self.stores:
                 self._hand_out([row[q] for row in self.rows], everything[node])
+            elif node in last_of:
+                self._hand_out_last(self.rows[-1][q], last_of[node])
         for row in reversed(self.rows):
             for node in reversed(row):
                 graph.erase_node(node)
@@ -346,10 +354,14 @@ class _Loop:
                 node.meta = {**found, **node.meta}
 
     def _results(self) -> list[fx.Node]:
-        """Nodes of the first repetition of which some version is read outside, and what is stored."""
+        """Nodes of the first repetition of which some version is read outside, and what is stored.
+
+        Of what is carried on the last version does not count: the loop gives it anyway.
+        """
         found = []
         for q, node in enumerate(self.first):
-            outside = any(u not in self.place for row in self.rows for u in row[q].users)
+            rows = self.rows[:-1] if node in self.carries.values() else self.rows
+            outside = any(u not in self.place for row in rows for u in row[q].users)
             if node in self.stores or outside:
                 found.append(node)
         return found
@@ -452,6 +464,14 @@ class _Loop:
                 one.meta["example_value"] = example(version)
                 for user in users:
                     user.replace_input_with(version, one)
+
+    def _hand_out_last(self, version: fx.Node, last: fx.Node) -> None:
+        """Give every reader outside the carry as the last step left it."""
+        users = [u for u in version.users if u not in self.place]
+        if users:
+            last.meta["example_value"] = example(version)
+        for user in users:
+            user.replace_input_with(version, last)
 
     def _gathered(self, user: fx.Node, versions: Sequence[fx.Node], ys: fx.Node) -> fx.Node:
         graph = self.gm.graph

@@ -3,7 +3,8 @@
     associative_scan  (a, b), (c, d) -> (a * c, c * b + d)       tessel::linear_scan
                       a + b, a * b, max(a, b), min(a, b)         cumsum, cumprod, cummax, cummin
                       any other                                  scan, from the first element on
-    scan              whose carry is a * carry + b               see ``loops``
+    scan              of a state of keys times values            tessel::linear_attention, see ``linear_match``
+                      whose carry is a * carry + b               see ``loops``
                       any other                                  stays: the importer makes a loop of it
 
 A combine function that is not associative gives results that depend on how a scan is cut into pieces, so it is tried
@@ -22,6 +23,7 @@ from torch import fx
 
 from ..errors import TesselError
 from .compat import size_hints, without_modes
+from .linear_match import emit_linear_attention
 from .locs import Locations
 from .loops import NotAffine, Step, emit_affine, erase_unused, example
 from .scan_op import linear_scan
@@ -73,7 +75,7 @@ def _affine(gm: fx.GraphModule, node: fx.Node) -> int:
     step = Step(_region(gm, node), tuple(init), tuple(xs), tuple(extras), shape[0])  # type: ignore[arg-type]
     with gm.graph.inserting_before(node):
         try:
-            lasts, ys = emit_affine(gm, step)
+            lasts, ys = _emitted(gm, step)
         except NotAffine:
             return 0
     results = [*lasts, *ys]
@@ -81,6 +83,13 @@ def _affine(gm: fx.GraphModule, node: fx.Node) -> int:
         _replace(user, results[user.args[1]])  # type: ignore[index]
     erase_unused([node, *results])
     return 1
+
+
+def _emitted(gm: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[fx.Node]]:
+    try:
+        return emit_linear_attention(step, gm.graph)
+    except NotAffine:
+        return emit_affine(gm, step)
 
 
 def _associative(gm: fx.GraphModule, node: fx.Node, starts: list[fx.Node]) -> int:

@@ -15,17 +15,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
-from .loops import erase_unused, example, filled
+from .labels import Factor, Labels, arranged, expanded, name_of, ones, seen_through, turned
+from .loops import erase_unused, example
 from .scan_op import linear_scan, selective_scan
 
 __all__ = ["fold_states"]
-
-Labels = tuple[int | None, ...]  # which axis of the recurrence each dimension is; None for one of size one
 
 
 def fold_states(gm: fx.GraphModule) -> int:
@@ -46,16 +44,6 @@ def fold_states(gm: fx.GraphModule) -> int:
 
 
 @dataclass(frozen=True)
-class _Factor:
-    node: fx.Node
-    labels: Labels
-
-    @property
-    def axes(self) -> set[int]:
-        return {x for x in self.labels if x is not None}
-
-
-@dataclass(frozen=True)
 class _Found:
     """A selective scan: its operands, each with its axes, and the product that folds the states."""
 
@@ -64,11 +52,11 @@ class _Found:
     fold_labels: Labels  # of the result
     order: tuple[int, int, int, int]  # batch, time, d, n
     sizes: tuple[int, ...]
-    w: list[_Factor]
-    dt: list[_Factor]
-    A: list[_Factor]
-    B: list[_Factor]
-    C: _Factor
+    w: list[Factor]
+    dt: list[Factor]
+    A: list[Factor]
+    B: list[Factor]
+    C: Factor
 
     @staticmethod
     def of(scan: fx.Node) -> _Found | None:
@@ -109,20 +97,20 @@ class _Found:
         batch, time, d, n = self.order
         sizes = self.sizes
 
-        def operand(factors: Sequence[_Factor], *order: int) -> fx.Node:
+        def operand(factors: Sequence[Factor], *order: int) -> fx.Node:
             """The product of some tensors, with these axes in this order, each in full."""
             made: fx.Node | None = None
             for f in factors:
                 known = tuple(x if x is not None and sizes[x] > 1 else None for x in f.labels)
-                one = graph.call_function(_arranged, (f.node, known, order))
+                one = graph.call_function(arranged, (f.node, known, order))
                 made = one if made is None else graph.call_function(operator.mul, (made, one))
-            return graph.call_function(_expanded, (made, tuple(sizes[x] for x in order)))
+            return graph.call_function(expanded, (made, tuple(sizes[x] for x in order)))
 
         with graph.inserting_before(self.fold):
             three = ((self.w, batch, time, d), (self.dt, batch, time, d), (self.A, d, n))
             given = [operand(*x) for x in (*three, (self.B, batch, time, n), ([self.C], batch, time, n))]
             y = graph.call_function(selective_scan, tuple(given))
-            out = graph.call_function(_arranged, (y, (batch, time, d), self.fold_labels))
+            out = graph.call_function(arranged, (y, (batch, time, d), self.fold_labels))
         where = {k: v for k, v in self.fold.meta.items() if k != "example_value"}
         for new in (*given, y):
             new.meta.update(where)
@@ -131,7 +119,7 @@ class _Found:
         erase_unused([self.fold])
 
 
-def _sizes(factors: Sequence[_Factor]) -> tuple[int, ...] | None:
+def _sizes(factors: Sequence[Factor]) -> tuple[int, ...] | None:
     sizes = [1, 1, 1, 1]
     for f in factors:
         for label, size in zip(f.labels, example(f.node).shape, strict=True):
@@ -142,132 +130,37 @@ def _sizes(factors: Sequence[_Factor]) -> tuple[int, ...] | None:
     return tuple(sizes)
 
 
-# What the graph calls; AOTAutograd traces through.
-
-
-def _arranged(x: torch.Tensor, labels: Sequence[int | None], order: Sequence[int | None]) -> torch.Tensor:
-    """Dimensions put in order by label; those of size one come and go."""
-    kept = [i for i, label in enumerate(labels) if label is not None]
-    x = x.permute(*kept, *(i for i in range(x.dim()) if i not in kept)).reshape([x.shape[i] for i in kept])
-    have = [labels[i] for i in kept]
-    wanted = [w for w in order if w in have]
-    x = x.permute([have.index(w) for w in wanted])
-    sizes = iter(x.shape)
-    return x.reshape([next(sizes) if w in have else 1 for w in order])
-
-
-def _expanded(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    return x.expand(shape)
-
-
-# ---------------------------------------------------------------- views, backwards and forwards
-
-
-def _seen_through(node: fx.Node, labels: Labels) -> tuple[fx.Node, Labels] | None:
-    """What a view or a cast to the same type is of, and the labels of that."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or not isinstance(example(source), torch.Tensor):
-        return (source, labels) if _is_filled(node) and isinstance(source, fx.Node) else None
-    x, made = example(source), example(node)
-    name = _name(node)
-    if node.target is operator.getitem:
-        return _index(source, x, node.args[1], labels)
-    if name in ("float", "to", "type", "double", "contiguous", "clone"):
-        same = isinstance(made, torch.Tensor) and made.dtype == x.dtype and made.device == x.device
-        return (source, labels) if same else None
-    if _is_filled(node):
-        shape = node.args[1]
-        assert isinstance(shape, tuple)
-        kept = labels[len(shape) - x.dim() :] if not node.args[3] else (labels[0], *labels[len(shape) - x.dim() + 1 :])
-        return source, _ones(kept, x)
-    if name == "unsqueeze":
-        at = int(node.args[1]) % (x.dim() + 1)  # type: ignore[arg-type]
-        return source, labels[:at] + labels[at + 1 :]
-    turned = _turned(node, name, x.dim())
-    if turned is not None:
-        back: list[int | None] = [None] * x.dim()
-        for to, frm in enumerate(turned):
-            back[frm] = labels[to]
-        return source, tuple(back)
-    if name in ("expand", "expand_as") and isinstance(made, torch.Tensor) and made.dim() >= x.dim():
-        return source, _ones(labels[made.dim() - x.dim() :], x)
-    return None
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-
-
-def _is_filled(node: fx.Node) -> bool:
-    return node.target is filled
-
-
-def _ones(labels: Labels, x: torch.Tensor) -> Labels:
-    return tuple(None if n == 1 else label for label, n in zip(labels, x.shape, strict=True))
-
-
-def _index(source: fx.Node, x: torch.Tensor, index: Any, labels: Labels) -> tuple[fx.Node, Labels] | None:
-    """An index that only adds dimensions."""
-    parts = list(index) if isinstance(index, tuple) else [index]
-    if any(p is not None and p is not Ellipsis and p != slice(None) for p in parts):
-        return None
-    if Ellipsis in parts:
-        at = parts.index(Ellipsis)
-        rest = x.dim() - sum(p is not None for p in parts) + 1
-        parts[at : at + 1] = [slice(None)] * rest
-    parts += [slice(None)] * (x.dim() - sum(p is not None for p in parts))
-    return source, tuple(label for p, label in zip(parts, labels, strict=True) if p is not None)
-
-
-def _turned(node: fx.Node, name: str, rank: int) -> tuple[int, ...] | None:
-    """For each dimension of the result the operand's, of a permutation."""
-    order = list(range(rank))
-    args = node.args[1:]
-    if name in ("transpose", "swapaxes") and len(args) == 2:
-        i, j = (int(a) % rank for a in args)  # type: ignore[arg-type]
-        order[i], order[j] = order[j], order[i]
-        return tuple(order)
-    if name == "movedim" and len(args) == 2 and all(isinstance(a, int) for a in args):
-        i, j = (int(a) % rank for a in args)  # type: ignore[arg-type]
-        order.insert(j, order.pop(i))
-        return tuple(order)
-    if name == "permute":
-        dims = args[0] if isinstance(args[0], tuple | list) else args
-        return tuple(int(d) % rank for d in dims)  # type: ignore[union-attr,arg-type]
-    return None
-
-
-def _factors(node: fx.Node, labels: Labels) -> list[_Factor] | None:
+def _factors(node: fx.Node, labels: Labels) -> list[Factor] | None:
     """A value as a product of tensors."""
-    found: list[_Factor] = []
+    found: list[Factor] = []
     stack: list[tuple[fx.Node, Labels]] = [(node, labels)]
     while stack:
         node, labels = stack.pop()
-        below = _seen_through(node, labels) if node.op in ("call_function", "call_method") else None
+        below = seen_through(node, labels) if node.op in ("call_function", "call_method") else None
         product = node.target in (operator.mul, torch.mul, "mul") and all(isinstance(a, fx.Node) for a in node.args)
         if below is not None:
             stack.append(below)
         elif product and len(labels) > 2 and all(isinstance(example(a), torch.Tensor) for a in node.args):
             for a in node.args:
                 x = example(a)
-                stack.append((a, _ones(labels[len(labels) - x.dim() :], x)))  # type: ignore[arg-type]
+                stack.append((a, ones(labels[len(labels) - x.dim() :], x)))  # type: ignore[arg-type]
         elif not isinstance(example(node), torch.Tensor):
             return None
         else:
-            found.append(_Factor(node, _ones(labels, example(node))))
+            found.append(Factor(node, ones(labels, example(node))))
     return found
 
 
-def _exponents(node: fx.Node, labels: Labels) -> list[_Factor] | None:
+def _exponents(node: fx.Node, labels: Labels) -> list[Factor] | None:
     """The factors of what a value is the exponential of."""
-    while (below := _seen_through(node, labels)) is not None:
+    while (below := seen_through(node, labels)) is not None:
         node, labels = below
     if node.target not in (torch.exp, "exp") or not isinstance(node.args[0], fx.Node):
         return None
     return _factors(node.args[0], labels)
 
 
-def _folded(scan: fx.Node, labels: Labels) -> tuple[fx.Node, Labels, _Factor] | None:
+def _folded(scan: fx.Node, labels: Labels) -> tuple[fx.Node, Labels, Factor] | None:
     """The one product that reads all states and sums an axis away, its result's labels, and what they are times."""
     node = scan
     while True:
@@ -286,17 +179,17 @@ def _after(user: fx.Node, node: fx.Node, labels: Labels) -> Labels | None:
     """The labels of a view of something labelled."""
     if not user.args or user.args[0] is not node:
         return None
-    name = _name(user)
+    name = name_of(user)
     if name in ("float", "to", "type", "double", "contiguous"):
         made = example(user)
         asked = [a for a in (*user.args[1:], *user.kwargs.values()) if isinstance(a, torch.dtype)]
         same = made is None or made.dtype in (torch.float32, torch.float64)
         return labels if same and all(a in (torch.float32, torch.float64) for a in asked) else None
-    turned = _turned(user, name, len(labels))
-    return None if turned is None else tuple(labels[i] for i in turned)
+    order = turned(user, name, len(labels))
+    return None if order is None else tuple(labels[i] for i in order)
 
 
-def _product(node: fx.Node, user: fx.Node, labels: Labels) -> tuple[fx.Node, Labels, _Factor] | None:
+def _product(node: fx.Node, user: fx.Node, labels: Labels) -> tuple[fx.Node, Labels, Factor] | None:
     """``h [.., d, n] @ C [.., n, 1]``."""
     left, right = user.args
     x = example(right)
@@ -304,7 +197,7 @@ def _product(node: fx.Node, user: fx.Node, labels: Labels) -> tuple[fx.Node, Lab
         return None
     if x.shape[-1] != 1 or len(labels) != 4:
         return None
-    factors = _factors(right, _ones((*labels[:2], labels[3], None), x))
+    factors = _factors(right, ones((*labels[:2], labels[3], None), x))
     if factors is None or len(factors) != 1:
         return None
     return user, (*labels[:3], None), factors[0]
