@@ -50,7 +50,18 @@ def flags(*shape: int) -> torch.Tensor:
 def samples() -> Iterator[Sample]:
     """All samples, the same every time."""
     torch.manual_seed(0)
-    for group in (pointwise, reductions, views, indexing, contractions, norms, expert_layers, libraries, draws):
+    for group in (
+        pointwise,
+        reductions,
+        views,
+        indexing,
+        contractions,
+        norms,
+        expert_layers,
+        packed_layers,
+        libraries,
+        draws,
+    ):
         for name, args, attrs in group():
             yield Sample(OPS[name], args, attrs)
             if name in WRITES:  # the same value
@@ -59,12 +70,8 @@ def samples() -> Iterator[Sample]:
 
 Case = tuple[str, tuple[Any, ...], dict[str, Any]]
 
-UNARY_REAL = (
-    "neg abs sign exp exp2 expm1 sin cos tan atan sinh cosh tanh asinh erf erfc sigmoid relu floor ceil"
-)
-UNARY_REAL += (
-    " round trunc isnan isinf logical_not copy gelu silu leaky_relu hardtanh hardsigmoid hardswish elu"
-)
+UNARY_REAL = "neg abs sign exp exp2 expm1 sin cos tan atan sinh cosh tanh asinh erf erfc sigmoid relu floor ceil"
+UNARY_REAL += " round trunc isnan isinf logical_not copy gelu silu leaky_relu hardtanh hardsigmoid hardswish elu"
 UNARY_REAL += " softplus mish log_sigmoid reciprocal"
 BINARY = "add sub mul div floor_div trunc_div maximum minimum fmod remainder atan2 copysign hypot"
 BINARY += " eq ne lt le gt ge logical_and logical_or logical_xor"
@@ -289,6 +296,16 @@ def expert_layers() -> Iterator[Case]:
         yield "experts_backward", (real(*out.shape), *operands, pre), attrs
         some = {**attrs, "wanted": (True, False, False)}
         yield "experts_backward", (real(*out.shape), *operands, pre), some
+
+
+def packed_layers() -> Iterator[Case]:
+    """Groups of whole words and others, words that are not full, a zero point, a bias, a table."""
+    for bits, k, groups, more in ((4, 32, 2, "z"), (8, 24, 1, "b"), (8, 16, 4, "zb"), (3, 15, 3, ""), (4, 16, 2, "t")):
+        words = ints(2**31, 6, -(-k // (32 // bits)), low=-(2**31)).to(torch.int32)
+        zero = ints(2**bits, 6, groups).double() if "z" in more else None
+        lut = real(2**bits) if "t" in more else None
+        operands = (real(5, k), words, real(6, groups), zero, real(6) if "b" in more else None, lut)
+        yield "packed_linear", operands, {"bits": bits}
 
 
 def libraries() -> Iterator[Case]:

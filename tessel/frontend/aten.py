@@ -7,7 +7,7 @@ decomposition table of ``decomp.py`` then leaves the operator whole by itself.
 
 from __future__ import annotations
 
-from . import aten_fused, aten_index, aten_norm, aten_pointwise, aten_reduce, aten_scan, aten_view
+from . import aten_fused, aten_index, aten_norm, aten_pointwise, aten_reduce, aten_scan, aten_view, packed_op
 from .lower import Table, merge
 
 TABLE: Table = merge(
@@ -18,6 +18,7 @@ TABLE: Table = merge(
     aten_index.TABLE,
     aten_scan.TABLE,
     aten_fused.TABLE,
+    packed_op.TABLE,
 )
 
 __all__ = ["TABLE"]

@@ -25,6 +25,7 @@ from .loop import LOOP
 from .loss import LOSS
 from .matmul import MATMUL
 from .norm import NORM
+from .packed import PACKED
 from .random import RANDOM
 from .reduce import REDUCE
 from .scan import SCAN
@@ -51,6 +52,7 @@ OPS = table(
     INPLACE.values(),
     BACKWARD.values(),
     EXPERTS.values(),
+    PACKED.values(),
     RANDOM.values(),
     EFFECT.values(),
     COLLECTIVE.values(),

@@ -17,7 +17,7 @@ from ..ir.node import Graph
 from ..ir.text import print_graph
 from ..ir.verify import verify
 from ..ops import OPS
-from . import canonicalize, decode, decompose, gradients, inplace, layouts, masks, recurrences, small_products
+from . import canonicalize, decode, decompose, gradients, inplace, layouts, masks, quantize, recurrences, small_products
 
 Pass: TypeAlias = "Callable[[Graph, Options], Graph]"
 
@@ -61,6 +61,8 @@ def _fuse(graph: Graph, options: Options) -> Graph:
 PASSES: tuple[tuple[str, Pass], ...] = (
     ("canonicalize", lambda graph, options: canonicalize.run(graph)),
     ("decompose", lambda graph, options: decompose.run(graph)),
+    ("packed", lambda graph, options: quantize.run(graph, native=True)),
+    ("unpack", lambda graph, options: quantize.run(graph, native=False)),
     ("masks", lambda graph, options: masks.run(graph)),
     ("decode", lambda graph, options: decode.run(graph, options)),
     ("gradients", lambda graph, options: gradients.run(graph, options)),
@@ -78,8 +80,8 @@ PASSES: tuple[tuple[str, Pass], ...] = (
 BEFORE_SHARD: tuple[tuple[str, Pass], ...] = PASSES[:2] + PASSES[:1]
 
 # Passes whose results only the C++ templates, or only the Triton ones, have kernels for.
-CPU_ONLY = frozenset({"small_products", "layouts"})
-GPU_ONLY = frozenset({"decode", "gradients", "narrow_products"})
+CPU_ONLY = frozenset({"packed", "small_products", "layouts"})
+GPU_ONLY = frozenset({"unpack", "decode", "gradients", "narrow_products"})
 
 
 def run_pipeline(

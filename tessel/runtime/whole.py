@@ -17,7 +17,7 @@ import torch
 from ..errors import TesselError
 from ..ir.node import Node
 from ..targets import Target
-from . import experts_cpu, loss_cpu, scan_cpu
+from . import experts_cpu, loss_cpu, packed_cpu, scan_cpu
 from .fused_gpu import GpuExperts, GpuLoss
 from .linear import LINEAR, linear
 from .matmul_cpu import by_library
@@ -28,7 +28,7 @@ __all__ = ["WHOLE", "whole"]
 _NAMES = ("linear_cross_entropy", "experts", "selective_scan")
 WHOLE = frozenset(f"{name}{suffix}" for name in _NAMES for suffix in ("", "_backward")) - {
     "selective_scan"  # opened, and fused by the fuse pass
-} | {"linear_cross_entropy_gradients", "scaled_gradients", *LINEAR}
+} | {"linear_cross_entropy_gradients", "scaled_gradients", *LINEAR, "packed_linear"}
 _WHAT = {
     "linear_cross_entropy": "Tessel's kernel: logits are never written",
     "experts": "Tessel's kernel: all experts of a layer at once",
@@ -67,6 +67,8 @@ def whole(
     """
     if node.op.name in LINEAR:
         return linear(node, how)
+    if node.op.name == "packed_linear":
+        return _packed(node, how, target)
     if node.op.name == "scaled_gradients":
         return loss_cpu.scaled, "in place, where the backward runs once"
     (name, part), dtype, features = _parted(node.op.name), node.operands[1].dtype, target.features
@@ -99,3 +101,14 @@ def _on_cpu(kind: str, dtype: torch.dtype, turned: bool) -> tuple[Callable[..., 
     except TesselError as e:
         return None, str(e)
     return getattr(kernels, part), ""
+
+
+def _packed(node: Node, how: str, target: Target) -> tuple[Callable[..., Any] | None, str]:
+    dtype = node.operands[0].dtype
+    if how != "native" or (dtype == torch.bfloat16 and "avx512_bf16" not in target.features):
+        return None, f"its reference in torch: {str(dtype).removeprefix('torch.')} has no kernel here"
+    try:
+        packed_cpu.prepare(dtype, node.attrs["bits"])
+    except TesselError as e:
+        return None, f"its reference in torch: {e}"
+    return packed_cpu.forward, "Tessel's kernel: codes become numbers in registers"
