@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from tessel.runtime.native import build
+from tessel.runtime.results import result
 
 __all__ = ["streams"]
 
@@ -32,7 +33,8 @@ def streams(reads: Sequence[torch.Tensor], like: torch.Tensor | None) -> dict[st
         ValueError: the tensors are of different sizes, or do not lie at multiples of 64 bytes.
     """
     library, _ = build(Path(__file__).with_name("streams.cpp").read_text(encoding="utf-8"), {})
-    written = torch.zeros_like(like) if like is not None else None
+    # memory of the kind that a kernel's results get, huge pages and all
+    written = result(like.shape, like.stride(), like.dtype).zero_() if like is not None else None
     each = [*reads, *([written] if written is not None else [])]
     if len({t.nbytes for t in each}) != 1 or any(t.data_ptr() % 64 for t in each):
         raise ValueError(f"streams of {[t.nbytes for t in each]} bytes: one size and whole lines are needed")

@@ -339,6 +339,7 @@ def test_rows_taken_by_number_are_asked_for_early(dtype: torch.dtype) -> None:
         p.store(o, ("x0", "x1"), p.op("add", p.load(a, value(at.number, 40), "x1"), p.load(b, "x1")))
         (fn,) = compiled([p.kernel("taken")])
         assert "soon0" in fn.source.body
+        assert "far0" in fn.source.body
         out = poisoned((70, width), dtype)
         fn((), table, index, more, out)
         assert torch.equal(out, table[index] + more)

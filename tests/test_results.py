@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +34,19 @@ def _fresh(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 def make() -> torch.Tensor:
     return result((SIDE, SIDE), (SIDE, 1), torch.float32)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
+def test_large_results_ask_for_huge_pages() -> None:
+    x = result((32, 2**20), (2**20, 1), torch.float32)
+    inside = x.data_ptr() + x.nbytes // 2
+    advised = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            mine = int(found[1], 16) <= inside < int(found[2], 16)
+        elif line.startswith("VmFlags") and mine:
+            advised = "hg" in line.split()
+    assert advised
 
 
 def test_dropped_memory_comes_back_as_a_new_tensor() -> None:

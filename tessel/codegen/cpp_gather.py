@@ -2,7 +2,8 @@
 
 Where a row lies is read from memory, so that the CPU cannot foresee it: each row would begin with a wait for memory,
 and for the page tables. Its place is computed some rows early, and its lines are asked for beside those of the row
-that is worked on.
+that is worked on. Its first line and its last are asked for earlier still, so that the page tables have been read by
+then.
 """
 
 from __future__ import annotations
@@ -46,9 +47,14 @@ def asked_early(
         start, dims = e.affine(substitute(index, lambda a: Index((), 0) if a.name == lane.name else None))
         if lane.name in dims:
             continue
-        name = f"soon{len(places)}"
+        at = len(requests)
         find = " ".join([*coordinates, *known, f"return {param.name} + {start} + begin;"])
-        later = f"min(item + {-(-_EARLY // nbytes)}, last - 1)"
-        places.append(f"const auto* const {name} = [&](i64 item) __attribute__((always_inline)) {{ {find} }}({later});")
-        requests.append(f"__builtin_prefetch({name} + {lane.name} - begin);")
+        rows = -(-_EARLY // nbytes)
+        for name, later in ((f"soon{at}", rows), (f"far{at}", 3 * rows)):
+            item = f"min(item + {later}, last - 1)"
+            places.append(
+                f"const auto* const {name} = [&](i64 item) __attribute__((always_inline)) {{ {find} }}({item});"
+            )
+        places.append(f"__builtin_prefetch(far{at}); __builtin_prefetch(far{at} + (end - begin) - 1);")
+        requests.append(f"__builtin_prefetch(soon{at} + {lane.name} - begin);")
     return places, requests

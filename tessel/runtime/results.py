@@ -4,17 +4,19 @@ A large block is mapped anew by the C library at every allocation, and every pag
 cleared by the system: 8192 faults for logits of 32 MiB, a few milliseconds a call. So the storage of a large result
 is remembered, and handed out again when nobody else refers to it: no tensor, view, array, saved tensor of
 autograd or storage object. That is what the counts of its references say, C++'s and Python's; a storage that was
-resized or moved (``share_memory_``) in the meantime is forgotten.
+resized or moved (``share_memory_``) in the meantime is forgotten. It is asked for in huge pages, where the system
+has them for the asking: 512 times fewer faults in the first call, and stores that do not wait for page tables.
 
 At most ``LIMIT`` bytes are remembered in a process; the oldest go first. ``release`` forgets all of them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -73,6 +75,7 @@ def result(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> 
     block = _take(nbytes)
     if block is None:
         storage = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
+        _in_huge_pages(storage.data_ptr(), nbytes)
         block = _Block(storage, nbytes, storage.data_ptr())
     # A tensor of its own, not a view: nothing in it tells of the results before.
     made = _empty((0,), (1,), dtype).set_(block.storage, 0, shape, strides)  # type: ignore[call-overload]
@@ -87,6 +90,26 @@ def part(
     """Some bytes of the storage of a result that is not written yet, as another tensor; ``offset`` in bytes."""
     made = _empty((0,), (1,), dtype)
     return made.set_(x.untyped_storage(), offset // dtype.itemsize, shape, strides)  # type: ignore[call-overload, no-any-return]
+
+
+_HUGE, _ADVICE = 2**21, 14  # bytes of a huge page, and Linux's MADV_HUGEPAGE
+
+
+@cache
+def _madvise() -> Callable[..., int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    call = ctypes.CDLL(None).madvise
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return call  # type: ignore[no-any-return]
+
+
+def _in_huge_pages(address: int, nbytes: int) -> None:
+    """Ask for huge pages where a block has whole ones; it is advice, and a system that has none refuses it."""
+    begin, end = -(-address // _HUGE) * _HUGE, (address + nbytes) // _HUGE * _HUGE
+    call = _madvise() if begin < end else None
+    if call is not None:
+        call(begin, end - begin, _ADVICE)
 
 
 @lru_cache(maxsize=4096)
