@@ -65,7 +65,7 @@ class Emitter:
         self.read: set[int] = set()  # values that are elements of memory, at most converted
         self.past: frozenset[int] = frozenset()  # parameters that are too large for any cache
         self.pairs = False  # whether vectors of the loop ``lane`` may come in pairs
-        self.rough = rough(kernel.body)
+        self.rough = rough(kernel)  # values that need few digits
 
     def nest(self, outer: Iterable[str], loops: Sequence[str], wide: bool = False, pairs: bool = False) -> None:
         """Start a nest of loops over the variables ``loops``; those in ``outer`` have a value already.

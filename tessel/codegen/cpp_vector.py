@@ -162,30 +162,30 @@ class Along:
         return s.op in (_OF_BOOL if s.arg_dtype == torch.bool and s.op != "where" else _OPS)
 
 
-def rough(stmts: Iterable[Stmt]) -> frozenset[int]:
+def rough(kernel: Kernel) -> frozenset[int]:
     """Values that may be off by 2^-16 of what they are, because all that is made of them is rounded to 8 or 11 bits.
 
     They reach the rounding through products and quotients alone: a sum of two could be much smaller than either.
     """
-    made = {s.out: s for s in stmts if isinstance(s, Compute)}
     users: dict[int, list[Stmt]] = {}
-    for s in stmts:
+    for s in kernel.body:
         for n in refs(s):
             users.setdefault(n, []).append(s)
     halves = (torch.bfloat16, torch.float16)
 
+    def rounds(s: Stmt) -> bool:
+        if isinstance(s, Store):
+            return kernel.params[s.access.param].type.dtype in halves
+        if not isinstance(s, Compute) or s.op not in _KEEP_PARTS:
+            return False
+        return (s.op == "cast" and s.dtype in halves) or good(s.out)
+
     @cache
     def good(n: int) -> bool:
-        def rounds(s: Stmt) -> bool:
-            if isinstance(s, Store):
-                return s.dtype in halves
-            if not isinstance(s, Compute) or s.op not in _KEEP_PARTS:
-                return False
-            return s.dtype in halves or good(s.out)
-
         return all(rounds(s) for s in users.get(n, ()))
 
-    return frozenset(n for n, s in made.items() if s.op in _ROUGH and s.arg_dtype == torch.float32 and good(n))
+    found = (s for s in kernel.body if isinstance(s, Compute) and s.op in _ROUGH and s.arg_dtype == torch.float32)
+    return frozenset(s.out for s in found if good(s.out))
 
 
 @cache

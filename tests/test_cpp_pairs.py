@@ -1,0 +1,131 @@
+"""C++ loops over bfloat16 that work on even and odd elements apart, and functions that are rounded to 8 bits anyway."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from kernels import Program, compiled, poisoned, rand
+
+from tessel.codegen.cpp_vector import rough
+from tessel.tiles.kernel import Kernel
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+HALF = torch.bfloat16
+UNARY: dict[str, Callable[..., torch.Tensor]] = {
+    "abs": torch.abs,
+    "neg": torch.neg,
+    "relu": torch.relu,
+    "exp": torch.exp,
+    "exp2": torch.exp2,
+    "sigmoid": torch.sigmoid,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "reciprocal": torch.reciprocal,
+    "tanh": torch.tanh,
+    "erf": torch.erf,
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "round": torch.round,
+    "trunc": torch.trunc,
+}
+BINARY: dict[str, Callable[..., torch.Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "copysign": torch.copysign,
+}
+
+
+def op_kernel(name: str, size: int, operands: int) -> Kernel:
+    """Computed in float32 from bfloat16, and rounded."""
+    p = Program("pointwise", x0=size)
+    ins = [p.param((size,), HALF) for _ in range(operands)]
+    out = p.param((size,), HALF, out=True)
+    args = [p.cast(p.load(i, "x0"), torch.float32) for i in ins]
+    p.store(out, ("x0",), p.cast(p.op(name, *args), HALF))
+    return p.kernel(f"{name}_of_pairs")
+
+
+def matches(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Rounded from what is right to 2^-14: half a unit and a bit; below the least normal number, zero is allowed."""
+    nearest = want.to(HALF)
+    assert torch.equal(got.isnan(), nearest.isnan())
+    assert torch.equal(got.isinf(), nearest.isinf())
+    sound = nearest.isfinite()
+    got, want = got[sound].double(), want[sound].double()
+    unit = torch.exp2(torch.floor(torch.log2(want.abs().clamp_min(2.0**-126))) - 7)
+    assert ((got - want).abs() <= torch.where(want.abs() < 2.0**-126, 2.0**-126, 0.51 * unit)).all()
+
+
+def test_every_operator_on_every_bfloat16() -> None:
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(HALF)
+    x = torch.cat([every, every[:7]])  # a tail that is no whole vector
+    y = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    kernels = [op_kernel(n, len(x), 1) for n in UNARY] + [op_kernel(n, len(x), 2) for n in BINARY]
+    for kernel, (name, fn) in zip(compiled(kernels), {**UNARY, **BINARY}.items(), strict=True):
+        assert "Pair{}" in kernel.source.body, name
+        out = poisoned((len(x),), HALF)
+        given = (x, y)[: 1 if name in UNARY else 2]
+        kernel((), *given, out)
+        matches(out, fn(*(g.double() for g in given)))
+
+
+@pytest.mark.parametrize("size", [1, 17, 32, 33, 63, 64, 95])
+def test_every_length_of_the_rest(size: int) -> None:
+    """Rows that begin anywhere; what lies behind a row stays."""
+    p = Program("pointwise", x0=5, x1=size)
+    a, o = p.param((5, size), HALF, (131, 1)), p.param((5, size), HALF, (131, 1), out=True)
+    p.store(o, ("x0", "x1"), p.op("mul", p.load(a, "x0", "x1"), 0.5, dtype=torch.float32))
+    x, out = rand(5, 131, dtype=HALF), torch.zeros(5, 131, dtype=HALF)
+    (kernel,) = compiled([p.kernel("halved")])
+    kernel((), x[:, :size], out[:, :size])
+    assert torch.equal(out[:, :size], x[:, :size] * 0.5)
+    assert not out[:, size:].any()
+
+
+def unit_rows(rows: int, width: int) -> Kernel:
+    """x / |x| * w for every row."""
+    p = Program("reduction", x0=rows, r0=width)
+    a, b = p.param((rows, width), HALF), p.param((width,), HALF)
+    o = p.param((rows, width), HALF, out=True)
+    v = p.cast(p.load(a, "x0", "r0"), torch.float32)
+    total = p.fold("sum", p.op("mul", v, v))
+    scaled = p.op("mul", v, p.op("rsqrt", total))
+    p.store(o, ("x0", "r0"), p.cast(p.op("mul", scaled, p.cast(p.load(b, "r0"), torch.float32)), HALF))
+    return p.kernel("unit_rows")
+
+
+@pytest.mark.parametrize("width", [1024, 1029])
+def test_a_norm_of_rows(width: int) -> None:
+    x, w = rand(9, width, dtype=HALF), rand(width, dtype=HALF)
+    x[3, 5], x[4, 6] = math.nan, math.inf
+    (fn,) = compiled([unit_rows(9, width)])
+    assert "Pair{}" in fn.source.body
+    out = poisoned((9, width), HALF)
+    fn((), x, w, out)
+    good = [0, 1, 2, 5, 6, 7, 8]
+    d = x[good].double()
+    matches(out[good], d * (1 / (d * d).sum(1, keepdim=True).sqrt()) * w.double())
+    assert out[3].isnan().all()
+    assert not out[4, torch.arange(width) != 6].any()
+
+
+def test_what_may_be_rough() -> None:
+    """What is rounded before anything is added to it, and nothing else."""
+    p = Program("pointwise", x0=64)
+    a, o, wide = p.param((64,), HALF), p.param((64,), HALF, out=True), p.param((64,), torch.float32, out=True)
+    v = p.cast(p.load(a, "x0"), torch.float32)
+    rounded, added, kept = p.op("sigmoid", v), p.op("exp", v), p.op("exp2", v)
+    late = p.op("mul", p.op("sigmoid", p.load(a, "x0")), 3.0)  # bfloat16 by name, but not rounded yet
+    p.store(o, ("x0",), p.cast(p.op("mul", v, p.op("neg", rounded)), HALF))
+    p.store(o, ("x0",), p.cast(p.op("sub", added, 1.0), HALF))
+    p.store(wide, ("x0",), kept)
+    p.store(o, ("x0",), p.op("add", late, 1.0))
+    assert rough(p.kernel("three")) == {rounded.number}
