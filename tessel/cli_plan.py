@@ -13,7 +13,7 @@ from rich.console import Console
 
 from .cli_model import MODEL_HELP
 from .errors import TesselError, check
-from .sharding.plan_file import read_plan
+from .sharding.plan_file import ShardingPlan, read_plan
 from .sharding.text import diff_text, findings, plan_text
 
 __all__ = ["diff", "lint", "plan", "verify"]
@@ -37,12 +37,13 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 @click.option("--microbatches", type=click.IntRange(min=1), help="Parts of the batch [1; with stages the best].")
 @click.option("--schedule", default="auto", show_default=True, help="Of stages: gpipe, 1f1b, interleaved, zb1p, zbv.")
 @click.option("--free-axes", is_flag=True, help="Let every axis split anything, whatever its name.")
-@click.option("--annotate", type=click.Path(path_type=Path), help="JSON: parameter's name to its sharding.")
+@click.option("--annotate", type=click.Path(path_type=Path), help="JSON: name to dims; also inputs[0], output:NAME.")
+@click.option("--whole", is_flag=True, help="Capture MODEL as `tessel run` builds it, and plan what that can run.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The plan file to write.")
 def plan(
     model: str, mesh: str, target: str, memory: str | None, annotate: Path | None, out: Path | None, free_axes: bool,
     global_batch: int | None, seq: int | None, dtype: str | None, layers: int | None, train: bool,
-    microbatches: int | None,
+    microbatches: int | None, whole: bool,
     **asked: Any,
 ) -> None:  # fmt: skip
     """Find the fastest sharding of MODEL on a mesh that fits in memory, and say why; no weights, no devices needed.
@@ -61,9 +62,11 @@ def plan(
     from .targets.mesh import Mesh
 
     axes = Mesh.parse(mesh)
+    given = {} if annotate is None else read_annotations(annotate)
     request = Request(
         train=train, memory=None if memory is None else parse_memory(memory), microbatches=microbatches or 1,
-        roles=not free_axes, pinned={} if annotate is None else read_annotations(annotate), **asked,
+        roles=not free_axes, pinned={n: s for n, s in given.items() if not _of_activations(n)},
+        annotations=_annotations({n: s for n, s in given.items() if _of_activations(n)}, annotate), **asked,
     )  # fmt: skip
     check_request(axes, target, request)
     console = Console(stderr=True)
@@ -73,6 +76,10 @@ def plan(
         def say(what: str) -> None:
             status.update(f"{time.perf_counter() - started:.0f} s: {what}")
 
+        if whole:
+            made = _whole(model, axes, target, request, (global_batch, seq, dtype, layers), say)
+            _tell(made, out)
+            return
         numbers = microbatches_for(axes, global_batch, microbatches)
         captures = {}
         for m in numbers:
@@ -84,10 +91,51 @@ def plan(
             made = make_staged_plan(captures, axes, target, request, say)
         else:
             made = make_plan(captures[numbers[0]], axes, target, request, say)
+    _tell(made, out)
+
+
+def _tell(made: ShardingPlan, out: Path | None) -> None:
     click.echo(plan_text(made))
     if out is not None:
         made.write(out)
         click.echo(f"\nwritten: {out}")
+
+
+def _whole(
+    model: str, mesh: Any, target: str, request: Any, size: tuple[int | None, int | None, str | None, int | None],
+    say: Any,
+) -> ShardingPlan:  # fmt: skip
+    """A plan with the program that runs; a type of transformers is the small model that other commands run too."""
+    from dataclasses import replace
+
+    from .models import load_model
+    from .sharding.planned import plan_model
+
+    batch, seq, dtype, layers = size
+    kind = dtype or ("bfloat16" if model.startswith("hf:") else None)
+    module, args, kwargs = load_model(model, batch=batch, seq=seq, dtype=kind, layers=layers)
+    check(hasattr(module, "parameters"), lambda: f"plan: {model} is no nn.Module")
+    kept = replace(request, remat="none") if request.remat == "auto" else request
+    return plan_model(
+        module, args, kwargs, mesh=mesh, target=target, request=kept, annotations=request.annotations, name=model,  # type: ignore[arg-type]
+        progress=say,
+    )  # fmt: skip
+
+
+def _of_activations(name: str) -> bool:
+    return name.startswith(("inputs[", "output:"))
+
+
+def _annotations(given: dict[str, Any], path: Path | None) -> Any:
+    """What a file says of inputs and of what modules return."""
+    from .ir.types import Loc
+    from .sharding.annotate import Annotation, Annotations
+
+    def entry(name: str, sharding: Any) -> Annotation:
+        kind = "output" if name.startswith("output:") else "tensor"
+        return Annotation(kind, name.removeprefix("output:"), sharding, where=Loc(str(path)))
+
+    return Annotations([entry(n, s) for n, s in given.items()])
 
 
 @click.command(epilog=MODEL_HELP)
@@ -196,7 +244,8 @@ def parse_memory(text: str) -> int:
 def read_annotations(path: Path) -> dict[str, Any]:
     """Parameters' names, ``*`` for any part, to how they must be kept: ``{"layers.*.up_proj.weight": ["tp", null]}``.
 
-    A dimension is an axis, a list of axes from major to minor, or null.
+    A dimension is an axis, a list of axes from major to minor, or null. ``inputs[0]`` is an input, ``output:NAME`` what
+    modules return.
 
     Raises:
         TesselError: the file cannot be read or says something else.

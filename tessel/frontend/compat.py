@@ -33,6 +33,7 @@ __all__ = [
     "boxed",
     "compiling_backend",
     "core_decompositions",
+    "default_store",
     "detect_fake_mode",
     "disable_dynamo",
     "dynamo_source",
@@ -211,3 +212,10 @@ def keeps_graph() -> bool:
 def free_unbacked(expr: Any) -> bool:
     """Whether a torch size or expression mentions a symbol without a known example value."""
     return bool(symbolic_shapes.free_unbacked_symbols(expr))
+
+
+def default_store() -> Any:
+    """The key-value store that the processes of torch.distributed's default group share."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()

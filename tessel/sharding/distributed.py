@@ -26,7 +26,7 @@ from ..frontend.joint import Output, capture_step, tensors_of
 from ..ir.interp import interpret
 from ..ir.node import Graph
 from ..ir.sharding import Sharding
-from ..ops.collective import Communicator, communicating
+from ..ops.collective import communicating
 from ..passes.partition import Program
 from ..runtime.collectives import ProcessGroups
 from ..runtime.shares import share
@@ -57,6 +57,7 @@ def distribute(
     weights: Weights = None,
     init: Init = None,
     run: How = "compiled",
+    seconds: float = 300.0,
 ) -> Distributed:
     """This process's part of a model, ready to train or to infer. Every process of the world has to call it.
 
@@ -74,20 +75,21 @@ def distribute(
             buffers in place, as it would on one device; the shards are drawn as parts of what it would draw there.
         run: "compiled" (kernels as ``tessel.compile`` makes them) or "interpreted" (each operator by its
             reference, slow, for checks).
+        seconds: that a rank waits for the others in one collective before it gives up.
 
     Raises:
         TesselError: torch.distributed is not initialised, the world is not the mesh, an annotation does not
             fit, or torch cannot capture the model as one graph.
     """
     if isinstance(plan, Spmd):
-        return Distributed(model, plan, ProcessGroups(plan.mesh), run, weights, init)
+        return Distributed(model, plan, ProcessGroups(plan.mesh, seconds), run, weights, init)
     if isinstance(plan, str | Path):
         plan = read_plan(plan)
     if isinstance(plan, ShardingPlan):
         plan.check_model(fingerprint_of(parameters_of(model)), dist.get_world_size() if dist.is_initialized() else None)
         step = capture_step(model, args, kwargs, train=bool(plan.data["settings"]["train"]))
         spmd = lay_out_plan(plan, step)
-        return Distributed(model, spmd, ProcessGroups(spmd.mesh), run, weights, init)
+        return Distributed(model, spmd, ProcessGroups(spmd.mesh, seconds), run, weights, init)
     if plan is not None:
         raise TesselError(
             f"distribute: a plan is what tessel.plan gives, the name of a plan file, or an Spmd, not {plan!r}"
@@ -97,7 +99,7 @@ def distribute(
     said = annotations if annotations is not None else annotations_of(model)
     step = capture_step(model, args, kwargs, train=model.training if train is None else train)
     spmd = lay_out(step, mesh, said)
-    return Distributed(model, spmd, ProcessGroups(spmd.mesh), run, weights, init)
+    return Distributed(model, spmd, ProcessGroups(spmd.mesh, seconds), run, weights, init)
 
 
 class Distributed(torch.nn.Module):
@@ -126,6 +128,7 @@ class Distributed(torch.nn.Module):
         self._dtensors = DTensors(mesh, rank, spmd.step.forward.device.partition(":")[0])
         forward, backward = spmd.forward, spmd.backward
         by.prepare(_groups(spmd))
+        by.agree([(what, p.collectives()) for what, p in zip(("forward", "backward"), spmd.programs())])
         if any(n.op.random for n in forward.graph.nodes):
             by.check_random_state()
         self._forward = _runner(spmd.step.forward, forward, by, run, "inference" if backward is None else "forward")
@@ -311,14 +314,16 @@ def _runner(imported: Imported, program: Program, by: ProcessGroups, how: How, k
             name = str(node.attrs["name"])
             constants[name] = share(imported.constants[name], sharding, program.mesh, by.rank).contiguous()
     if how == "interpreted":
-        return _with(by, _interpreted(graph, constants))
+        return _with(by, program, kind, _interpreted(graph, constants))
     local = Imported(graph, constants, imported.fallbacks, imported.hints, imported.device)
-    return _with(by, compile_graph(local, GraphInfo(kind), Session()))
+    return _with(by, program, kind, compile_graph(local, GraphInfo(kind), Session()))
 
 
-def _with(by: Communicator, run: Run) -> Run:
+def _with(by: ProcessGroups, program: Program, kind: str, run: Run) -> Run:
+    rows = program.collectives()
+
     def called(inputs: list[Any]) -> Sequence[Any]:
-        with communicating(by):
+        with communicating(by), by.running(kind, rows):
             return run(inputs)
 
     return called

@@ -46,7 +46,7 @@ def plan_model(
     Args:
         model: on any device; on ``meta`` it needs no memory.
         args, kwargs: of one step, for the whole mesh; sizes are fixed to theirs.
-        request: ``runs``, ``annotations`` and ``pinned`` are set here.
+        request: what is asked; ``runs`` and ``annotations`` are set here.
         annotations: instead of what ``tessel.annotate`` was told about the model.
         progress: is told in words what is being done.
 
