@@ -57,6 +57,7 @@ bench: setup
 gpu:
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_tiles.py
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_scans.py
 
 setup: $(STAMP)
 
