@@ -100,6 +100,29 @@ def test_spreads(spread: str) -> None:
     compare(operands, {"act": "silu", "interleaved": False, "turned": False}, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+def test_every_expert_of_every_token(dtype: torch.dtype) -> None:
+    """As many choices as experts, and an expert that none of them is."""
+    torch.manual_seed(0)
+    operands: list[Any] = layer(10, 24, 5, 12, 24, 4, True, False, dtype)
+    operands[5] = torch.stack([torch.randperm(4) for _ in range(10)])
+    compare(operands, {"act": "silu", "interleaved": False, "turned": False}, dtype)
+    grads = kernels.backward(torch.ones(10, 24, dtype=dtype), *operands, kernels.forward(*operands, keep=True)[1])
+    assert not any(g[4].any() for g in grads[1:5])
+
+
+@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+def test_no_token(dtype: torch.dtype) -> None:
+    operands = layer(0, 24, 3, 12, 20, 2, True, False, dtype)
+    for forward, backward in ((kernels.forward, kernels.backward), (experts_ref, experts_backward_ref)):
+        out, pre = forward(*operands, keep=True)  # type: ignore[arg-type]
+        assert out.shape == (0, 20) and pre.shape == (0, 24)
+        grads = backward(torch.ones_like(out), *operands, pre)  # type: ignore[arg-type]
+        given = [t for i, t in enumerate(operands) if i != 5]
+        assert [g.shape for g in grads] == [t.shape for t in given if t is not None]
+        assert not any(g.any() for g in grads)
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     t=st.integers(1, 30),
@@ -168,6 +191,10 @@ def model(name: str) -> Any:
     elif name == "gpt_oss":
         more = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "layer_types": ["full_attention"]}
         made = t.GptOssForCausalLM(t.GptOssConfig(**_SMALL, **more))
+    elif name == "qwen2_moe":  # with an expert that every token has
+        more = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+        more |= {"shared_expert_intermediate_size": 12, "decoder_sparse_step": 1}
+        made = t.Qwen2MoeForCausalLM(t.Qwen2MoeConfig(**_SMALL, **more))
     elif name == "qwen3_moe":
         more = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "head_dim": 16}
         made = t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**_SMALL, **more))
@@ -185,7 +212,13 @@ def model(name: str) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [("mixtral", "grouped_mm"), ("deepseek_v3", "grouped_mm"), ("gpt_oss", "batched_mm")],
+    [
+        ("mixtral", "grouped_mm"),
+        ("deepseek_v3", "grouped_mm"),
+        ("qwen2_moe", "grouped_mm"),
+        ("gpt_oss", "grouped_mm"),
+        ("gpt_oss", "batched_mm"),
+    ],
 )
 def test_models(name: str, implementation: str) -> None:
     """The whole model, forward and gradients, ends in one operator a layer."""
@@ -212,6 +245,38 @@ def test_models(name: str, implementation: str) -> None:
     names = [c.operator for run in tessel.explain(fast).compilations for c in run.calls]
     assert names.count("experts") == names.count("experts_backward") == 1
     assert not {"grouped_mm", "sort", "histc", "index_put"} & set(names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        ("mixtral", "grouped_mm"),
+        ("deepseek_v3", "grouped_mm"),
+        ("qwen3_moe", "grouped_mm"),
+        ("gpt_oss", "grouped_mm"),
+        ("gpt_oss", "batched_mm"),
+    ],
+)
+def test_exported_models(name: str, implementation: str) -> None:
+    """What ``tessel compile hf:...`` builds: one operator a layer as well, and eager's results."""
+    from evaluate import run
+
+    from tessel.frontend.capture import export_graph
+
+    torch.manual_seed(0)
+    m = model(name).eval()
+    m.set_experts_implementation(implementation)
+    m.config.use_cache = False
+    ids = torch.randint(0, 61, (2, 9))
+    imported = export_graph(m, (ids,))
+    names = [n.op.name for n in imported.graph.nodes]
+    assert names.count("experts") == 1 and not {"grouped_mm", "sort", "histc", "index_put"} & set(names)
+    state = {**dict(m.named_parameters(remove_duplicate=False)), **dict(m.named_buffers())}
+    inputs = [n.attrs for n in imported.graph.inputs if n.attrs["role"] != "constant"]
+    given = [state[a["name"]] if a["role"] in ("param", "buffer") else ids for a in inputs]
+    with torch.no_grad():
+        torch.testing.assert_close(run(imported, given)[0], m(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_that_is_not_known_leaves_the_layer() -> None:

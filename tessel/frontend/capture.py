@@ -201,9 +201,18 @@ def export_program(
     try:
         program = torch.export.export(module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic, strict=False)
         join_attention(program.graph_module)
+        _drop_checks(program.graph_module)
+        join_experts(program.graph_module, train=False)
         return program.run_decompositions(for_export())
     except Exception as e:  # export raises everything that the model may raise, and classes of its own
         raise TesselError(f"torch cannot export the model as one graph: {type(e).__name__}: {e}") from e
+
+
+def _drop_checks(gm: fx.GraphModule) -> None:
+    """Erase what asserts that tensors have the dtypes they were exported with: it reads them, and matters to no one."""
+    for node in list(gm.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            gm.graph.erase_node(node)
 
 
 class _Function(torch.nn.Module):

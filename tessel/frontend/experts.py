@@ -1,4 +1,4 @@
-"""Join the calls of a layer of experts, in the Dynamo graph, into ``tessel::experts``.
+"""Join the calls of a layer of experts, in a Dynamo or an exported graph, into ``tessel::experts``.
 
     rows = x[perm // choices]                        perm, offsets: slots sorted by expert
     pre = grouped_mm(rows, gate_up, offsets)         or: bmm of the matrices gathered by expert
@@ -47,16 +47,21 @@ class _Product:
     perm: Any  # None: slots in their own order
 
 
-def join_experts(gm: fx.GraphModule) -> tuple[int, list[str]]:
-    """Rewrite ``gm`` in place: how many layers were joined, and why grouped products were left, in words."""
+def join_experts(gm: fx.GraphModule, train: bool = True) -> tuple[int, list[str]]:
+    """Rewrite ``gm`` in place: how many layers were joined, and why grouped products were left, in words.
+
+    Args:
+        gm: a Dynamo graph, or one of ``torch.export``, in operators of ATen.
+        train: gradients may be asked for; of an exported graph they are not.
+    """
     count, notes = 0, []
     for node in list(gm.graph.nodes):
-        if node.op == "call_method" and node.target == "sum":
+        if _is(node, "sum"):
             try:
                 found = _layer(node)
             except _Other:
                 continue
-            _replace(node, found)
+            _replace(node, found, train)
             count += 1
     if count:
         gm.graph.lint()
@@ -92,6 +97,14 @@ def _uncast(node: Any) -> Any:
     return node
 
 
+def _taken(node: Any, what: str) -> tuple[Any, Any]:
+    """What rows are taken of, and by which numbers."""
+    if _is(node, "getitem") and isinstance(node.args[1], fx.Node):
+        return node.args[0], node.args[1]
+    _need(_is(node, "index") and len(node.args[1]) == 1, what)
+    return node.args[0], node.args[1][0]
+
+
 def _item(node: Any, index: Any) -> Any:
     """What ``node`` takes the item ``index`` of."""
     _need(_is(node, "getitem") and node.args[1] == index, f"an item {index}")
@@ -106,12 +119,14 @@ def _flattened(node: Any) -> Any:
 
 def _with_bias(node: Any) -> tuple[Any, Any, list[Any]]:
     """A product, the bias of each expert that is added to it in place, and that addition."""
+    if _is(node, "add_"):
+        node = node.args[0]
     added = [u for u in node.users if _is(u, "add_") and u.args[0] is node]
     if not added:
         return node, None, []
-    _need(len(added) == 1 and not added[0].users and len(added[0].args) == 2, "one addition of a bias")
-    bias = added[0].args[1]
-    _need(_is(bias, "getitem") and _value(bias.args[0]).dim() == 2, "a bias by expert")
+    _need(len(added) == 1 and len(added[0].args) == 2, "one addition of a bias")
+    bias = _taken(added[0].args[1], "a bias by expert")
+    _need(_value(bias[0]).dim() == 2, "a bias by expert")
     return node, bias, added
 
 
@@ -120,7 +135,7 @@ def _product(node: Any) -> _Product:
     node = _uncast(node)
     _need(isinstance(node, fx.Node), "a product")
     made, bias, added = _with_bias(node)
-    readers = [u for u in made.users if u not in added]
+    readers = [u for n in (made, *added) for u in n.users if u not in added]
     _need(1 <= len(readers) <= 2, "a product read by one step")
     if _is(made, *_GROUPED):
         rows, weight, offsets = made.args[0], made.args[1], _arg(made, 2, "offs")
@@ -133,8 +148,8 @@ def _product(node: Any) -> _Product:
         by: Any = [u for u in sort.users if _is(u, "getitem") and u.args[1] == 0]
         perm = [u for u in sort.users if _is(u, "getitem") and u.args[1] == 1]
         _need(len(by) == len(perm) == 1, "one order of the slots")
-        _need(bias is None or bias.args[1] in by, "a bias by expert")
-        return _Product(_uncast(rows), weight, turned, bias and bias.args[0], sort.args[0], perm[0])
+        _need(bias is None or bias[1] in by, "a bias by expert")
+        return _Product(_uncast(rows), weight, turned, bias and bias[0], sort.args[0], perm[0])
     return _batched(made, bias)
 
 
@@ -145,9 +160,10 @@ def _batched(made: Any, bias: Any) -> _Product:
     rows, weights = (a, b) if turned else (b, a)
     _need(_is(rows, "unsqueeze") and rows.args[1] == (1 if turned else -1), "rows of one batch each")
     _need(made.args[1] == rows.args[1], "rows of one batch each")
-    _need(_is(weights, "getitem") and _value(weights.args[0]).dim() == 3, "matrices by expert")
-    _need(bias is None or bias.args[1] is weights.args[1], "a bias by expert")
-    return _Product(_uncast(rows.args[0]), weights.args[0], turned, bias and bias.args[0], weights.args[1], None)
+    weight, index = _taken(weights, "matrices by expert")
+    _need(_value(weight).dim() == 3, "matrices by expert")
+    _need(bias is None or bias[1] is index, "a bias by expert")
+    return _Product(_uncast(rows.args[0]), weight, turned, bias and bias[0], index, None)
 
 
 def _transposed(node: Any) -> Any:
@@ -190,6 +206,12 @@ def _gate(node: Any) -> tuple[Any, dict[str, Any]]:
 
 def _halves(gate: Any, up: Any) -> tuple[Any, bool]:
     """What gate and up are parts of, and whether its columns alternate."""
+    if _is(gate, "slice") and _is(up, "slice"):  # an exported graph's spelling of the alternating columns
+        source, last = gate.args[0], _value(gate.args[0]).dim() - 1
+        plain = all(s.args[1] in (-1, last) and s.args[3] >= _value(source).shape[-1] for s in (gate, up))
+        _need(plain and up.args[0] is source and (gate.args[2], up.args[2]) == (0, 1), "gate and up of one product")
+        _need(_arg(gate, 4, "step", 1) == _arg(up, 4, "step", 1) == 2, "gate and up of one product")
+        return source, True
     _need(_is(gate, "getitem") and _is(up, "getitem"), "gate and up of one product")
     source = gate.args[0]
     _need(up.args[0] is source, "gate and up of one product")
@@ -220,13 +242,13 @@ def _layer(node: Any) -> dict[str, Any]:
     Raises:
         _Other: it is no such sum.
     """
-    _need(_arg(node, 1, "dim") == 1 and not _arg(node, 2, "keepdim", False), "a sum over choices")
+    _need(_arg(node, 1, "dim") in (1, [1], (1,)) and not _arg(node, 2, "keepdim", False), "a sum over choices")
     view = node.args[0]
     _need(_is(view, "view", "reshape") and _value(view).dim() == 3, "rows by token and choice")
     weighted = view.args[0]
     inverse = None
-    if _is(weighted, "getitem"):
-        weighted, inverse = weighted.args
+    if _is(weighted, "getitem", "index"):
+        weighted, inverse = _taken(weighted, "rows in their own order")
     _need(_is(weighted, "mul") and len(weighted.args) == 2, "rows times weights")
     rows, scales = weighted.args if _is(weighted.args[1], "unsqueeze") else weighted.args[::-1]
     _need(_is(scales, "unsqueeze") and scales.args[1] in (-1, 1), "rows times weights")
@@ -238,15 +260,16 @@ def _layer(node: Any) -> dict[str, Any]:
     scale = scales.args[0]
     choices = _value(view).shape[1]
     if second.perm is not None:
-        _need(_is(scale, "getitem") and scale.args[1] is second.perm, "weights in the order of the slots")
-        scale = scale.args[0]
+        scale, order = _taken(scale, "weights in the order of the slots")
+        _need(order is second.perm, "weights in the order of the slots")
         _inverse(inverse, second.perm)
-        _need(_is(first.rows, "getitem") and _is(first.rows.args[1], "floordiv"), "rows of tokens")
-        _need(first.rows.args[1].args == (second.perm, choices), "rows of tokens")
+        x, tokens = _taken(first.rows, "rows of tokens")
+        _need(_is(tokens, "floordiv", "floor_divide") and tokens.args == (second.perm, choices), "rows of tokens")
     else:
         _need(inverse is None and _is(first.rows, "repeat_interleave"), "rows of tokens")
         _need(first.rows.args[1] == choices and _arg(first.rows, 2, "dim") == 0, "rows of tokens")
-    x, index, scale = first.rows.args[0], _flattened(second.index), _flattened(scale)
+        x = first.rows.args[0]
+    index, scale = _flattened(second.index), _flattened(scale)
     _need(_value(index).shape[1] == choices and _value(x).dim() == 2, "tokens and their choices")
     dtypes = {_value(t).dtype for t in (x, first.weight, second.weight)}
     _need(len(dtypes) == 1 and _value(index).dtype == torch.int64, "one dtype")
@@ -258,15 +281,20 @@ def _layer(node: Any) -> dict[str, Any]:
 
 def _inverse(node: Any, perm: fx.Node) -> None:
     """``inverse[perm] = arange``."""
+    if _is(node, "index_put_"):
+        room, places, values = node.args[:3]
+        _need(_is(room, "empty_like") and room.args[0] is perm and len(room.users) == 1, "the inverse order")
+        _need(len(places) == 1 and places[0] is perm and _is(values, "arange"), "the inverse order")
+        return
     _need(_is(node, "empty_like") and node.args[0] is perm, "the inverse order")
     writes = [u for u in node.users if _is(u, "setitem") and u.args[0] is node]
     _need(len(writes) == 1 and writes[0].args[1] is perm and _is(writes[0].args[2], "arange"), "the inverse order")
 
 
-def _replace(node: fx.Node, found: dict[str, Any]) -> None:
+def _replace(node: fx.Node, found: dict[str, Any], train: bool) -> None:
     graph, out = node.graph, _value(node)
     values = [_value(t) for t in found["operands"]]
-    keep = torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+    keep = train and torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
     with graph.inserting_before(node):
         pair = graph.call_function(experts, (*found["operands"], *found["attrs"], keep))
         got = graph.call_function(operator.getitem, (pair, 0))
@@ -275,7 +303,7 @@ def _replace(node: fx.Node, found: dict[str, Any]) -> None:
             got = graph.call_method("to", (got, out.dtype))
             made.append(got)
         for new in made:
-            new.meta.update({k: m for k, m in node.meta.items() if k != "example_value"})
+            new.meta.update({k: m for k, m in node.meta.items() if k not in ("example_value", "val")})
     got.meta = dict(node.meta)
     node.replace_all_uses_with(got)
     erase_unread(graph, [node])

@@ -12,7 +12,8 @@ enum { NO_CLASS = 8 };  // a target that is none: which one is in `wrong`
 constexpr i64 WIDTH = gemm::WIDTH;
 constexpr i64 SPAN = WIDTH * 42;  // classes that are folded one after another: their number decides the bits, not the threads'
 constexpr i64 TOKENS = 1024;      // whose logits' gradients are held at a time
-constexpr i64 HELD = 1 << 24;     // exponentials that are held at a time
+constexpr i64 HELD = 1 << 24;     // exponentials that are held at a time,
+constexpr i64 AT_ONCE = 1 << 26;  // or all of them, in so many bytes: the weights' gradient needs no sums then
 
 struct Classes {
   i64 offset, total, ignore;
@@ -276,7 +277,8 @@ INLINE int together(const T* x, i64 x_step, const T* weight, i64 w_step, const T
   if (const int bad = check_targets(target, n, c, wrong)) return bad;
   constexpr bool SAME = sizeof(T) == 4;
   constexpr i64 SOME = WIDTH * gemm::DOTS;  // classes whose gradients are multiplied at a time, whole panels of any kind
-  const i64 chunks = ceil_div(n, max(64, HELD / max(1, v))), high = ceil_div(n, chunks);
+  const bool once = n * v * (i64)sizeof(T) <= AT_ONCE;
+  const i64 chunks = once ? 1 : ceil_div(n, max(64, HELD / max(1, v))), high = ceil_div(n, chunks);
   const i64 wide = min(v, SOME), ld = ceil_div(v, 32) * 32 + 32, turned_ld = gemm::turned_step<T>(high);
   const i64 panels = ceil_div(v, min(gemm::DOTS, WIDTH));
   const auto size = [](bool wanted, i64 count, i64 bytes) { return wanted ? ceil_div(count * bytes, 64) * 64 : 0; };
