@@ -1,6 +1,6 @@
-"""``make bench``: bytes moved and compile time on this machine, as tables and as files in ``results/``.
+"""``make bench``: speed, bytes moved and compile time on this machine, as tables and as files in ``results/``.
 
-python benchmarks/run.py [bytes] [compile_time] [--repeat N]
+python benchmarks/run.py [cpu] [algebra] [bytes] [compile_time] [--repeat N]
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import algebra
 import compile_time
 import cpu
 from common import RESULTS, Size, write_result
 
-PARTS = ("cpu", "bytes", "compile_time")
+PARTS = ("cpu", "algebra", "bytes", "compile_time")
 
 
 def _counting() -> ModuleType:
@@ -38,6 +39,9 @@ def main() -> None:
         parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {' and '.join(PARTS)}")
     if "cpu" in given.parts:
         cpu.main([])
+        print(flush=True)
+    if "algebra" in given.parts:
+        algebra.main([])
         print(flush=True)
     if "bytes" in given.parts:
         counting = _counting()

@@ -1,11 +1,16 @@
-"""Experts and losses on the CPU: Tessel, torch.compile and eager in turns, medians; peak memory of the losses.
+"""Attention, scans, losses and experts on the CPU: Tessel, torch.compile and eager in turns, medians; peaks of memory.
 
-    python benchmarks/moe_loss.py [--only NAMES] [--dtype float32] [--seconds S] [--threads N]
+    python benchmarks/algebra.py [--only NAMES] [--dtype float32] [--seconds S] [--threads N]
 
-A loss is ``cross_entropy(linear(h, W).float(), target)`` with a vocabulary of 32,000 as transformers' models for
-causal language write it; a layer of experts is Mixtral's (router, 8 experts, 2 a token) with transformers' "grouped_mm"
-implementation. "training" is a forward and a backward, gradients of hidden states and weights. "ratio" is
-torch.compile's median over Tessel's.
+* Attention is torch's ``scaled_dot_product_attention``, whose CPU kernel eager and torch.compile both call; q, k and v
+  lie [batch, length, heads, width] as projections leave them, a cache [batch, heads, length, width].
+* "Mamba" is one layer of transformers' model without its optional kernels: a loop over 2048 tokens.
+* A loss is ``cross_entropy(linear(h, W).float(), target)`` with a vocabulary of 32,000 as transformers' models for
+  causal language write it; one target in seven is ignored where the name does not say that all count.
+* A layer of experts is Mixtral's (router, 8 experts, 2 a token) with transformers' "grouped_mm".
+
+"training" is a forward and a backward, gradients of what goes in and of the weights. "ratio" is torch.compile's median
+over Tessel's, "eager" eager's. A way whose first call takes longer than --patience is left out, and named.
 
 Memory is what a call adds to the resident memory of the process at its peak, in a process of its own a way. It counts
 the results: of a training step the gradient of the weights, which is written down beside it ("results").
@@ -25,7 +30,7 @@ from typing import Any
 
 import torch
 from common import machine, table, write_result
-from cpu_measure import interleaved, quiet, spread
+from cpu_measure import interleaved, limit, quiet, said, spread
 from memory import resident
 
 F = torch.nn.functional
@@ -63,18 +68,61 @@ class Experts(torch.nn.Module):
         return self.block(h)
 
 
+class Attention(torch.nn.Module):
+    """Torch's operator, causal or not, keys and values shared by groups of heads or not."""
+
+    def __init__(self, causal: bool, shared: bool) -> None:
+        super().__init__()
+        self.causal, self.shared = causal, shared
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.shared)
+
+
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a maker of (module, inputs) in a dtype, and whether gradients are asked for."""
+    """What is measured.
+
+    Attributes:
+        make: (module, inputs) in a dtype.
+        training: gradients are asked for, of floating inputs and weights.
+        memory: peaks are measured too.
+        dtypes: those it is measured in.
+    """
 
     make: Callable[[torch.dtype], tuple[torch.nn.Module, list[torch.Tensor]]]
     training: bool = False
+    memory: bool = False
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
 
-def _loss(tokens: int, hidden: int = 768, vocabulary: int = 32000) -> Any:
+def _attention(heads: int, kept: int, queries: int, keys: int, width: int, causal: bool) -> Any:
+    def make(dtype: torch.dtype) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+        sizes = ((queries, heads), (keys, kept), (keys, kept))
+        ins = [torch.randn(1, n, h, width).to(dtype).transpose(1, 2) for n, h in sizes]
+        if queries == 1:
+            ins[1:] = [t.contiguous() for t in ins[1:]]
+        return Attention(causal, heads != kept), ins
+
+    return make
+
+
+def _mamba(tokens: int, hidden: int = 768) -> Any:
+    def make(dtype: torch.dtype) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+        from transformers import MambaConfig
+        from transformers.models.mamba.modeling_mamba import MambaMixer
+
+        config = MambaConfig(hidden_size=hidden, num_hidden_layers=1, use_cache=False)
+        return MambaMixer(config, layer_idx=0).to(dtype), [torch.randn(1, tokens, hidden).to(dtype)]
+
+    return make
+
+
+def _loss(tokens: int, hidden: int = 768, vocabulary: int = 32000, ignored: bool = True) -> Any:
     def make(dtype: torch.dtype) -> tuple[torch.nn.Module, list[torch.Tensor]]:
         target = torch.randint(0, vocabulary, (tokens,))
-        target[::7] = -100
+        if ignored:
+            target[::7] = -100
         return Loss(hidden, vocabulary).to(dtype), [torch.randn(tokens, hidden).to(dtype), target]
 
     return make
@@ -88,11 +136,14 @@ def _experts(tokens: int, hidden: int = 768, inner: int = 2048, experts: int = 8
 
 
 CASES: dict[str, Case] = {
-    "loss, 1024 tokens": Case(_loss(1024)),
-    "loss, 1024 tokens, training": Case(_loss(1024), True),
-    "loss, 4096 tokens, training": Case(_loss(4096), True),
+    "attention, causal 1x16x2048x64": Case(_attention(16, 16, 2048, 2048, 64, True)),
+    "attention, causal 1x16x2048x64, training": Case(_attention(16, 16, 2048, 2048, 64, True), True),
+    "attention, 1 token, 32 heads on 8, cache 4096x128": Case(_attention(32, 8, 1, 4096, 128, False)),
+    "Mamba layer, 1x2048": Case(_mamba(2048), dtypes=("float32",)),
+    "loss, 1024 tokens": Case(_loss(1024), memory=True),
+    "loss, 1024 tokens, all count, training": Case(_loss(1024, ignored=False), True),
+    "loss, 4096 tokens, training": Case(_loss(4096), True, memory=True),
     "experts, 1 token": Case(_experts(1)),
-    "experts, 128 tokens": Case(_experts(128)),
     "experts, 512 tokens": Case(_experts(512)),
     "experts, 512 tokens, training": Case(_experts(512), True),
 }
@@ -103,8 +154,8 @@ def runner(way: str, case: Case, dtype: torch.dtype) -> Callable[[], Any]:
     torch.manual_seed(0)
     module, ins = case.make(dtype)
     module.eval()
-    if case.training:
-        ins[0].requires_grad_()
+    for t in ins:
+        t.requires_grad_(case.training and t.is_floating_point())
     fn: Callable[..., Any] = module
     if way == "tessel":
         import tessel
@@ -121,19 +172,28 @@ def runner(way: str, case: Case, dtype: torch.dtype) -> Callable[[], Any]:
         out = fn(*ins)
         loss = out if out.dim() == 0 else out.float().square().mean()
         loss.backward()
-        for p in (ins[0], *module.parameters()):
+        for p in (*ins, *module.parameters()):
             p.grad = None  # so that the next call's memory counts its own
         return loss
 
     return train if case.training else infer
 
 
-def measure(name: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+def measure(name: str, dtype: torch.dtype, seconds: float, patience: float) -> dict[str, Any]:
     """One case: milliseconds of the three ways, their ratios, the largest difference from float64."""
     torch._dynamo.reset()
     case = CASES[name]
-    runners = {way: runner(way, case, dtype) for way in WAYS}
-    results = {way: run().detach().double() for way, run in runners.items()}
+    out: dict[str, Any] = {"case": name, "dtype": str(dtype).removeprefix("torch.")}
+    runners, results = {}, {}
+    for way in WAYS:
+        run = runner(way, case, dtype)
+        try:
+            with limit(patience):
+                results[way] = run().detach().double()
+        except Exception as e:  # one way that fails is a result; the others are still measured
+            out[f"{way}_failed"] = said(e)
+            continue
+        runners[way] = run
     torch.manual_seed(0)
     module, ins = case.make(dtype)
     if isinstance(module, Experts):
@@ -142,11 +202,12 @@ def measure(name: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
         want = module.double()(*(t.double() if t.is_floating_point() else t for t in ins))
         want = want.square().mean() if case.training and want.dim() else want
     del module, ins
-    out: dict[str, Any] = {"case": name, "dtype": str(dtype).removeprefix("torch.")}
     for way, found in interleaved(runners, seconds, least=5).items():
         out |= {f"{way}_{k}": v for k, v in spread(found).items()}
         out[f"{way}_error"] = float((results[way] - want).abs().max())
-    out["ratio"] = round(out["compile_ms"] / out["tessel_ms"], 3)
+    for peer, key in (("compile", "ratio"), ("eager", "eager_ratio")):
+        if peer in runners and "tessel" in runners:
+            out[key] = round(out[f"{peer}_ms"] / out["tessel_ms"], 3)
     return out
 
 
@@ -174,21 +235,23 @@ def memory(name: str, dtype: str) -> dict[str, Any]:
 
 
 def row(r: dict[str, Any]) -> list[str]:
-    times = [f"{r[f'{w}_ms']:.3g} ±{r[f'{w}_iqr'] / 2:.0%}" for w in WAYS]
+    times = [f"{r[f'{w}_ms']:.3g} ±{r[f'{w}_iqr'] / 2:.0%}" if f"{w}_ms" in r else "failed" for w in WAYS]
+    ratios = [f"{r[k]:.2f}" if k in r else "" for k in ("ratio", "eager_ratio")]
     peaks = " ".join(f"{r[f'{w}_peak'] / 2**20:.0f}" for w in WAYS) if "eager_peak" in r else ""
     less = f"1/{r['memory_ratio']:.1f}" if peaks else ""
-    errors = f"{r['tessel_error']:.1e}, {r['eager_error']:.1e}"
-    return [f"{r['case']} {r['dtype']}", *times, f"{r['ratio']:.2f}", errors, peaks, less]
+    errors = ", ".join(f"{r[f'{w}_error']:.1e}" for w in ("tessel", "eager") if f"{w}_error" in r)
+    return [f"{r['case']} {r['dtype']}", *times, *ratios, errors, peaks, less]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names of cases, with ; between them")
     parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing, a case")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of timing, a case")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds for a first call")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peak", choices=WAYS, help="only print the bytes of one way's peak (the case is --only)")
-    parser.add_argument("--out", type=Path, help="where the figures go; results/moe_loss-<date>.json if all are run")
+    parser.add_argument("--out", type=Path, help="where the figures go; results/algebra-<date>.json if all are run")
     given = parser.parse_args(arguments)
     quiet()
     warnings.filterwarnings("ignore")
@@ -197,20 +260,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(peak(given.only, getattr(torch, given.dtype[0]), given.peak))
         return
     rows = []
-    head = ["case", *(f"{w} ms" for w in WAYS), "ratio", "error, eager's", "MiB at the peak", "of eager's"]
+    head = ["case", *(f"{w} ms" for w in WAYS), "ratio", "eager", "error, eager's", "MiB at the peak", "of eager's"]
     for dtype in given.dtype:
         for name in CASES:
-            if name in given.only.split(";") or not given.only:
-                rows.append(measure(name, getattr(torch, dtype), given.seconds))
-                if name.startswith("loss"):
+            case = CASES[name]
+            if (name in given.only.split(";") or not given.only) and dtype in case.dtypes:
+                rows.append(measure(name, getattr(torch, dtype), given.seconds, given.patience))
+                if case.memory and dtype == "float32":
                     rows[-1] |= memory(name, dtype)
                 print(" | ".join(row(rows[-1])), flush=True)
     print(f"\n{table(head, map(row, rows))}")
+    failed = [f"{r['case']} {r['dtype']}, {w}: {r[f'{w}_failed']}" for r in rows for w in WAYS if f"{w}_failed" in r]
+    print("".join(f"\n{line}" for line in failed))
     result = {"threads": given.threads, "cases": rows}
     if given.out:
         given.out.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n", encoding="utf-8")
     elif not given.only and len(given.dtype) == 2:
-        print(write_result("moe_loss", result))
+        print(write_result("algebra", result))
 
 
 if __name__ == "__main__":
