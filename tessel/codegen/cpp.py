@@ -159,6 +159,8 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
     if wide and lane is not None and not space.turned:
         places, requests = asked_early(kernel, e, lane, where, e.blocks[0])
         e.blocks = [[*e.blocks[0], *places], [*requests, *e.blocks[1]]]
+    elif wide and lane is not None:
+        e.blocks[1][:0] = _next_square(e, lane.name)
     loop = _loop(lane, e.blocks[1], wide, pairs, simd({"|": ["bad"]} if e.flags else {})) if lane else []
     if space.turned and lane is not None:
         count, where = squares(outer[:-1], outer[-1], lane)
@@ -195,6 +197,17 @@ def _loop(lane: Axis, body: list[str], wide: bool, pairs: bool, pragma: str) -> 
 def _plain(e: Emitter, load: Load) -> bool:
     index = e.space.at(load.access.address(e.kernel.params[load.access.param]))
     return all(a.kind == "var" for a, _ in index.terms)
+
+
+def _next_square(e: Emitter, lane: str) -> list[str]:
+    """Lines that ask for what the next square reads along the lane: rows of a square end too soon to be foreseen."""
+    lines: list[str] = []
+    for s in e.kernel.body:
+        if isinstance(s, Load) and not s.access.mask and _plain(e, s) and e.element(s.access)[0] not in e.copies:
+            index = e.space.at(s.access.address(e.kernel.params[s.access.param]))
+            if any(a.name == lane and c == 1 for a, c in index.terms):
+                lines.append(f"__builtin_prefetch({e.pointer(s.access)[0]} + {SQUARE[1]});")
+    return list(dict.fromkeys(lines))
 
 
 def _copies(e: Emitter, turned: str, lane: str) -> list[str]:

@@ -833,7 +833,8 @@ template <int STEP> INLINE void turn_rows(vu* r) {
     turn_rows<STEP * 2>(r);
   }
 }
-// to[i * pitch + j] = from[i + j * step] for i below high and j below wide.
+// to[i * pitch + j] = from[i + j * step] for i below high and j below wide. What the next square along j will read is
+// asked for: its rows are too short, and too far apart, for the CPU to foresee them.
 template <class T> INLINE void turn_square(const T* from, i64 step, i64 high, i64 wide, T* to, i64 pitch) {
   i64 h = 0, w = 0;
   if constexpr (Lanes<T>::some) {
@@ -842,7 +843,10 @@ template <class T> INLINE void turn_square(const T* from, i64 step, i64 high, i6
       for (i64 i = 0; i < h; i += W) {
         vu rows[W];
 #pragma GCC unroll 16
-        for (int l = 0; l < W; ++l) rows[l] = Lanes<T>::load(from + i + (j + l) * step);
+        for (int l = 0; l < W; ++l) {
+          rows[l] = Lanes<T>::load(from + i + (j + l) * step);
+          __builtin_prefetch(from + i + (j + l + pitch) * step);
+        }
         turn_rows<1>(rows);
 #pragma GCC unroll 16
         for (int l = 0; l < W; ++l) Lanes<T>::store(to + (i + l) * pitch + j, rows[l]);
