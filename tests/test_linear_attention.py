@@ -49,16 +49,19 @@ def near(got: Any, want: Any, dtype: torch.dtype) -> None:
             assert (x.double() - y).abs().max() <= far * y.abs().max().clamp_min(1e-3)
 
 
-def compare(given: list[Any], dtype: torch.dtype, last: bool = True) -> None:
-    """Forward and backward by the kernel against the definition in float64."""
-    near(KERNELS.forward(*given), linear_attention_ref(*doubled(given)), dtype)
+def compare_with(kernels: Any, given: list[Any], dtype: torch.dtype, last: bool = True, backward: bool = True) -> None:
+    """Forward and backward by kernels against the definition in float64."""
+    near(kernels.forward(*given), linear_attention_ref(*doubled(given)), dtype)
     q, _, v = given[:3]
-    grad, grad_last = (
-        torch.randn(v.shape).to(dtype),
-        torch.randn(*q.shape[:2], q.shape[3], v.shape[3]) if last else None,
-    )
-    want = linear_attention_backward_ref(*doubled([grad, grad_last]), *doubled(given))
-    near(KERNELS.backward(grad, grad_last, *given), want, dtype)
+    grad = torch.randn(v.shape).to(dtype)
+    grad_last = torch.randn(*q.shape[:2], q.shape[3], v.shape[3]) if last else None
+    if backward:
+        want = linear_attention_backward_ref(*doubled([grad, grad_last]), *doubled(given))
+        near(kernels.backward(grad, grad_last, *given), want, dtype)
+
+
+def compare(given: list[Any], dtype: torch.dtype, last: bool = True) -> None:
+    compare_with(KERNELS, given, dtype, last)
 
 
 # ---------------------------------------------------------------- the operator

@@ -1,47 +1,72 @@
-"""What runs ``linear_attention`` and its backward: a C++ kernel on a CPU, else the reference in torch."""
+"""What runs ``linear_attention`` and its backward: C++ kernels on a CPU, Triton kernels on a GPU, or the reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..codegen.cpp_linear import NAMES
+from ..codegen.fused_linear import MOST_KEYS
 from ..errors import TesselError
-from ..ir.node import Node
+from ..ir.node import Node, Value
+from ..targets import Target
 from .linear_cpu import LinearKernels
+from .linear_gpu import GpuLinear
 
 __all__ = ["LINEAR", "linear"]
 
 LINEAR = frozenset({"linear_attention", "linear_attention_backward"})
 
 
-def linear(node: Node, how: str) -> tuple[Callable[..., Any] | None, str]:
+def linear(node: Node, how: str, target: Target, folder: Path) -> tuple[Callable[..., Any] | None, str]:
     """What runs a node of ``LINEAR``, and why; ``None``: its reference.
 
     Args:
         node: one of these operators.
         how: ``Place.how``.
+        target: where it runs.
+        folder: where Triton kernels are written.
     """
     backward = node.op.name == "linear_attention_backward"
     q, _, _, decay, beta, _ = (*node.args[2 if backward else 0 :], None, None, None)[:6]
-    name = str(q.dtype).removeprefix("torch.")
-    if how != "native" or q.dtype not in NAMES:
-        return None, f"its reference in torch, token by token: {name} has no kernel here"
-    why = _missing(node.op.name, q.dtype, decay is not None and len(decay.shape) == 4, beta is not None)
+    channels = decay is not None and len(decay.shape) == 4
+    kernels: LinearKernels | GpuLinear
+    if how == "native":
+        kernels, why = LinearKernels(), _missing(node.op.name, q.dtype, channels, beta is not None)
+    else:
+        kernels, why = _on_gpu(target, folder), _not_on_gpu(how, q, channels and backward)
     if why:
         return None, f"its reference in torch, token by token: {why}"
-    kernels = LinearKernels()
-    return (
-        kernels.backward if backward else kernels.forward
-    ), "Tessel's kernel: chunk by chunk, states are not written"
+    kept = "states are not written" if how == "native" or not backward else "states are written once a chunk"
+    return (kernels.backward if backward else kernels.forward), f"Tessel's kernel: chunk by chunk, {kept}"
+
+
+@cache
+def _on_gpu(target: Target, folder: Path) -> GpuLinear:
+    return GpuLinear(target, folder)
+
+
+def _not_on_gpu(how: str, q: Value, channels_backward: bool) -> str:
+    """Why there is no Triton kernel; nothing if there is."""
+    if how == "torch":
+        return "nothing compiles for this place"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{str(q.dtype).removeprefix('torch.')} has no kernel here"
+    keys = q.shape[3]
+    if not isinstance(keys, int) or keys > MOST_KEYS:
+        return f"keys of {keys}: the kernel has registers for {MOST_KEYS}"
+    return "the backward of a factor for every key channel has no kernel here" if channels_backward else ""
 
 
 @cache
 def _missing(name: str, dtype: torch.dtype, channels: bool, delta: bool) -> str:
-    """Why a kernel cannot be compiled here; nothing if it can."""
+    """Why there is no C++ kernel; nothing if there is."""
+    if dtype not in NAMES:
+        return f"{str(dtype).removeprefix('torch.')} has no kernel here"
     try:
         LinearKernels.prepare(name, dtype, channels, delta)
     except TesselError as e:

@@ -66,7 +66,7 @@ def whole(
         wanted: the kernel is asked for wherever there is one.
     """
     if node.op.name in LINEAR:
-        return linear(node, how)
+        return linear(node, how, target, folder)
     if node.op.name == "packed_linear":
         return _packed(node, how, target)
     if node.op.name == "scaled_gradients":

@@ -1,0 +1,99 @@
+"""Triton kernels of linear attention, which a host function launches (``runtime/linear_gpu.py``).
+
+source = linear_source("forward", q.dtype, target, keys=128, kind={"decay": True, "delta": True})
+
+The record is that of the other kernels, so that they are written, launched, interpreted and compiled for absent GPUs in
+the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..errors import check
+from ..ir.types import TensorType, product, symbol
+from ..targets import Target
+from ..tiles.header import environment
+from ..tiles.kernel import Kernel, Param
+from .helpers import helpers_for
+from .source import Source
+
+__all__ = ["MOST_KEYS", "linear_source", "tile_of"]
+
+_IMPORTS = "import triton\nimport triton.language as tl\n"
+_SCRATCH = 4096  # bytes beside operands: sums that warps exchange
+_HALF = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
+_F32 = torch.float32
+MOST_KEYS = 256  # a state's keys lie in the registers of one program
+_SIZES = ("steps", "keys", "values")
+
+
+def tile_of(part: str, target: Target, keys: int) -> dict[str, int]:
+    """Steps of a chunk, and the padded keys and the values of a program.
+
+    The state, keys times values in f32, lives in registers, in the backward with its adjoint: 64 KiB of 4 warps' 128.
+    """
+    wide = max(16, 1 << (keys - 1).bit_length())
+    if target.vendor == "interpret":
+        return {"C": 16, "BK": wide, "BV": 16, "num_warps": 1, "num_stages": 1}
+    return {"C": 16, "BK": wide, "BV": 16 if wide > 128 or part == "backward" else 32, "num_warps": 4, "num_stages": 1}
+
+
+def linear_source(part: str, dtype: torch.dtype, target: Target, keys: int, kind: Mapping[str, bool]) -> Source:
+    """``forward`` or ``backward`` of ``linear_attention.triton.j2``.
+
+    Args:
+        part: the kernel. ``forward`` with ``keep`` gives the states where chunks begin, in place of results; the
+            ``backward`` reads these and gives gradients of q, k, beta and decay for each block of values.
+        dtype: of q, k and v.
+        keys: width of a key.
+        kind: the switches ``channels``, ``decay``, ``delta``, ``start``, ``last_grad`` and ``keep``.
+
+    Raises:
+        TesselError: no such kernel: keys too wide, or the backward of a factor for every key channel.
+    """
+    switches = {**dict.fromkeys(("channels", "decay", "delta", "start", "last_grad", "keep"), False), **kind}
+    check(keys <= MOST_KEYS, lambda: f"linear_attention: keys of {keys}; the kernel has registers for {MOST_KEYS}")
+    check(
+        part == "forward" or not switches["channels"],
+        lambda: "linear_attention_backward: no kernel for a factor for every key channel",
+    )
+    params = [(name, dtype) for name in "qkv"]
+    params += [("decay", _F32)] * switches["decay"] + [("beta", _F32)] * switches["delta"]
+    if part == "forward":
+        params += [("start", _F32)] * switches["start"]
+        outs = [("states", _F32)] if switches["keep"] else [("o", dtype), ("last", _F32)]
+    else:
+        params += [("states", _F32), ("grad", dtype), *([("grad_last", _F32)] if switches["last_grad"] else [])]
+        outs = [("d_q", _F32), ("d_k", _F32), ("d_v", dtype)]
+        outs += [("d_beta", _F32)] * switches["delta"] + [("d_decay", _F32)] * switches["decay"]
+        outs += [("d_start", _F32)] * switches["start"]
+    knobs = tile_of(part, target, keys)
+    name = f"linear_attention_{part}"
+    args = (*(f"{p}_ptr" for p, _ in (*params, *outs)), *_SIZES)
+    module = environment().get_template("linear_attention.triton.j2").module
+    text = str(getattr(module, part)({"name": name, "args": args, "half": _HALF[dtype], **switches}))
+    code = "\n".join(line.rstrip() for line in text.split("\n") if line.strip()) + "\n"
+    size = TensorType((symbol("numel"),), dtype)
+    record = tuple(Param(p, size.with_(dtype=d), i >= len(params), i) for i, (p, d) in enumerate((*params, *outs)))
+    c, bk, bv = (knobs[x] for x in ("C", "BK", "BV"))
+    # operands of a product that were made in registers go through shared memory: a state, and rows of a chunk
+    bytes_ = 4 * (2 * bk * bv + 4 * c * (bk + bv + c)) + _SCRATCH
+    return Source(
+        name=name,
+        header=f"# {part} of linear_attention\n# tile: {', '.join(f'{n}={v}' for n, v in knobs.items())}\n",
+        body="\n\n".join([_IMPORTS, *(h + "\n" for h in helpers_for(code, target.vendor == "interpret")), code]),
+        args=args,
+        sizes=_SIZES,
+        grid=(),
+        constexprs=knobs,
+        knobs=knobs,
+        smem_bytes=bytes_,
+        extents=(product(map(symbol, _SIZES)),),
+        always_wide=True,  # heads are not among the sizes
+        checks=False,
+        interpret=target.vendor == "interpret",
+        kernel=Kernel(name, "linear_attention", record, (), ()),
+    )

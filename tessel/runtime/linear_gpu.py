@@ -1,0 +1,102 @@
+"""``linear_attention`` and its backward by Triton kernels: what a GPU runs, and through the interpreter the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..codegen.fused_linear import linear_source
+from ..targets import Target
+from .launch import load
+
+__all__ = ["GpuLinear"]
+
+
+class GpuLinear:
+    """The kernels, loaded and kept by what they depend on: called as the references of the operators are.
+
+    Gradients of q, k, beta and factors are sums over blocks of values, added in the order of the blocks.
+    """
+
+    def __init__(self, target: Target, directory: Path) -> None:
+        self.target, self.directory = target, directory
+        self.loaded: dict[Any, Any] = {}
+
+    def _kernel(self, part: str, q: torch.Tensor, **kind: bool) -> Any:
+        key = (part, q.dtype, q.shape[3], *sorted(kind.items()))
+        if key not in self.loaded:
+            self.loaded[key] = load(linear_source(part, q.dtype, self.target, q.shape[3], kind), self.directory)
+        return self.loaded[key]
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        decay: torch.Tensor | None = None,
+        beta: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``linear_attention_ref``."""
+        o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        last = torch.empty((*q.shape[:2], q.shape[3], v.shape[3]), device=v.device)
+        if 0 in (*q.shape, v.shape[3]):
+            return o.zero_(), last.zero_() if start is None else last.copy_(start)
+        self._run_forward(q, k, v, decay, beta, start, [o, last], keep=False)
+        return o, last
+
+    def _run_forward(
+        self, q: Any, k: Any, v: Any, decay: Any, beta: Any, start: Any, outs: list[torch.Tensor], keep: bool
+    ) -> None:
+        kind = {"delta": beta is not None, "start": start is not None, "keep": keep, **_factors(decay)}
+        kernel = self._kernel("forward", q, **kind)
+        given = [x.contiguous() for x in (q, k, v, decay, beta, start) if x is not None]
+        b, h, steps, keys = q.shape
+        kernel((b * h * _blocks(kernel, v),), *given, *outs, steps, keys, v.shape[3])
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        grad_last: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        decay: torch.Tensor | None = None,
+        beta: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """See ``linear_attention_backward_ref``."""
+        b, h, steps, keys = q.shape
+        values, device = v.shape[3], q.device
+        none = torch.empty(0, device=device)
+        if 0 in (b, h, steps, keys, values):
+            found = [none if x is None else torch.zeros_like(x) for x in (q, k, v, decay, beta, start)]
+            if start is not None and grad_last is not None:
+                found[5] = grad_last.clone()
+            return tuple(found)
+        kind = {"delta": beta is not None, "start": start is not None, "last_grad": grad_last is not None}
+        kernel = self._kernel("backward", q, **kind, **_factors(decay))
+        chunks = -(-steps // kernel.source.knobs["C"])
+        states = torch.empty((b * h, chunks, keys, values), device=device)
+        self._run_forward(q, k, v, decay, beta, start, [states], keep=True)
+        blocks = _blocks(kernel, v)
+        dq, dk = (torch.empty((blocks, b, h, steps, keys), device=device) for _ in range(2))
+        dv = torch.empty(v.shape, dtype=v.dtype, device=device)
+        parts = [none if x is None else torch.empty((blocks, b, h, steps), device=device) for x in (beta, decay)]
+        down = [none if start is None else torch.empty_like(start, memory_format=torch.contiguous_format)]
+        given = [x.contiguous() for x in (q, k, v, decay, beta) if x is not None]
+        given += [states, grad.contiguous(), *([] if grad_last is None else [grad_last.contiguous()])]
+        outs = [dq, dk, dv, *(x for x in parts if x.numel()), *(x for x in down if x.numel())]
+        kernel((b * h * blocks,), *given, *outs, steps, keys, values)
+        dbeta, ddecay = (x.sum(0) if x.numel() else x for x in parts)
+        return dq.sum(0).to(q.dtype), dk.sum(0).to(k.dtype), dv, ddecay, dbeta, *down
+
+
+def _factors(decay: torch.Tensor | None) -> dict[str, bool]:
+    return {"decay": decay is not None, "channels": decay is not None and decay.dim() == 4}
+
+
+def _blocks(kernel: Any, v: torch.Tensor) -> int:
+    return int(-(-v.shape[3] // kernel.source.knobs["BV"]))
