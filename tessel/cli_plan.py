@@ -40,8 +40,10 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 @click.option("--annotate", type=click.Path(path_type=Path), help="JSON: name to dims; also inputs[0], output:NAME.")
 @click.option("--whole", is_flag=True, help="Capture MODEL as `tessel run` builds it, and plan what that can run.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The plan file to write.")
+@click.option("--html", type=click.Path(path_type=Path), help="A page about the plan to write.")
 def plan(
-    model: str, mesh: str, target: str, memory: str | None, annotate: Path | None, out: Path | None, free_axes: bool,
+    model: str, mesh: str, target: str, memory: str | None, annotate: Path | None, out: Path | None, html: Path | None,
+    free_axes: bool,
     global_batch: int | None, seq: int | None, dtype: str | None, layers: int | None, train: bool,
     microbatches: int | None, whole: bool,
     **asked: Any,
@@ -78,7 +80,7 @@ def plan(
 
         if whole:
             made = _whole(model, axes, target, request, (global_batch, seq, dtype, layers), say)
-            _tell(made, out)
+            _tell(made, out, html)
             return
         numbers = microbatches_for(axes, global_batch, microbatches)
         captures = {}
@@ -91,14 +93,22 @@ def plan(
             made = make_staged_plan(captures, axes, target, request, say)
         else:
             made = make_plan(captures[numbers[0]], axes, target, request, say)
-    _tell(made, out)
+    _tell(made, out, html)
 
 
-def _tell(made: ShardingPlan, out: Path | None) -> None:
+def _tell(made: ShardingPlan, out: Path | None, html: Path | None) -> None:
     click.echo(plan_text(made))
     if out is not None:
         made.write(out)
         click.echo(f"\nwritten: {out}")
+    if html is not None:
+        from .sharding.html import plan_page
+
+        try:
+            html.write_text(plan_page(made), encoding="utf-8")
+        except OSError as e:
+            raise TesselError(f"--html {str(html)!r}: cannot write: {e.strerror}") from e
+        click.echo(f"\nwritten: {html}")
 
 
 def _whole(

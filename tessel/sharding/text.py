@@ -12,10 +12,22 @@ from ..errors import TesselError, did_you_mean
 from ..ir.sharding import Sharding
 from .plan_file import ShardingPlan
 
-__all__ = ["diff_text", "findings", "node_text", "plan_text"]
+__all__ = [
+    "KINDS",
+    "TERMS",
+    "diff_text",
+    "findings",
+    "node_text",
+    "on_stage",
+    "pattern",
+    "plan_text",
+    "size_text",
+    "slowest_stage",
+    "time_text",
+]
 
-_KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries", "inputs")
-_TERMS = {
+KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries", "inputs")
+TERMS = {
     "forward": "work of the forward",
     "backward": "work of the backward",
     "again": "work done again instead of kept",
@@ -35,13 +47,13 @@ def plan_text(plan: ShardingPlan) -> str:
         + (f", {s['microbatches']} microbatches" if s["microbatches"] > 1 else ""),
         f"{mesh['world']} × {mesh['target']}: " + ", ".join(a["wires"] for a in mesh["axes"]),
         "",
-        f"a step takes {_time(times['step'])}",
+        f"a step takes {time_text(times['step'])}",
     ]
-    lines += [f"  {_time(times[k]):>10}  {words}" for k, words in _TERMS.items() if times.get(k, 0) > 0]
-    lines.append(f"  of {_time(times['communication'])} of communication")
+    lines += [f"  {time_text(times[k]):>10}  {words}" for k, words in TERMS.items() if times.get(k, 0) > 0]
+    lines.append(f"  of {time_text(times['communication'])} of communication")
     exact = "the best of all plans" if proof["exact"] else f"at most {proof['gap']:.2%} from the best plan"
-    lines += ["", f"memory a device: {_size(memory['total'])} of {_size(s['memory_limit'])} ({exact})"]
-    lines += [f"  {_size(memory[k]):>10}  {k}" for k in _KINDS if memory[k] > 0]
+    lines += ["", f"memory a device: {size_text(memory['total'])} of {size_text(s['memory_limit'])} ({exact})"]
+    lines += [f"  {size_text(memory[k]):>10}  {k}" for k in KINDS if memory[k] > 0]
     lines += _pipeline_lines(d)
     lines += ["", "parameters (major to minor axes of each dimension)"]
     lines += _table(_parameter_rows(d))
@@ -57,7 +69,7 @@ def plan_text(plan: ShardingPlan) -> str:
         lines += ["", f"activations kept or computed again, part of all nodes: {parts}"]
     took = d["provenance"]["seconds"]
     lines += ["", "notes"] + [f"  {n}" for n in d["provenance"]["notes"]]
-    lines.append("  " + ", ".join(f"{k} {_time(v)}" for k, v in took.items()))
+    lines.append("  " + ", ".join(f"{k} {time_text(v)}" for k, v in took.items()))
     return "\n".join(lines)
 
 
@@ -88,22 +100,22 @@ def _pipeline_lines(d: Mapping[str, Any]) -> list[str]:
             own = [x for x in p["parts"] if x["stage"] == i]
             held = f"holds {s['in_flight']:g} microbatches"
             spans = "; ".join(f"{x['first']} to {x['last']}" for x in own)
-            yield f"stage {i}", _time(s["seconds"]), _size(s["memory"]["total"]), held, spans
+            yield f"stage {i}", time_text(s["seconds"]), size_text(s["memory"]["total"]), held, spans
 
     lines += _table(rows())
     lines += ["", "handed from part to part, for each microbatch (and its gradient back)"]
     for s in p["sends"]:
-        what = f"{s['tensor']}  {s['shape']}{s['layout']}  {_size(s['bytes'])}  {_time(s['seconds'])}"
+        what = f"{s['tensor']}  {s['shape']}{s['layout']}  {size_text(s['bytes'])}  {time_text(s['seconds'])}"
         lines.append(f"  {s['from']} to {s['from'] + 1}  {what}")
     for t in p["tied"]:
         stages = sorted({p["parts"][i]["stage"] for i in t["parts"]})
         lines.append(f"  {t['tensor']} is kept by stages {', '.join(map(str, stages))}, which add up its gradients")
     lines += ["", "compared (seconds that no cut beats)"]
-    lines += _table((t["what"], _time(t["seconds"])) for t in p["tried"])
+    lines += _table((t["what"], time_text(t["seconds"])) for t in p["tried"])
     return lines
 
 
-def _pattern(name: str) -> str:
+def pattern(name: str) -> str:
     """A name with its layer left open."""
     return re.sub(r"\.\d+(?=[.:])", ".*", re.sub(r"#\d+$", "", name))
 
@@ -113,7 +125,7 @@ def _parameter_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for name, t in d["tensors"].items():
         levels = ", ".join(f"{a}: {_LEVEL[n]}" for a, n in t.get("level", {}).items())
         used = f"used as {t['use']}" if "use" in t else ""
-        rows[_pattern(name), t["sharding"], used, levels] += 1
+        rows[pattern(name), t["sharding"], used, levels] += 1
     for row, n in rows.items():
         yield (f"{n} ×", *row)
 
@@ -126,12 +138,12 @@ def _product_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     why: dict[tuple[str, ...], str] = {}
     for n in d["nodes"]:
         if n["op"] in ("matmul", "attention", "grouped_mm", "linear_cross_entropy", "embedding"):
-            key = (_pattern(n["name"]), ", ".join(f"{a}: {f}" for a, f in n["splits"].items()))
+            key = (pattern(n["name"]), ", ".join(f"{a}: {f}" for a, f in n["splits"].items()))
             rows[key] += 1
             other = n.get("instead", [])
             if other and key not in why:
                 splits = ", ".join(f"{a}: {f}" for a, f in other[0]["splits"].items())
-                why[key] = f"next best {splits or 'whole'}: +{_time(other[0]['seconds'])}"
+                why[key] = f"next best {splits or 'whole'}: +{time_text(other[0]['seconds'])}"
     for row, count in rows.items():
         yield (f"{count} ×", *row, why.get(row, ""))
 
@@ -146,7 +158,7 @@ def _collective_rows(d: Mapping[str, Any], stage: int | None = None) -> Iterator
         total[1] += c["times"] * c["bytes"]
         total[2] += c["times"] * c["seconds"]
     for (phase, kind, axis), (n, nbytes, seconds) in sorted(groups.items(), key=lambda x: -x[1][1]):
-        yield f"{n:.0f} ×", kind, f"over {axis}", phase, _size(nbytes), _time(seconds)
+        yield f"{n:.0f} ×", kind, f"over {axis}", phase, size_text(nbytes), time_text(seconds)
 
 
 def _table(rows: Iterator[tuple[str, ...]]) -> list[str]:
@@ -172,20 +184,22 @@ def node_text(plan: ShardingPlan, text: str) -> str:
         raise TesselError(f"no node {text!r}; {did_you_mean(text, [n['name'] for n in d['nodes']])[:300]}")
     lines = [f"{node['name']} ({node['op']}) at {node['where']}"]
     splits = ", ".join(f"{a} splits {f}" for a, f in node["splits"].items())
-    lines.append(f"  {splits or 'whole on every device'}; work {_time(node['seconds'])} a step; keeps: {node['keep']}")
+    lines.append(
+        f"  {splits or 'whole on every device'}; work {time_text(node['seconds'])} a step; keeps: {node['keep']}"
+    )
     lines += [f"  reads {t}" for t in node["reads"] if t] + [f"  makes {t}" for t in node["makes"]]
     own = [c for c in d["collectives"] if c["node"] == node["name"]]
     for c in own:
         times = f"{c['times']} × " if c["times"] > 1 else ""
         lines.append(
-            f"  {c['phase']}: {times}{c['kind']} of {c['tensor']} over {c['axis']}, {_size(c['bytes'])} a device, "
-            f"{_time(c['seconds'])}: {c['why']}"
+            f"  {c['phase']}: {times}{c['kind']} of {c['tensor']} over {c['axis']}, {size_text(c['bytes'])} a device, "
+            f"{time_text(c['seconds'])}: {c['why']}"
         )
-    same = [n for n in d["nodes"] if "instead" in n and _pattern(n["name"]) == _pattern(node["name"])]
+    same = [n for n in d["nodes"] if "instead" in n and pattern(n["name"]) == pattern(node["name"])]
     said = node if "instead" in node else next((n for n in same if n["splits"] == node["splits"]), None)
     for other in said["instead"] if said is not None else ():
         splits = ", ".join(f"{a} splits {f}" for a, f in other["splits"].items())
-        lines.append(f"  instead: {splits or 'whole'}: the step takes {_time(other['seconds'])} more")
+        lines.append(f"  instead: {splits or 'whole'}: the step takes {time_text(other['seconds'])} more")
     return "\n".join(lines)
 
 
@@ -209,7 +223,7 @@ def diff_text(a: ShardingPlan, b: ShardingPlan) -> str:
             x, y = a.data[section][key], b.data[section].get(key)
             if x != y:
                 lines.append(f"{section}.{key}: {_value(x)} -> {_value(y)}")
-    for section, show in (("time", _time), ("memory", _size)):
+    for section, show in (("time", time_text), ("memory", size_text)):
         for key in a.data[section]:
             x, y = a.data[section][key], b.data[section].get(key, 0)
             if x != y:
@@ -230,7 +244,7 @@ def _changed(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
     for name in dict.fromkeys([*a, *b]):
         x, y = a.get(name, "absent"), b.get(name, "absent")
         if x != y:
-            rows[_pattern(name), x, y] += 1
+            rows[pattern(name), x, y] += 1
     return [f"{n} × {name}: {x} -> {y}" for (name, x, y), n in rows.items()]
 
 
@@ -259,7 +273,7 @@ def findings(
     out = []
     memory = d["memory"]["total"]
     if memory > s["memory_limit"]:
-        out.append(f"memory: {_size(memory)} a device, more than the limit of {_size(s['memory_limit'])}")
+        out.append(f"memory: {size_text(memory)} a device, more than the limit of {size_text(s['memory_limit'])}")
     own = {n: (list(shape), dtype) for n, shape, dtype in parameters}
     for name, t in d["tensors"].items():
         if name not in own:
@@ -289,14 +303,24 @@ def findings(
     return out
 
 
-def _size(nbytes: float) -> str:
+def size_text(nbytes: float) -> str:
+    """Bytes in words.
+
+    >>> size_text(3 * 2**20)
+    '3.00 MiB'
+    """
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if nbytes >= size:
             return f"{nbytes / size:.2f} {unit}"
     return f"{nbytes:.0f} B"
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """Seconds in words.
+
+    >>> time_text(0.0021)
+    '2.1 ms'
+    """
     if seconds >= 1:
         return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..errors import TesselError, check, did_you_mean
 
-__all__ = ["SCHEDULES", "Cut", "bubble", "cut", "fill", "held", "stage_of", "step_seconds"]
+__all__ = ["SCHEDULES", "Cut", "Slot", "bubble", "cut", "fill", "held", "stage_of", "step_seconds", "timeline"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -170,3 +170,121 @@ def _least(cost: Array, limit: float) -> tuple[int, ...] | None:
         at = int(back[at])
         starts.append(at)
     return (0, *reversed(starts))
+
+
+# ---------------------------------------------------------------- who works when
+
+FORWARD, BACKWARD, WEIGHTS = range(3)
+_WORDS = ("forward", "backward", "gradients of parameters")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A stage's work on one microbatch of one part: from ``start`` to ``end`` seconds."""
+
+    start: float
+    end: float
+    stage: int
+    part: int
+    microbatch: int
+    kind: int
+
+    @property
+    def words(self) -> str:
+        return _WORDS[self.kind]
+
+
+def timeline(
+    schedule: str, stages: int, microbatches: int, seconds: Sequence[tuple[float, float]], chunks: int = 1
+) -> list[Slot]:
+    """Who works when, if every stage does what is ready as the schedule prefers: a picture, in order of the starts.
+
+    All forwards come first in gpipe, interleaved has an order of its own; else a backward goes before a forward, and no
+    more microbatches are begun than a stage holds. The zero-bubble schedules do the gradients of parameters, half of a
+    backward, where nothing else is ready.
+
+    Args:
+        seconds: forward and backward of one microbatch, of each part; a backward of 0 everywhere: forward only.
+
+    >>> slots = timeline("1f1b", 4, 8, [(1.0, 2.0)] * 4)
+    >>> max(s.end for s in slots) == 3 * 8 * (1 + bubble("1f1b", 4, 8))
+    True
+    """
+    _check(schedule, stages, microbatches, chunks)
+    count = stages * chunks
+    trains = any(b > 0 for _, b in seconds)
+    apart = schedule in _FILL
+    most = [held(schedule, stages, microbatches, s, chunks) * chunks for s in range(stages)]
+    if schedule in ("gpipe", "interleaved"):  # their orders say it already
+        most = [inf] * stages
+    home = [stage_of(schedule, i, stages) for i in range(count)]
+    todo: list[list[tuple[int, int, int]]] = [
+        [] for _ in range(stages)
+    ]  # (kind, part, microbatch), the preferred first
+    for part in range(count):
+        for i in range(microbatches):
+            todo[home[part]] += [(FORWARD, part, i)]
+            todo[home[part]] += [(BACKWARD, part, i)] * trains + [(WEIGHTS, part, i)] * (trains and apart)
+    for s, own in enumerate(todo):
+        own.sort(key=lambda x: _wish(schedule, x))
+        if schedule == "interleaved":
+            todo[s] = _interleaved(own, stages, (chunks - 1) * stages + 2 * (stages - s - 1))
+    done: dict[tuple[int, int, int], float] = {}
+    free, alive, out = [0.0] * stages, [0] * stages, []
+    now = 0.0
+    while any(todo):
+        began = False
+        for s in range(stages):
+            if free[s] > now:
+                continue
+            for work in todo[s][:1] if schedule == "interleaved" else todo[s]:
+                kind, part, i = work
+                first = kind == FORWARD and part < stages
+                if _ready(work, done, count, now) and not (first and alive[s] >= most[s]):
+                    break
+            else:
+                continue
+            todo[s].remove(work)
+            took = seconds[part][0] if kind == FORWARD else seconds[part][1] / (2 if apart else 1)
+            alive[s] += {FORWARD: 1, BACKWARD: -1, WEIGHTS: 0}[kind]
+            free[s] = done[work] = now + took
+            out.append(Slot(now, free[s], s, part, i, kind))
+            began = True
+        if not began:
+            later = [t for t in (*free, *done.values()) if t > now]
+            if later:
+                now = min(later)
+            else:  # what is held at once keeps everyone waiting: a real schedule would begin one more
+                most = [x + 1 for x in most]
+    return out
+
+
+def _interleaved(work: list[tuple[int, int, int]], stages: int, warm: int) -> list[tuple[int, int, int]]:
+    """The order of Megatron-LM: ``warm`` forwards, then one forward and one backward in turn, then the backwards left.
+
+    As many microbatches as there are stages go through one part before the next part takes them.
+    """
+    forward = sorted((w for w in work if w[0] == FORWARD), key=lambda w: (w[2] // stages, w[1], w[2]))
+    backward = sorted((w for w in work if w[0] == BACKWARD), key=lambda w: (w[2] // stages, -w[1], w[2]))
+    warm = min(warm, len(forward)) if backward else len(forward)
+    turns = [w for pair in zip(forward[warm:], backward) for w in pair]
+    return [*forward[:warm], *turns, *backward[len(forward) - warm :]]
+
+
+def _wish(schedule: str, work: tuple[int, int, int]) -> tuple[int, ...]:
+    kind, part, i = work
+    if kind == FORWARD:
+        return (0 if schedule == "gpipe" else 1, -part, i)
+    return (2 if schedule == "gpipe" or kind == WEIGHTS else 0, i, -part)
+
+
+def _ready(work: tuple[int, int, int], done: dict[tuple[int, int, int], float], count: int, now: float) -> bool:
+    """Whether what a piece of work needs is done."""
+    kind, part, i = work
+    if kind == FORWARD:
+        needs = [(FORWARD, part - 1, i)] if part else []
+    elif kind == BACKWARD:
+        needs = [(FORWARD, part, i), *([(BACKWARD, part + 1, i)] if part < count - 1 else [])]
+    else:
+        needs = [(BACKWARD, part, i)]
+    return all(done.get(n, inf) <= now for n in needs)
