@@ -40,7 +40,7 @@ def stage_class(sent: Message) -> type[pipelining.PipelineStage]:
 
     class Stage(pipelining.PipelineStage):
         def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-            self.submod.at = fwd_chunk_id
+            self.submod.at = fwd_chunk_id  # type: ignore[assignment]
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
         def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,14 +30,15 @@ from ..runtime.shares import share
 from ..solve.pipeline import SCHEDULES, bubble, stage_of
 from ..targets.mesh import Mesh
 from .annotate import Annotation, Annotations, annotations_of, seeds
-from .distributed import Distributed, How
+from .distributed import Distributed, How, distribute
 from .distributed import _groups as groups_of
 from .distributed import _Step as Step
 from .pipeline import AXIS
-from .plan_file import ShardingPlan
+from .plan_file import ShardingPlan, fingerprint_of, read_plan
+from .planner import parameters_of
 from .spmd import Spmd, lay_out_prepared, prepared_step
 
-__all__ = ["Pipeline", "Staged", "distribute_stages", "lay_out_stages"]
+__all__ = ["Pipeline", "Staged", "distribute_model", "distribute_stages", "lay_out_stages"]
 
 Loss = Callable[..., torch.Tensor]
 
@@ -205,7 +207,9 @@ class StageModule(Distributed):
         with torch.no_grad():
             named = [getattr(model, f"named_{what}")(remove_duplicate=False) for what in ("parameters", "buffers")]
             for name, x in (pair for own in named for pair in own):
+                check(not x.is_meta, lambda n=name: f"stages take a model with its tensors; {n} is on the meta device")  # type: ignore[misc]
                 if name in self.held and made.get(id(x)) is None:
+                    self.shapes[name] = tuple(x.shape)
                     own = self._shard(name, x, mesh, rank)
                     made[id(x)] = torch.nn.Parameter(own, x.requires_grad) if isinstance(x, torch.nn.Parameter) else own
                 else:
@@ -290,6 +294,9 @@ class _Groups(ProcessGroups):
     def check_random_state(self) -> None:
         """Checked once, before the stages are made."""
 
+    def agree(self, programs: Sequence[Any]) -> None:
+        """Checked once, of the programs of all stages."""
+
 
 class Staged(torch.nn.Module):
     """The parts of a model that this rank holds; ``distribute`` makes it.
@@ -300,13 +307,15 @@ class Staged(torch.nn.Module):
 
     def __init__(
         self, model: torch.nn.Module, laid: Sequence[Laid], mesh: Mesh, schedule: str, microbatches: int,
-        batched: Sequence[bool], loss: Loss | None, run: How,
+        batched: Sequence[bool], loss: Loss | None, run: How, seconds: float,
     ) -> None:  # fmt: skip
         super().__init__()
         stages = mesh[AXIS]
         self.laid, self.mesh, self.schedule = laid, mesh, schedule
         self.microbatches, self.batched = microbatches, batched
-        self.by = _Groups(mesh)
+        self.by = _Groups(mesh, seconds)
+        rows = [(f"part {i}", p.collectives()) for i, x in enumerate(laid) for p in x.spmd.programs()]
+        ProcessGroups.agree(self.by, rows)
         if any(n.op.random for x in laid for n in x.spmd.forward.graph.nodes):
             ProcessGroups.check_random_state(self.by)
         self.by.prepare(sorted({(AXIS,), *(g for x in laid for g in groups_of(x.spmd))}))
@@ -454,9 +463,50 @@ class Staged(torch.nn.Module):
 # ---------------------------------------------------------------- the door
 
 
+def distribute_model(
+    model: torch.nn.Module, plan: Any = None, *, mesh: Mesh | None = None, loss: Loss | None = None,
+    pipeline: Pipeline | None = None, **asked: Any,
+) -> Distributed | Staged:  # fmt: skip
+    """``distribute`` (of ``sharding/distributed.py``) of plans and meshes without stages and with them.
+
+    Args:
+        mesh: with an axis ``pp`` if there are stages and no plan.
+        loss: of stages that train: ``loss(result, target)`` of one microbatch.
+        pipeline: where stages begin, if no plan says it.
+
+    Raises:
+        TesselError: as ``distribute`` and ``distribute_stages``.
+    """
+    if isinstance(plan, str | Path):
+        plan = read_plan(plan)
+    found = plan if isinstance(plan, ShardingPlan) and "pipeline" in plan.data else None
+    if found is None and (plan is not None or mesh is None or AXIS not in mesh):
+        check(
+            loss is None and pipeline is None, lambda: "distribute: loss and pipeline are for a mesh with stages (pp)"
+        )
+        return distribute(model, plan, mesh=mesh, **asked)
+    if found is not None:
+        found.check_model(
+            fingerprint_of(parameters_of(model)), dist.get_world_size() if dist.is_initialized() else None
+        )
+        mesh = Mesh(found.mesh)
+    assert mesh is not None
+    unknown = [k for k in ("weights", "init") if asked.pop(k, None) is not None]
+    check(not unknown, lambda: f"distribute: {unknown[0]} is for meshes without stages; give a model with its tensors")
+    train = asked.pop("train", None)
+    trains = (
+        bool(found.data["settings"]["train"]) if found is not None else loss is not None if train is None else train
+    )
+    return distribute_stages(
+        model, found, mesh, asked.pop("args", ()), asked.pop("kwargs", None) or {}, pipeline=pipeline,
+        annotations=asked.pop("annotations", None), train=trains, loss=loss, run=asked.pop("run", "compiled"), **asked,
+    )  # fmt: skip
+
+
 def distribute_stages(
     model: torch.nn.Module, plan: ShardingPlan | None, mesh: Mesh, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     pipeline: Pipeline | None, annotations: Annotations | None, train: bool, loss: Loss | None, run: How,
+    seconds: float = 300.0,
 ) -> Staged:  # fmt: skip
     """This process's stages of a model; see ``distribute``.
 
@@ -499,4 +549,4 @@ def distribute_stages(
         annotations = annotations_of_stages(plan, tensors_of(micro_args, micro_kwargs))
     said = annotations if annotations is not None else annotations_of(model)
     laid = lay_out_stages(parts, mesh, said, len(tensors), handed)
-    return Staged(model, laid, mesh, pipeline.schedule, m, batched, loss, run)
+    return Staged(model, laid, mesh, pipeline.schedule, m, batched, loss, run, seconds)
