@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .build import Loaded
     from .sharding.distributed import Distributed
     from .sharding.plan_file import ShardingPlan
+    from .sharding.staged import Pipeline, Staged
 
 __version__ = "0.1.0"
 __all__ = [
@@ -213,7 +214,9 @@ def distribute(
     train: bool | None = None,
     weights: str | Path | Mapping[str, torch.Tensor] | None = None,
     init: Callable[[torch.nn.Module], Any] | None = None,
-) -> Distributed:
+    loss: Callable[..., torch.Tensor] | None = None,
+    pipeline: Pipeline | None = None,
+) -> Distributed | Staged:
     """This process's part of a model on a mesh, ready to train or to infer; under torchrun, on every process.
 
     Called with the whole inputs it gives the model's whole results; its parameters, under the model's names,
@@ -229,12 +232,15 @@ def distribute(
         train: with gradients; by default if the model is in training mode. A plan says it itself.
         weights: for a model on the meta device: safetensors (a file, an index, a folder), or tensors by name.
         init: for a model on the meta device: writes its parameters and buffers in place, as on one device.
+        loss: of a mesh with stages (``pp``) that trains: ``loss(result, target)`` of one microbatch. The stages run by
+            ``.step(inputs, target=target)``.
+        pipeline: where stages begin and their schedule, ``tessel.sharding.staged.Pipeline``, if no plan says it.
 
     Raises:
         TesselError: torch.distributed is not initialised, the world is not the mesh, an annotation does not fit
             (its file and line are named), or torch cannot capture the model as one graph.
     """
-    from .sharding.distributed import distribute as run  # what talks to other processes is not needed for anything else
+    from .sharding.staged import distribute_model as run  # what talks to other processes is not needed for anything else
 
     return run(
         model,
@@ -246,4 +252,6 @@ def distribute(
         train=train,
         weights=weights,
         init=init,
+        loss=loss,
+        pipeline=pipeline,
     )
