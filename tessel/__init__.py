@@ -240,7 +240,7 @@ def distribute(
         TesselError: torch.distributed is not initialised, the world is not the mesh, an annotation does not fit
             (its file and line are named), or torch cannot capture the model as one graph.
     """
-    from .sharding.staged import distribute_model as run  # what talks to other processes is not needed for anything else
+    from .sharding.staged import distribute_model as run  # what talks to other processes is needed only here
 
     return run(
         model,
