@@ -9,14 +9,15 @@ print(tessel.explain(model, x))      # what became of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .backend import name_of
 from .config import Options
 from .driver import Session, resolve_target
-from .errors import TesselError
+from .errors import TesselError, check
+from .frontend.linear_attention_op import linear_attention
 from .report import Report
 from .sharding.annotate import Annotations, annotate
 from .targets import TARGETS
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from .build import Loaded
+    from .quant.scheme import Scheme
     from .sharding.distributed import Distributed
     from .sharding.plan_file import ShardingPlan
     from .sharding.staged import Pipeline, Staged
@@ -44,8 +46,10 @@ __all__ = [
     "compile",
     "distribute",
     "explain",
+    "linear_attention",
     "load",
     "plan",
+    "quantize",
 ]
 
 
@@ -72,8 +76,9 @@ def compile(
         dynamic: True keeps sizes symbolic from the first call, so that one compilation serves every size
             from 2 on; False compiles again for every new size; None keeps a size symbolic once it changed.
         fullgraph: raise instead of compiling in pieces where torch cannot capture everything at once.
-        quantize: not there yet; must be None.
-        plan: not there yet; must be None.
+        quantize: a scheme, as ``tessel.quantize`` takes it: the linear layers of a copy of the module are rounded to
+            nearest first.
+        plan: must be None; ``distribute`` runs plans.
         options: an ``Options``, or its fields as a mapping.
 
     Returns:
@@ -83,9 +88,8 @@ def compile(
         TesselError: an argument that is wrong; the message says what to write instead. A compiled function
             called with tensors on a device it was not compiled for raises it too.
     """
-    for name, value in (("quantize", quantize), ("plan", plan)):
-        if value is not None:
-            raise TesselError(f"compile: {name}={value!r}: this version cannot {name} yet; leave {name} out")
+    if plan is not None:
+        raise TesselError(f"compile: plan={plan!r}: tessel.distribute(model, plan) runs a plan; leave plan out")
     target = resolve_target(target)
     chosen = Options.of(options)
     for name, flag, allowed in (
@@ -101,6 +105,9 @@ def compile(
                 f"compile: expected an nn.Module or a function, got {type(f).__name__}: {f!r}; "
                 "arguments other than the function go by name"
             )
+        if quantize is not None:
+            check(isinstance(f, torch.nn.Module), lambda: f"compile: quantize={quantize!r} needs a module, not {f!r}")
+            f = _quantize(cast(torch.nn.Module, f), quantize)
         session = Session(target, chosen, Report(name_of(f), target))
         return compile_function(f, session, dynamic=dynamic, fullgraph=fullgraph)
 
@@ -201,6 +208,47 @@ def plan(
     return plan_model(
         model, args, kwargs, mesh=mesh, target=target, request=request, annotations=annotations, progress=progress
     )
+
+
+def quantize(
+    model: torch.nn.Module,
+    scheme: str | Scheme,
+    calibration: Iterable[Any] | None = None,
+    *,
+    method: str = "rtn",
+    skip: Sequence[str] = ("lm_head",),
+    inplace: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> torch.nn.Module:
+    """The model with its linear layers in few bits; ``.quantization`` of it says what became of each.
+
+    Args:
+        model: its layers, inputs and outputs keep their shapes and dtypes.
+        scheme: "w8a16", "w4a16-g64", "w8a8", "fp8", "mxfp4", "nf4", ...; see ``tessel.quant.scheme``.
+        calibration: what the model is called with, one item a call: a tensor, a tuple of arguments or a mapping.
+        method: "rtn", "mse" or "gptq" (how codes are chosen), after "smoothquant", "awq" or "hadamard" (what is done
+            to the weight before), joined by +.
+        skip: names or patterns of layers that stay whole.
+        inplace: change the model itself instead of a copy.
+        progress: called with the layer's name, how many are done and how many there are.
+
+    Raises:
+        TesselError: an unknown scheme or method, no calibration data where it is needed, NaN in weights or data.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    >>> small = quantize(model, "w4a16-g32")
+    >>> small.quantization.before, small.quantization.after
+    (41344, 6784)
+    >>> small(torch.randn(2, 128)).shape
+    torch.Size([2, 32])
+    """
+    from .quant.model import quantize_model  # what it needs is needed for nothing else
+
+    return quantize_model(model, scheme, calibration, method=method, skip=skip, inplace=inplace, progress=progress)
+
+
+_quantize = quantize
 
 
 def distribute(

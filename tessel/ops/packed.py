@@ -130,7 +130,7 @@ def has_kernel(node: Node) -> bool:
 
 def open_packed(builder: Builder, node: Node) -> tuple[Value, ...]:
     """The layer in simple operators; a product that fuses them unpacks the weight where it multiplies."""
-    x, words, scale, zero, bias, lut = (*node.args, *(None,) * (6 - len(node.args)))
+    x, words, scale, zero, bias, lut = [*node.args] + [None] * (6 - len(node.args))
     e, bits = Emit(builder), node.attrs.get("bits", 4)
     k, (n, groups), per = x.shape[1], scale.shape, 32 // bits
     wide = wide_dtype(x.dtype)

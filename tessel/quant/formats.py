@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..errors import check
 
-__all__ = ["FORMATS", "Format", "Quantized", "integers", "quantize", "round_float"]
+__all__ = ["FORMATS", "Format", "Quantized", "integers", "quantize", "round_float", "rounded"]
 
 WHOLE_ROW = 0
 """As a group: all values of a row share one scale."""
@@ -179,6 +179,14 @@ def quantize(x: Tensor, format: Format, clip: float = 1.0) -> Quantized:
         scale = scales_of(_largest_of_rows(largest, format.rows), format)
         wide = scale.repeat_interleave(format.rows, -2)[..., : largest.shape[-2], :]
     return Quantized(to_codes(grouped / wide[..., None], format).reshape(shape), scale, format)
+
+
+def rounded(x: Tensor, format: Format) -> Tensor:
+    """What ``quantize(x, format).dequantize()`` gives for a symmetric format, in x's dtype, and NaN for NaN: for inputs
+    that are rounded as they come."""
+    grouped, shape = _grouped(x.float(), format)
+    scale = scales_of(grouped.abs().amax(-1), format)[..., None]
+    return (to_codes(grouped / scale, format) * scale).reshape(shape).to(x.dtype)
 
 
 def _largest_of_rows(largest: Tensor, rows: int) -> Tensor:

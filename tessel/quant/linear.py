@@ -1,0 +1,183 @@
+"""A linear layer that holds its weight in few bits.
+
+>>> import torch
+>>> from tessel.quant.formats import integers
+>>> layer = torch.nn.Linear(64, 8)
+>>> packed = QuantLinear.of(layer, quantize(layer.weight, integers(4, group=32)))
+>>> packed.words.shape, packed.scale.shape
+(torch.Size([8, 8]), torch.Size([8, 2]))
+>>> x = torch.randn(3, 64)
+>>> torch.allclose(packed(x), torch.nn.functional.linear(x, packed.weight, layer.bias), atol=1e-5)
+True
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..frontend.packed_op import packed_linear
+from ..ops.packed import dequantized
+from .formats import Format, Quantized, quantize, rounded  # noqa: F401  (quantize: of the example)
+from .transforms import rotate
+
+__all__ = ["QuantLinear", "divided", "pack", "table_of", "unpack"]
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes ``[n, k]``, 0 to ``2 ** bits - 1``, as int32 words ``[n, ceil(k / (32 // bits))]``, lowest bits first.
+
+    >>> pack(torch.tensor([[1, 2, 3]]), 4)
+    tensor([[801]], dtype=torch.int32)
+    """
+    per = 32 // bits
+    whole = nn.functional.pad(codes.long(), (0, -codes.shape[1] % per)).unflatten(1, (-1, per))
+    words = (whole << torch.arange(0, per * bits, bits, device=codes.device)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack(words: Tensor, bits: int, k: int) -> Tensor:
+    """What ``pack`` packed, int64 ``[n, k]``."""
+    shifts = torch.arange(0, 32 // bits * bits, bits, device=words.device)
+    return ((words.long()[:, :, None] >> shifts) & (2**bits - 1)).reshape(words.shape[0], -1)[:, :k]
+
+
+def table_of(format: Format) -> Tensor | None:
+    """What each code of a format that is no integer stands for, float32 ``[2 ** bits]``; None for integers.
+
+    Codes of small floats are their bits: a sign, then exponent and mantissa. Those that stand for no number (E4M3 has
+    two) take the largest value.
+    """
+    if format.kind == "int":
+        return None
+    if format.kind == "codebook":
+        values = torch.tensor(format.codebook)
+        return torch.cat([values, values[-1:].expand(2**format.bits - len(values))])
+    bias, size = 2 ** (format.exponent - 1) - 1, 2**format.mantissa
+    code = torch.arange(2 ** (format.bits - 1))
+    power, part = code // size, code % size
+    normal = torch.exp2(power - bias) * (1 + part / size)
+    small = 2.0 ** (1 - bias) * part / size
+    values = torch.where(power == 0, small, normal).clamp(max=format.largest)
+    return torch.cat([values, -values])
+
+
+def _codes(weight: Quantized) -> Tensor:
+    """Codes as numbers from 0."""
+    format = weight.format
+    if format.kind == "int":
+        return weight.codes + (2 ** (format.bits - 1) if weight.zero is None else 0)
+    lut = table_of(format)
+    assert lut is not None
+    order = torch.sort(lut, stable=True)
+    places = torch.searchsorted(order.values, weight.codes.contiguous()).clamp(max=len(lut) - 1)
+    return order.indices[places]
+
+
+def _by_rows(x: Tensor, n: int, rows: int) -> Tensor:
+    """Scales ``[n, groups]`` of those that rows share."""
+    if rows > 1:
+        x = x.repeat_interleave(rows, 0)[:n]
+    return x.expand(n, -1).float().contiguous()
+
+
+class QuantLinear(nn.Module):
+    """``x W^T + b`` with W in few bits, and x too if the scheme says so.
+
+    Attributes:
+        dtype: of ``weight``.
+        words: int32 ``[n, ceil(k / (32 // bits))]``, see ``pack``.
+        scale: float32 ``[n, groups]``; ``zero``: the same, the code of zero, or None.
+        table: float32 ``[2 ** bits]`` of formats that are not integers, or None.
+        divisor: ``[k]`` what x is divided by, the weight's columns multiplied (SmoothQuant, AWQ), or None.
+        sign: ``[k]`` of a rotation of x and the weight's columns, or None.
+    """
+
+    words: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    table: Tensor | None
+    divisor: Tensor | None
+    sign: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        format: Format,
+        activation: Format | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.format, self.activation = format, activation
+        self.dtype = dtype
+
+    @classmethod
+    def of(
+        cls,
+        layer: nn.Module,
+        weight: Quantized,
+        activation: Format | None = None,
+        divisor: Tensor | None = None,
+        sign: Tensor | None = None,
+    ) -> QuantLinear:
+        """The layer with another weight ``[n, k]`` (of the layer's dtype, bias and device).
+
+        Args:
+            weight: of the columns times ``divisor`` and rotated by ``sign``, where these are given.
+        """
+        n, k = weight.codes.shape
+        own: Any = layer
+        made = cls(k, n, weight.format, activation, own.weight.dtype)
+        bits, rows, device = weight.format.bits, weight.format.rows, own.weight.device
+        made.register_buffer("words", pack(_codes(weight), bits).to(device))
+        made.register_buffer("scale", _by_rows(weight.scale, n, rows).to(device))
+        made.register_buffer("zero", None if weight.zero is None else _by_rows(weight.zero, n, rows).to(device))
+        lut = table_of(weight.format)
+        made.register_buffer("table", None if lut is None else lut.to(device), persistent=False)
+        made.register_buffer("divisor", None if divisor is None else divisor.to(device, own.weight.dtype))
+        made.register_buffer("sign", None if sign is None else sign.to(device, own.weight.dtype))
+        bias = getattr(own, "bias", None)
+        made.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        made.train(layer.training)
+        return made
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the codes stand for, ``[n, k]``, of inputs as they come (neither divided nor rotated)."""
+        args = (self.words, self.scale, self.zero, self.table, self.format.bits, self.in_features)
+        made = dequantized(*args, torch.float32)
+        if self.sign is not None:  # the transform without signs is its own inverse
+            made = rotate(made) * self.sign.float()
+        if self.divisor is not None:
+            made = made / self.divisor.float()
+        return made.to(self.dtype)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied by: x divided, rotated and rounded as the scheme says."""
+        if self.divisor is not None:
+            x = x / self.divisor
+        if self.sign is not None:
+            x = rotate(x, self.sign)
+        return x if self.activation is None else rounded(x, self.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., k]`` -> ``[..., n]``."""
+        rows = self.inputs(x).reshape(-1, self.in_features)
+        bias = None if self.bias is None else self.bias.to(rows.dtype)
+        out = packed_linear(rows, self.words, self.scale, self.zero, bias, self.table, self.format.bits)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        inputs = "" if self.activation is None else f", inputs of {self.activation.bits} bits"
+        return f"{self.in_features}, {self.out_features}, {self.format.kind} of {self.format.bits} bits{inputs}"
+
+
+def divided(weight: Tensor, divisor: Tensor | None, sign: Tensor | None) -> Tensor:
+    """The columns that meet the inputs which ``QuantLinear.inputs`` makes."""
+    weight = weight.float() if divisor is None else weight.float() * divisor.float()
+    return weight if sign is None else rotate(weight, sign.float())
