@@ -45,19 +45,9 @@ def prepare(kind: str, dtype: torch.dtype, turned: bool = False) -> None:
     _function(_name(kind, dtype, turned))
 
 
-def forward(
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down: torch.Tensor,
-    down_bias: torch.Tensor | None,
-    index: torch.Tensor,
-    scale: torch.Tensor,
-    keep: bool = False,
-    **attrs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``experts_ref``."""
-    operands = _dense(x, gate_up, gate_up_bias, down, down_bias, index, scale)
+def forward(*given: Any, keep: bool = False, **attrs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``experts_ref``, whose operands and attributes these are."""
+    operands, x = _dense(*given), given[0]
     sizes = _sizes(operands, attrs)
     tokens, choices, _, _, inner, out_width = sizes[:6]
     out = x.new_empty((tokens, out_width))
@@ -69,20 +59,11 @@ def forward(
 
 
 def backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down: torch.Tensor,
-    down_bias: torch.Tensor | None,
-    index: torch.Tensor,
-    scale: torch.Tensor,
-    pre: torch.Tensor,
-    wanted: tuple[bool, bool, bool] = (True, True, True),
-    **attrs: Any,
+    grad: torch.Tensor, *given: Any, wanted: tuple[bool, bool, bool] = (True, True, True), **attrs: Any
 ) -> tuple[torch.Tensor, ...]:
-    """See ``experts_backward_ref``."""
-    operands = _dense(x, gate_up, gate_up_bias, down, down_bias, index, scale)
+    """See ``experts_backward_ref``, whose operands and attributes these are."""
+    *layer, pre = given
+    operands, x, index, scale = _dense(*layer), layer[0], layer[5], layer[6]
     sizes = _sizes(operands, attrs)
     wants = (wanted[0], *(wanted[1],) * 4, wanted[2])
     like = (*operands[:5], operands[6])
