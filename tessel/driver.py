@@ -20,6 +20,7 @@ import torch
 from .autotune.tuned import tuned
 from .codegen.cpp_attention import refusal as attention_refusal
 from .codegen.host import Called, Launch
+from .codegen.triton import render
 from .config import Options
 from .errors import TesselError, check, did_you_mean
 from .frontend.capture import GraphInfo
@@ -33,18 +34,22 @@ from .passes.pipeline import CPU_ONLY, GPU_ONLY, PASSES, Trace, run_pipeline
 from .passes.pipeline import Pass as PassFunction
 from .report import Call, Compilation, Fused, Kernel, Pass, Report, Resource
 from .runtime.kernels import Kernels, Pick, by_torch
-from .runtime.launch import interpreting
+from .runtime.launch import interpreting, load
 from .runtime.library import called
-from .runtime.loop import Loop
+from .runtime.loop import Loop, LoopKernel
 from .runtime.matmul_cpu import Product, by_library, grouped
 from .runtime.native_kernels import NativeKernels
 from .runtime.program import build
 from .runtime.replay import Replayed, check_replayable
 from .runtime.whole import WHOLE, whole
-from .solve.forced import forced_knobs, unused_entries
+from .solve import tile
+from .solve.forced import TileRefused, forced_knobs, unused_entries
 from .targets import TARGETS, Target, get_target, match_device
 from .tiles.attention_io import least_bytes, moved_bytes
 from .tiles.cost import base_values, bytes_moved, node_bytes
+from .tiles.kernel import Kernel as TileProgram
+from .tiles.loops import loop_kernel
+from .tiles.lower import lower
 
 __all__ = ["Place", "Session", "compile_graph", "place_for", "resolve_target"]
 
@@ -227,6 +232,7 @@ def _compile(
         record.notes.append(f"options.tile is not used: tiles are for GPUs, this is {place.target.name}")
     for name in unused_entries(options.tile, (s.kernel for s in kernels.sources.values())):
         record.notes.append(f"options.tile: no kernel of this graph is called {name!r}")
+    loops = {n: _loop_kernel(n, imported, options, place, record, stage) for n in graph.nodes if n.op.name == "loop"}
     stage[0] = "host program"
     product = Product(options.deterministic) if place.how == "native" else None
 
@@ -238,12 +244,14 @@ def _compile(
         if node.op.name == "grouped_mm" and (own := _grouped(node, place, options)[0]) is not None:
             return Called("grouped_mm", own, dict(node.attrs), owned=True)
         if node.op.name == "loop":
-            return Called("loop", _loop(node, imported, session, record, stage, place, pick), owned=True)
+            if (whole_loop := loops[node][0]) is not None:
+                return Called("loop", whole_loop, owned=True, flat=True)
+            return Called("loop", _loop(node, imported, session, record, stage, place, pick), owned=True, flat=True)
         if node.op.name in WHOLE and (own := _whole(node, place, options)[0]) is not None:
             return Called(node.op.name, own, dict(node.attrs), owned=True, flat=True)
         return called(node, options.attention, device, product)
 
-    _describe(graph, kernels, place, options, imported, record)
+    _describe(graph, kernels, place, options, imported, record, {n: why for n, (_, why) in loops.items()})
     program = build(
         graph,
         call,
@@ -284,6 +292,45 @@ def _loop(
     run = _compile(step, GraphInfo("inference"), session, inner, stage, place, False, pick)
     record.steps.append(inner)
     return Loop(run)
+
+
+def _loop_kernel(
+    node: Node, imported: Imported, options: Options, place: Place, record: Compilation, stage: list[str]
+) -> tuple[LoopKernel | None, str]:
+    """One kernel for all steps of a loop (None: it goes step by step), and why."""
+    if place.how not in ("launch", "interpret"):
+        return None, "a loop over time: its step is compiled, see below"
+    step = Imported(node.regions[0], {}, (), imported.hints, imported.device)
+    graph = _run_passes(step, options, place, Compilation(record.name, record.kind), stage)
+    try:
+        kernel = loop_kernel(*_one_kernel(graph), node=node)
+        knobs = forced_knobs(options.tile, kernel) or None
+        source = render(kernel, place.target, tile(kernel, place.target, options) if place.how == "launch" else knobs)
+    except TileRefused:
+        raise  # the user's word: no quiet way around it
+    except TesselError as e:
+        return None, f"a loop over time, step by step from Python ({e}); its step is compiled, see below"
+    launcher = load(source, options.source_dir())
+    where = node.loc.short
+    record.kernels.append(
+        Kernel(source.name, "scan", str(launcher.path), source.text, [where], "triton", rendered=source)
+    )
+    record.launches += 1
+    return LoopKernel(kernel, launcher, source.grid_for({})), "Tessel's kernel: all steps in one launch"
+
+
+def _one_kernel(graph: Graph) -> tuple[TileProgram, list[int], list[list[int]]]:
+    """The one kernel that a step is, which inputs of the step it reads, and which outputs its results are.
+
+    Raises:
+        TesselError: the step is more than that.
+    """
+    nodes = [n for n in graph.nodes if n.op.kind != "view"]
+    place = {n.out: i for i, n in enumerate(graph.inputs)}
+    if len(nodes) != 1 or nodes[0].op.kind != "kernel" or any(v not in place for v in nodes[0].operands):
+        raise TesselError(f"its step is {len(nodes)} kernels and calls, not one kernel of what it is given")
+    made = [[i for i, v in enumerate(graph.outputs) if v == out] for out in nodes[0].outs]
+    return lower(nodes[0]), [place[v] for v in nodes[0].operands], made
 
 
 def _pick(place: Place, options: Options, hints: Mapping[str, int]) -> Pick | None:
@@ -388,7 +435,13 @@ def _debug(options: Options, done: Pass, before: Graph) -> None:
 
 
 def _describe(
-    graph: Graph, kernels: Kernels, place: Place, options: Options, imported: Imported, record: Compilation
+    graph: Graph,
+    kernels: Kernels,
+    place: Place,
+    options: Options,
+    imported: Imported,
+    record: Compilation,
+    loops: Mapping[Node, str],
 ) -> None:
     """Write into the record what became of every node of the final graph."""
     known = {f.target for f in imported.fallbacks}
@@ -412,7 +465,8 @@ def _describe(
         target = node.attrs.get("target")
         if target is not None and str(target) in known:
             continue  # listed among the fallbacks, with its own reason
-        record.calls.append(Call(str(target or node.op.name), node.loc.short, _why_torch(node, place, options)))
+        why = loops[node] if node in loops and place.how != "torch" else _why_torch(node, place, options)
+        record.calls.append(Call(str(target or node.op.name), node.loc.short, why))
     for name, source in kernels.sources.items():
         file = str(kernels.launchers[name].path)
         sites = [n.loc.short for n in kernels.sites[name]]
@@ -441,8 +495,6 @@ def _why_torch(node: Node, place: Place, options: Options) -> str:
         return _library_product(node, place, options) or refusal(node) or "the vendor's library"
     if node.op.name == "grouped_mm":
         return _grouped(node, place, options)[1]
-    if node.op.name == "loop":
-        return "a loop over time: its step is compiled, see below"
     if node.op.name in WHOLE:
         return _whole(node, place, options)[1]
     if node.op.kind == "contract":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..tiles.index import Atom, Index
-from ..tiles.kernel import ACC, Check, Kernel, Load, Stmt, Store, axes_read, indices_of, refs
+from ..tiles.kernel import ACC, Check, Kernel, Load, Next, Stmt, Store, axes_read, indices_of, refs
 
 Dims = frozenset[int]
 NONE: Dims = frozenset()
@@ -59,6 +59,6 @@ def depends_on(stmts: Sequence[Stmt], names: set[str]) -> set[int]:
     for i, s in enumerate(stmts):
         if axes_read(s) & names or any(n in moving for n in refs(s)):
             found.add(i)
-            if not isinstance(s, Store | Check):
+            if not isinstance(s, Store | Check | Next):
                 moving.add(s.out)
     return found

@@ -23,8 +23,8 @@ from ..errors import check
 from ..ir.types import Dim, product
 from ..tiles.default import of_kind
 from ..tiles.index import scale, var
-from ..tiles.kernel import Axis, Check, Kernel, Load, Reduce, Scan, Stmt, Store, axes_read, refs
-from .dialect import compute_dtype, size_text, triton_dtype
+from ..tiles.kernel import Axis, Carry, Check, Kernel, Load, Next, Reduce, Ref, Scan, Stmt, Store, axes_read, refs
+from .dialect import cast, compute_dtype, rounded, size_text, triton_dtype
 from .expr import Emitter
 from .families import BOTH, Folds, R, X, divides, flat_axes, names_for
 from .names import NONE, Dims, Lane, used_indices
@@ -55,9 +55,10 @@ class _Writer:
         self.x_extent, self.r_extent = (product(a.extent for a in of_kind(kernel, kind)) for kind in "xr")
         self.folds = bool(of_kind(kernel, "r"))
         self.side = knobs["SIDE"]
+        loop = any(isinstance(s, Carry) for s in kernel.body)
         check(
-            not (self.side > 1 and (self.folds or knobs["STEPS"] > 1)),
-            lambda: f"{kernel.name}: SIDE={self.side} is for recurrences without a fold, and STEPS=1",
+            not (self.side > 1 and (self.folds or loop or knobs["STEPS"] > 1)),
+            lambda: f"{kernel.name}: SIDE={self.side} is for linear recurrences without a fold, and STEPS=1",
         )
         check(
             not self.folds or (isinstance(self.r_extent, int) and knobs["RB"] >= self.r_extent),
@@ -67,6 +68,7 @@ class _Writer:
         self.shape = ("XB", "RB") if self.folds else ("XB", "SIDE") if self.side > 1 else ("XB",)
         self.whole: Dims = X if len(self.shape) == 1 else BOTH
         self.x_ok = None if divides(knobs["XB"], self.x_extent) else "x_ok"
+        self.carried: dict[int, Dims] = {}  # of a loop of any kind: the dimensions of its carries
         self.r_ok = None if not self.folds or divides(knobs["RB"], self.r_extent) else "r_ok"
 
     def context(self) -> dict[str, Any]:
@@ -76,16 +78,23 @@ class _Writer:
         for s in (s for s, moves in zip(body, moving) if not moves):
             self._emit(first, s)
         for s in body:
-            if isinstance(s, Scan):
+            if isinstance(s, Carry):
+                first.emit(Load(s.out, s.access, s.dtype))
+                text, dims, _ = first.values[s.out]
+                self.carried[s.out] = dims
+                first.lines.append(f"{self._state(s)} = {text}")
+            elif isinstance(s, Scan):
                 shape = "XB, 1" if self.side > 1 else ", ".join(self.shape)
                 start = f"tl.full([{shape}], 0.0, {triton_dtype(compute_dtype(s.dtype))})"
                 first.lines.append(f"{self._state(s)} = {start}")
         for s in (s for s, moves in zip(body, moving) if moves):
             first.hoist(used_indices(self.kernel, s), BOTH)
         before = first.take()
+        after = self._last_carries(first)
         # What is loaded, wherever it is read, is on its way before the first step waits for anything.
         steps = sorted((s for s, moves in zip(body, moving) if moves), key=lambda s: not _plain_load(s))
         write = self._aside if self.side > 1 else self._in_order
+        blocks = write(first, steps)
         return {
             "x_extent": size_text(self.x_extent),
             "x_masked": self.x_ok is not None,
@@ -95,7 +104,8 @@ class _Writer:
             "folds": self.folds,
             "side": self.side,
             "before": before,
-            "blocks": write(first, steps),
+            "blocks": blocks,
+            "after": after,
         }
 
     def _emitter(self, steps: Mapping[str, Lane], after: Emitter | None = None) -> Emitter:
@@ -110,7 +120,7 @@ class _Writer:
             e.restore(after.scope())
         return e
 
-    def _state(self, stmt: Scan) -> str:
+    def _state(self, stmt: Scan | Carry) -> str:
         key = ("state", stmt.out)
         if key not in self.names.known:
             self.names.known[key] = self.names.fresh(f"state{stmt.out}")
@@ -145,6 +155,8 @@ class _Writer:
             )
             each.append((self._emitter({"s": Lane(at, NONE)}, first), at))
         begins = not (isinstance(start, int) and start > 0)
+        if self.carried:
+            return Block(size_text(start), size_text(stop), str(count), lines + self._whole_steps(stmts, each))
         for stmt in stmts:
             for i, (e, at) in enumerate(each):
                 if isinstance(stmt, Scan):
@@ -160,6 +172,50 @@ class _Writer:
         new = f"{a} * {state} + {b}"
         e.assign(stmt.out, "scan", f"tl.where({later}, {new}, {b})" if later else new, self.whole, stmt.dtype)
         e.lines.append(f"{state} = {e.values[stmt.out][0]}")
+
+    # ------------------------------------------------------------ steps of any kind
+
+    def _whole_steps(self, stmts: Sequence[Stmt], each: Sequence[tuple[Emitter, str]]) -> list[str]:
+        """All that is loaded for the steps, then one step after the other; carries change when a step is over."""
+        lines: list[str] = []
+        for stmt in (s for s in stmts if _plain_load(s)):
+            for e, _ in each:
+                e.emit(stmt)
+                lines += e.take()
+        rest = [s for s in stmts if not _plain_load(s) and not isinstance(s, Next)]
+        ends = [s for s in stmts if isinstance(s, Next)]
+        for e, _ in each:
+            for stmt in rest:
+                if isinstance(stmt, Carry):
+                    e.define(stmt.out, self._state(stmt), self.carried[stmt.out], stmt.dtype)
+                else:
+                    self._emit(e, stmt)
+            for i, end in enumerate(ends):
+                self._end(e, end, f"next{i}")
+            e.lines += [f"{self._state_of(end)} = next{i}" for i, end in enumerate(ends)]
+            lines += e.take()
+        return lines
+
+    def _end(self, e: Emitter, stmt: Next, name: str) -> None:
+        """The next value of a carry under a name of its own, rounded as memory would."""
+        dtype = self.kernel.params[stmt.access.param].type.dtype
+        text, dims = e.operand(stmt.arg, stmt.dtype, True)
+        want = self.carried[stmt.carry]
+        check(dims <= want, lambda: f"{self.kernel.name}: a carry's next value has dimensions that the carry has not")
+        text = rounded(cast(text, stmt.dtype, dtype, self.interpret), dtype, self.interpret)
+        e.lines.append(f"{name} = {e.spread(text, dims, want)}")
+
+    def _state_of(self, stmt: Next) -> str:
+        return self._state(next(s for s in self.kernel.body if isinstance(s, Carry) and s.out == stmt.carry))
+
+    def _last_carries(self, first: Emitter) -> list[str]:
+        """Stores of what the last step left."""
+        for s in self.kernel.body:
+            if isinstance(s, Next):
+                dtype = self.kernel.params[s.access.param].type.dtype
+                first.define(s.carry, self._state_of(s), self.carried[s.carry], dtype)
+                first.emit(Store(s.access, Ref(s.carry), dtype))
+        return first.take()
 
     # ------------------------------------------------------------ steps side by side
 
@@ -198,8 +254,8 @@ def _moving(body: Sequence[Stmt], step: str) -> list[bool]:
     numbers: set[int] = set()
     found = []
     for s in body:
-        moves = isinstance(s, Scan) or step in axes_read(s) or any(n in numbers for n in refs(s))
+        moves = isinstance(s, Scan | Carry | Next) or step in axes_read(s) or any(n in numbers for n in refs(s))
         found.append(moves)
-        if moves and not isinstance(s, Store | Check):
+        if moves and not isinstance(s, Store | Check | Next):
             numbers.add(s.out)
     return found

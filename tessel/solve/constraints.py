@@ -392,7 +392,7 @@ def _scan(problem: Problem, target: Target) -> list[Constraint]:
         Constraint(
             "side by side",
             True,
-            lambda v: ((v["SIDE"] > 1) & ((v["STEPS"] > 1) | (problem.folds > 0) | (problem.r > 1))) * 1,
+            lambda v: ((v["SIDE"] > 1) & ((v["STEPS"] > 1) | (not problem.lines) | (problem.r > 1))) * 1,
             lambda v: 0,
             lambda v, n, m: f"SIDE={v['SIDE']} is for recurrences without a fold, and STEPS=1",
         ),

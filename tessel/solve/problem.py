@@ -19,7 +19,7 @@ from ..tiles.cost import stored_bytes
 from ..tiles.default import batch_axes, formula_values, head_widths, of_kind, plain_dot, reads_across, score_bytes
 from ..tiles.descriptors import descriptors
 from ..tiles.header import ATTENTION
-from ..tiles.kernel import Compute, Kernel, Load, Reduce, Stmt, Store, axes_read
+from ..tiles.kernel import Carry, Compute, Kernel, Load, Reduce, Stmt, Store, axes_read
 from ..tiles.split import splittable
 
 __all__ = ["Problem", "problem_of"]
@@ -49,6 +49,7 @@ class Problem:
         d, e: widths of keys and values, as powers of two.
         x, r: points of a pointwise kernel or reduction, and how many are folded into each.
         steps: of a scan, one after the other; x recurrences run side by side, each with a state of r places.
+        lines: of a scan: steps can be joined, as those of a loop of any other kind cannot.
         itemsize, out_itemsize, widest: bytes of the widest input, output and either (at least 4).
         dtype: of a product's operands, as ``Target.flops`` names it.
         plain: multiplied without matrix instructions.
@@ -83,6 +84,7 @@ class Problem:
     x: int = 1
     r: int = 1
     steps: int = 1
+    lines: bool = True
     itemsize: int = 4
     out_itemsize: int = 4
     widest: int = 4
@@ -285,6 +287,7 @@ def _points(kernel: Kernel, sizes: _Sizes) -> dict[str, Any]:
         "x": x,
         "r": sizes.of(folded),
         "steps": steps,
+        "lines": not any(isinstance(s, Carry) for s in kernel.body),
         # of a table only the rows looked up
         "loaded": x * steps * sizes.of(folded) * sum(s.dtype.itemsize for s in loads),
         "point_bytes": sum(s.dtype.itemsize for s in wide),

@@ -154,6 +154,25 @@ class Scan:
 
 
 @dataclass(frozen=True, slots=True)
+class Carry:
+    """What the step before left (``Next``); before the first step, what ``access`` loads."""
+
+    out: int
+    access: Access
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """What the next step finds in the ``Carry`` of that number; after the last step it is stored."""
+
+    carry: int
+    arg: Operand
+    access: Access
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
     """Stop the program unless ``0 <= arg < high``: the bound eager checks for an index."""
 
@@ -170,13 +189,14 @@ class Store:
     dtype: torch.dtype
 
 
-Stmt: TypeAlias = Load | IndexOf | Test | Compute | Reduce | Scan | Check | Store
+_Sink = Store | Check | Next  # statements without a value
+Stmt: TypeAlias = Load | IndexOf | Test | Compute | Reduce | Scan | Carry | Next | Check | Store
 
 
 def refs(stmt: Stmt) -> Iterator[int]:
     """Numbers of the values a statement reads, those inside its indices too."""
     indices: list[Index] = []
-    if isinstance(stmt, Load | Store):
+    if isinstance(stmt, Load | Store | Carry | Next):
         indices += [*stmt.access.coords, *(c.index for c in stmt.access.mask)]
     if isinstance(stmt, IndexOf):
         indices.append(stmt.index)
@@ -195,13 +215,13 @@ def refs(stmt: Stmt) -> Iterator[int]:
         yield stmt.arg.number
     if isinstance(stmt, Scan):
         yield from (stmt.a.number, stmt.b.number)
-    if isinstance(stmt, Store) and isinstance(stmt.arg, Ref):
+    if isinstance(stmt, Store | Next) and isinstance(stmt.arg, Ref):
         yield stmt.arg.number
 
 
 def indices_of(stmt: Stmt) -> Iterator[Index]:
     """Every index expression inside a statement."""
-    if isinstance(stmt, Load | Store):
+    if isinstance(stmt, Load | Store | Carry | Next):
         yield from stmt.access.coords
         yield from (c.index for c in stmt.access.mask)
     elif isinstance(stmt, IndexOf):
@@ -307,11 +327,11 @@ class Kernel:
         run once, before the loop that first needs them.
         """
         reduced = {a.name for a in self.axes if a.kind == "r"}
-        by_out = {s.out: s for s in self.body if not isinstance(s, Store | Check)}
+        by_out = {s.out: s for s in self.body if not isinstance(s, _Sink)}
         level: dict[int, int] = {}  # how many loops must have run before a value is known
         in_loop: dict[int, bool] = {}
         for s in self.body:
-            if isinstance(s, Store | Check):
+            if isinstance(s, _Sink):
                 continue
             needs = [n for n in refs(s) if n in level]
             lv = max((level[n] for n in needs), default=0)
@@ -322,7 +342,7 @@ class Kernel:
                 in_loop[s.out] = bool(axes_read(s) & reduced) or any(in_loop[n] for n in needs)
         sinks: dict[tuple[int, bool], list[Stmt]] = {}
         for s in self.body:
-            if isinstance(s, Store | Check):
+            if isinstance(s, _Sink):
                 needs = [n for n in refs(s) if n in level]
                 lv = max((level[n] for n in needs), default=0)
                 looped = bool(axes_read(s) & reduced) or any(in_loop[n] for n in needs)
@@ -341,12 +361,12 @@ class Kernel:
                 ready = [
                     s
                     for s in self.body
-                    if not isinstance(s, Store | Check | Reduce)
+                    if not isinstance(s, _Sink | Reduce)
                     and s.out in wanted
                     and not in_loop[s.out]
                     and s.out not in done
                 ]
-                done.update(s.out for s in ready if not isinstance(s, Store | Check))
+                done.update(s.out for s in ready if not isinstance(s, _Sink))
                 sink_ids = {id(s) for s in roots}
                 if ready:
                     out.append(Segment(False, tuple(ready)))
@@ -354,7 +374,7 @@ class Kernel:
                     s
                     for s in self.body
                     if id(s) in sink_ids
-                    or (looped and not isinstance(s, Store | Check | Reduce) and s.out in wanted and in_loop[s.out])
+                    or (looped and not isinstance(s, _Sink | Reduce) and s.out in wanted and in_loop[s.out])
                 ]
                 out.append(Segment(looped, tuple(stmts)))
         return tuple(out)
