@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tessel.errors import TesselError
-from tessel.solve.pipeline import SCHEDULES, bubble, cut, held, step_seconds
+from tessel.solve.pipeline import BACKWARD, FORWARD, SCHEDULES, Slot, bubble, cut, held, step_seconds, timeline
 
 ORACLES = json.loads((Path(__file__).parent / "data/sharding_oracles.json").read_text())["bubble_p8_m32_v2"]
 
@@ -101,3 +101,29 @@ def test_a_step_of_equal_stages_has_the_bubble_of_the_formula(schedule: str, chu
 def test_impossible_schedules(args: tuple[object, ...], words: str) -> None:
     with pytest.raises(TesselError, match=words):
         bubble(*args)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb1p", 1)])
+def test_timelines_have_the_bubble_of_the_formula(schedule: str, chunks: int) -> None:
+    slots = timeline(schedule, 8, 32, [(1.0, 2.0)] * (8 * chunks), chunks)
+    end = max(s.end for s in slots)
+    assert end / (3 * 32 * chunks) - 1 == pytest.approx(bubble(schedule, 8, 32, chunks))
+    check_order(slots, 8 * chunks)
+
+
+def test_a_v_is_nearly_full_and_in_order() -> None:
+    slots = timeline("zbv", 4, 16, [(1.0, 2.0)] * 8, 2)
+    assert max(s.end for s in slots) / (3 * 16 * 2) - 1 < bubble("1f1b", 4, 16) / 2
+    check_order(slots, 8)
+
+
+def check_order(slots: list[Slot], parts: int) -> None:
+    """Nobody does two things at once, and nothing begins before what it needs has ended."""
+    for stage in {s.stage for s in slots}:
+        own = sorted((s.start, s.end) for s in slots if s.stage == stage)
+        assert all(a[1] <= b[0] for a, b in pairwise(own))
+    at = {(s.kind, s.part, s.microbatch): s for s in slots}
+    assert len(at) == len(slots)
+    for (kind, part, i), s in at.items():
+        before = [(FORWARD, part - 1, i)] if kind == FORWARD else [(FORWARD, part, i), (BACKWARD, part + 1, i)]
+        assert all(at[n].end <= s.start for n in before if 0 <= n[1] < parts)

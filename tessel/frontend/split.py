@@ -153,11 +153,14 @@ class _Cutter:
         for part in range(1, self.count):
             before, after = 0, len(self.nodes) - 1
             for node, name in self.names.items():
-                own = self.parts_of.get(name, ())
-                if own and max(own) < part:
-                    before = max([before, *(self.at[u] + 1 for u in node.users)])
-                elif own and min(own) >= part:
-                    after = min([after, *(self.at[u] for u in node.users)])
+                own, uses = self.parts_of.get(name, ()), sorted(self.at[u] for u in node.users)
+                if not own or not uses:
+                    continue
+                # of one that several parts use the first use is in the first of them, the last in the last
+                if min(own) < part:
+                    before = max(before, 1 + (uses[-1] if max(own) < part else uses[0]))
+                if max(own) >= part:
+                    after = min(after, uses[0] if min(own) >= part else uses[-1])
             check(
                 max(before, starts[-1] + 1) <= after,
                 lambda p=part: f"part {p} uses a parameter before part {p - 1} is done with its own: cut elsewhere",  # type: ignore[misc]

@@ -410,12 +410,23 @@ class StageSearch:
     def _bound(self, way: Way, spans: Sequence[Spans]) -> float:
         """Seconds that no cut beats: for one part a stage by the best cut, else by the mean of the stages."""
         weight = fill(way.schedule, way.chunks) / self.m
+        sends = self._least_messages(way)
         if way.chunks == 1:
             best = cut(self._cost(way, spans, 0.0), weight)
-            return inf if best is None else best.value
+            return inf if best is None else best.value + sends
         loosest = min(spans, key=lambda s: s.least[0, -1])
         mean = float(loosest.bound(self.p * self.limit)[0, -1]) / self.p
-        return mean * (1 + weight * (self.p - 1)) if cut(self._cost(way, spans, 0.0)) is not None else inf
+        fits = cut(self._cost(way, spans, 0.0)) is not None
+        return mean * (1 + weight * (self.p - 1)) + sends if fits else inf
+
+    def _least_messages(self, way: Way) -> float:
+        """The least seconds of the messages that a microbatch waits for, whatever is handed on."""
+        parts = self.p * way.chunks
+        at = [stage_of(way.schedule, i, self.p) for i in range(parts)]
+        between = [s.after.nbytes for s in self.kinds if s.after is not None]
+        least = min(between, default=0) / prod(a.size for a in self.pricer.axes)
+        ways = 2 if self.pricer.setting.train else 1
+        return ways * sum(a != b for a, b in pairwise(at)) * self.axis.seconds("permute", least)
 
     def settle(self, candidate: Candidate, progress: Progress) -> Staged | None:
         """The stages of a candidate; None where what is transient in them is too much for every cut."""

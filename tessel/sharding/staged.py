@@ -188,6 +188,9 @@ def annotations_of_stages(plan: ShardingPlan, tensors: Sequence[torch.Tensor]) -
 # ---------------------------------------------------------------- a rank's parts
 
 
+_ABSENT = object()  # in the place of a tensor that another stage holds
+
+
 class StageModule(Distributed):
     """One part of the model on this rank: it takes and gives shares, but whole arguments and whole last results.
 
@@ -208,13 +211,16 @@ class StageModule(Distributed):
             named = [getattr(model, f"named_{what}")(remove_duplicate=False) for what in ("parameters", "buffers")]
             for name, x in (pair for own in named for pair in own):
                 check(not x.is_meta, lambda n=name: f"stages take a model with its tensors; {n} is on the meta device")  # type: ignore[misc]
-                if name in self.held and made.get(id(x)) is None:
+                if name in self.held and made.get(id(x), _ABSENT) is _ABSENT:
                     self.shapes[name] = tuple(x.shape)
                     own = self._shard(name, x, mesh, rank)
                     made[id(x)] = torch.nn.Parameter(own, x.requires_grad) if isinstance(x, torch.nn.Parameter) else own
                 else:
-                    made.setdefault(id(x), None)  # another stage's
+                    made.setdefault(id(x), _ABSENT)
         self.module = copy.deepcopy(model, memo=made)
+        for module in self.module.modules():
+            for tensors in (module._parameters, module._buffers):
+                tensors.update((k, None) for k, x in tensors.items() if x is _ABSENT)
 
     def user_inputs(self) -> list[int]:
         """The caller's tensors that the part reads."""
