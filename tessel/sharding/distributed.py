@@ -125,7 +125,8 @@ class Distributed(torch.nn.Module):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._source = (weights, init)
         self._take_shards(model, mesh, rank)
-        self._dtensors = DTensors(mesh, rank, spmd.step.forward.device.partition(":")[0])
+        held = next((x.device for x in (*self.module.parameters(), *self.module.buffers())), torch.device("cpu"))
+        self._dtensors = DTensors(mesh, rank, held.type)
         forward, backward = spmd.forward, spmd.backward
         by.prepare(_groups(spmd))
         by.agree([(what, p.collectives()) for what, p in zip(("forward", "backward"), spmd.programs())])
@@ -315,7 +316,8 @@ def _runner(imported: Imported, program: Program, by: ProcessGroups, how: How, k
             constants[name] = share(imported.constants[name], sharding, program.mesh, by.rank).contiguous()
     if how == "interpreted":
         return _with(by, program, kind, _interpreted(graph, constants))
-    local = Imported(graph, constants, imported.fallbacks, imported.hints, imported.device)
+    device = "cpu" if imported.device == "meta" else imported.device  # where shards of such a model are made
+    local = Imported(graph, constants, imported.fallbacks, imported.hints, device)
     return _with(by, program, kind, compile_graph(local, GraphInfo(kind), Session()))
 
 

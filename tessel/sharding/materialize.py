@@ -8,7 +8,8 @@ from the generator that one device would use, and a rank keeps the rows that are
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import gcd, prod
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import TesselError, check, did_you_mean
+from ..frontend.compat import FakeTensorMode
 from ..ir.sharding import Sharding
 from ..targets.mesh import Mesh
 
@@ -31,9 +33,6 @@ _POINTWISE = frozenset(
     {"add_", "mul_", "sub_", "div_", "neg_", "erfinv_", "clamp_", "clamp_min_", "clamp_max_", "abs_"}
 )
 _FILLS = frozenset({"fill_", "zero_"})
-_READ_ONLY = frozenset(
-    {"detach", "view", "select", "slice", "t", "transpose", "alias", "as_strided", "_to_copy", "empty"}
-)
 
 
 def region(shape: Sequence[int], sharding: Sharding | None, mesh: Mesh, rank: int) -> tuple[slice, ...]:
@@ -68,7 +67,7 @@ class _Act:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down what is done to meta tensors, by their memory."""
+    """Writes down what is done to tensors, by their memory."""
 
     def __init__(self, names: Mapping[int, tuple[str, torch.Tensor]]) -> None:
         super().__init__()
@@ -80,6 +79,11 @@ class _Recorder(TorchDispatchMode):
         name = func.overloadpacket.__name__
         x = args[0] if args and isinstance(args[0], torch.Tensor) else None
         known = self.names.get(x.untyped_storage()._cdata) if x is not None else None
+        if known is None and name in _DRAWS:
+            raise TesselError(
+                f"init calls {name} on a tensor of its own, as truncated normals by rejection do: what it makes of it "
+                "cannot be drawn by shards; give weights"
+            )
         if known is not None and x is not None and name.endswith("_"):
             self.acts.append((known[0], self.act(*known, name, func, x, args[1:], kwargs)))
         return func(*args, **kwargs)
@@ -166,13 +170,37 @@ def drawn(model: torch.nn.Module, init: Callable[[torch.nn.Module], Any], wanted
     check(
         not real, lambda: f"init would write to {real[0]}, which is not on the meta device; make all of the model there"
     )
-    recorder = _Recorder({x.untyped_storage()._cdata: (n, x.detach()) for n, x in tensors.items()})
-    with torch.no_grad(), recorder:
-        init(model)
+    # torch's initialisations skip meta tensors; fake ones are written, and refuse what depends on the values drawn
+    with FakeTensorMode() as mode:
+        fakes = {n: torch.empty(x.shape, dtype=x.dtype) for n, x in tensors.items()}
+    recorder = _Recorder({x.untyped_storage()._cdata: (n, x) for n, x in fakes.items()})
+    with _holding(model, {id(x): fakes[n] for n, x in tensors.items()}), torch.no_grad(), mode, recorder:
+        try:
+            init(model)
+        except TesselError:
+            raise
+        except Exception as e:  # whatever the user's function, or torch on fake tensors, raises
+            raise TesselError(f"init cannot be done by shards; give weights. It raised {type(e).__name__}: {e}") from e
     written = {name for name, _ in recorder.acts}
     missing = [n for n in wanted if n not in written]
     check(not missing, lambda: f"init writes nothing to {', '.join(missing[:5])}; give their values")
     return Drawn(recorder.acts, tensors)
+
+
+@contextmanager
+def _holding(model: torch.nn.Module, others: Mapping[int, torch.Tensor]) -> Iterator[None]:
+    """The model with other tensors in the place of its own, by identity."""
+    kept = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    made = {i: torch.nn.Parameter(x, requires_grad=x.is_floating_point()) for i, x in others.items()}
+    try:
+        for m, params, buffers in kept:
+            m._parameters.update({n: made[id(p)] for n, p in params.items() if p is not None})
+            m._buffers.update({n: others[id(b)] for n, b in buffers.items() if b is not None})
+        yield
+    finally:
+        for m, params, buffers in kept:
+            m._parameters.update(params)
+            m._buffers.update(buffers)
 
 
 # ---------------------------------------------------------------- files

@@ -139,7 +139,8 @@ class Pricer:
         """The layout that an operand must have; None where its views are in the way."""
         if use.source is None:
             return ()
-        train = (self.setting.train and isinstance(use.source, Tensor)) or isinstance(use.source, Param)
+        has_gradient = use.source.type.dtype.is_floating_point  # indices are the same copy, whoever reads them
+        train = (self.setting.train and has_gradient) if isinstance(use.source, Tensor) else True
         atoms = use.source.atoms if isinstance(use.source, Tensor) else _param_atoms(use.source)
         out = []
         for split in splits:
