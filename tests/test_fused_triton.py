@@ -99,6 +99,8 @@ def test_compile_offline(target: str) -> None:
     half = torch.bfloat16
     sources = [
         loss_source("fold", half, record, {"classes": 32000, "label_smoothing": 0.1, "softcap": 30.0}, True),
+        loss_source("gradients", half, record, {"classes": 32000}, False),
+        grouped_source("product", half, record, {"bias": True, "scaled": True}),
         grouped_source("inner", half, record, {**limited, "bias": True, "keep": True}),
         grouped_source("back", half, record, {"act": "gelu_tanh"}),
         grouped_source("outer", half, record, {"gathered": "left"}),
