@@ -5,6 +5,7 @@ Results and every gradient equal those of one device in float64; the collectives
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from tessel.errors import TesselError
 from tessel.frontend.joint import Step, capture_step, tensors_of
 from tessel.models import load_model
 from tessel.sharding.spmd import Spmd, lay_out
+from tessel.sharding.verify import verify_program
 from tessel.targets.mesh import Mesh
 
 pytest.importorskip("transformers")
@@ -114,6 +116,42 @@ def test_fully_sharded(name: str) -> None:
 def test_two_dimensions(name: str) -> None:
     lines = data(name) + tensor(name)
     laid(name, {"dp": 2, "tp": 2}, lines + sequence(name, "dp") if name in LAYERS else lines)
+
+
+@pytest.mark.parametrize(("name", "ring"), [("llama", True), ("gpt2", True), ("bert", False), ("mixtral", True)])
+def test_split_sequences(name: str, ring: bool) -> None:
+    """Several sequences a rank, each of them split: no activation of a linear layer is gathered."""
+    model, user, step = captured(name)
+    lines = annotations([("shard", "inputs[0]", (None, "sp"))])
+    spmd = lay_out(step, Mesh({"sp": 2}), lines, whole_results=False, ring=("sp",) if ring else ())
+    same_as_one_device(spmd, model, user)
+    assert spmd.backward is not None
+    found, back = counts(spmd.forward), counts(spmd.backward)
+    # keys and values go round, their gradients one place further; else they are gathered, and the gradients scattered
+    assert (found["collective_permute sp"], back["collective_permute sp"]) == ((2, 6) if ring else (0, 0))
+    if name in ("llama", "gpt2"):  # Mixtral's experts read all tokens
+        assert all(c.bytes <= 256 for c in spmd.forward.collectives() if c.kind == "all_gather")  # positions
+    for program in spmd.programs():
+        assert verify_program(program).proved
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_expert_parallel(tokens: bool) -> None:
+    """Each rank has half of the experts; tokens that are split too are gathered for them, and their sums scattered."""
+    model, user, step = captured("mixtral")
+    experts = [n for n, p in model.named_parameters() if p.dim() == 3]
+    lines: list[tuple[Any, ...]] = [("shard", n, ("ep", None, None)) for n in experts]
+    spmd = lay_out(step, Mesh({"ep": 2}), annotations(lines + [("shard", "inputs[0]", ("ep", None))] * tokens))
+    same_as_one_device(spmd, model, user)
+    sent = Counter(
+        {(c.kind, c.bytes): 1 for c in spmd.forward.collectives() if "32,64" in c.tensor or "4,8,64" in c.tensor}
+    )
+    share = 32 * 64 * 4 // 2
+    assert sent == (
+        {("all_gather", share): 1, ("reduce_scatter", share): 1} if tokens else {("all_reduce", 2 * share): 1}
+    )
+    for program in spmd.programs():
+        assert verify_program(program).proved
 
 
 def test_a_split_vocabulary() -> None:

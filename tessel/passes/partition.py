@@ -33,6 +33,7 @@ from ._layouts import Layouts
 from ._linear import Carried, carries
 from ._rank import Action, Local, Move, write_rank
 from ._reshard import Price, Step, by_bytes, rematerializes, reshard
+from ._tokens import flattened
 
 # What work costs beside bytes sent, on an H100: 794 TFLOP/s reached in bf16 and 3.35 TB/s of memory against
 # 394 GB/s of an all-gather over 8 (the figures of NVIDIA's and NCCL's authors).
@@ -77,9 +78,14 @@ class Program:
     effects: tuple[Sharding, ...] = ()
     warnings: list[str] = field(default_factory=list)
 
-    def rank(self, rank: int) -> Graph:
-        """The graph that rank ``rank`` runs: the same collectives in the same order on every rank."""
-        return write_rank(self.graph, self.mesh, rank, self.actions, self.inputs, self.outputs, self.effects)
+    def rank(self, rank: int, *, flat: bool = True) -> Graph:
+        """The graph that rank ``rank`` runs: the same collectives in the same order on every rank.
+
+        Args:
+            flat: with products on rows; else as ``graph`` has them.
+        """
+        graph = write_rank(self.graph, self.mesh, rank, self.actions, self.inputs, self.outputs, self.effects)
+        return flattened(graph) if flat else graph
 
     def moves(self) -> Iterator[Move]:
         """The moves, in order."""

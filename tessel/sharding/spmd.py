@@ -20,6 +20,7 @@ from ..ops import OPS
 from ..passes._draws import draw_apart
 from ..passes._factors import Split
 from ..passes._reshard import Price
+from ..passes._tokens import apart, splits_inside
 from ..passes.partition import Collective, Program, partition
 from ..passes.pipeline import BEFORE_SHARD, run_pipeline
 from ..passes.shard import Seed, propagate
@@ -122,6 +123,9 @@ def lay_out(
     """
     step = prepared_step(step)
     said = seeds(annotations, step.forward.graph, mesh, step.positions)
+    if splits is None and splits_inside(said, mesh):
+        step = _tokens_apart(step)
+        said = seeds(annotations, step.forward.graph, mesh, step.positions)
     return lay_out_prepared(step, mesh, said, whole_results=whole_results, splits=splits, price=price, ring=ring)
 
 
@@ -131,6 +135,15 @@ def prepared_step(step: Step) -> Step:
     if step.backward is None:
         return step
     return _saved_in_full_rank(replace(step, backward=replace(step.backward, graph=prepared(step.backward))))
+
+
+def _tokens_apart(step: Step) -> Step:
+    """The step with batch and sequence apart in its linear layers."""
+    forward = replace(step.forward, graph=apart(step.forward.graph))
+    if step.backward is None:
+        return replace(step, forward=forward)
+    backward = replace(step.backward, graph=apart(step.backward.graph))
+    return _saved_in_full_rank(replace(step, forward=forward, backward=backward))
 
 
 def lay_out_prepared(
@@ -199,24 +212,34 @@ def _saved_in_full_rank(step: Step) -> Step:
     users = forward.users()
     outputs = list(forward.outputs)
     changed: dict[Node, Node] = {}
+    turns: set[Node] = set()  # those that were saved turned
     for i, node in zip(range(step.results, len(outputs)), back.inputs, strict=False):
         v = outputs[i]
         if not _is_tensor(v):
             continue
-        same = [v, *(n.out for n in users.get(v, ()) if n.op.name == "reshape")]
-        if v.op.name == "reshape":
-            same.append(v.node.args[0])
-        best = max(same, key=lambda x: (x.type.rank, x is v))
-        if best != v:
+        turned = v.op.name == "permute" and tuple(v.node.attrs["dims"]) == (1, 0)
+        rows = v.node.args[0] if turned else v
+        same = [rows, *(n.out for n in users.get(rows, ()) if n.op.name == "reshape")]
+        if rows.op.name == "reshape":
+            same.append(rows.node.args[0])
+        best = max(same, key=lambda x: (x.type.rank, x is rows))
+        if best != rows:
             outputs[i] = best
             t = TensorType(best.shape, best.dtype, None, node.out.type.device)
             changed[node] = make_input(node.attrs["name"], t, node.attrs["role"], node.loc)
+            if turned:
+                turns.add(node)
     if not changed:
         return step
     builder = Builder(changed.get(n, n) for n in back.inputs)
     new = {n.out: changed.get(n, n).out for n in back.inputs}
     for old, node in changed.items():
-        new[old.out] = builder.add(OPS["reshape"], node.out, shape=old.out.shape)
+        shape = old.out.shape
+        if old in turns:
+            rows = builder.add(OPS["reshape"], node.out, shape=shape[::-1])
+            new[old.out] = builder.add(OPS["permute"], rows, dims=(1, 0))
+        else:
+            new[old.out] = builder.add(OPS["reshape"], node.out, shape=shape)
     for old in back.nodes:
         node = builder.append(old.replace(args=map_values(old.args, new.__getitem__)))
         new.update(zip(old.outs, node.outs, strict=True))

@@ -135,7 +135,7 @@ def verify_program(program: Program, *, seconds: float = 120.0) -> Report:
         program: of ``partition``.
         seconds: what remains then is not proved.
     """
-    graphs = [program.rank(r) for r in range(program.mesh.devices)]
+    graphs = [program.rank(r, flat=False) for r in range(program.mesh.devices)]
     return verify_ranks(program, graphs, seconds=seconds)
 
 

@@ -118,7 +118,7 @@ def interpreted(node: Node) -> bool:
 
 
 def _is_product(node: Node) -> bool:
-    return node.op.name == "matmul" and len(node.operands) == 2
+    return node.op.name in ("matmul", "linear", "linear_weight") and len(node.operands) == 2
 
 
 # ---------------------------------------------------------------- an operation, element by element
