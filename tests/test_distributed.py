@@ -39,6 +39,7 @@ TWO: Cases = {
     "data": ({"dp": 2}, DATA, "interpreted"),
     "kept split": ({"dp": 2}, DATA + KEPT, "interpreted"),
     "tensor and sequence": ({"dp": 1, "tp": 2}, TENSOR + SEQUENCE, "interpreted"),
+    "ring": ({"sp": 2}, [("shard", "inputs[0]", (None, "sp"))], "interpreted"),
 }
 FOUR: Cases = {
     "tensor and sequence, over data": ({"dp": 2, "tp": 2}, DATA + TENSOR + SEQUENCE, "interpreted"),
@@ -74,7 +75,8 @@ def step(rank: int, cases: Cases) -> None:
     loss(want, ids).backward()
     captured = capture_step(module, (ids,), train=True)
     for name, (mesh, lines, run) in cases.items():
-        placed = distribute(module, lay_out(captured, Mesh(mesh), annotations(lines)), run=run)  # type: ignore[arg-type]
+        laid = lay_out(captured, Mesh(mesh), annotations(lines), ring=("sp",))
+        placed = distribute(module, laid, run=run)  # type: ignore[arg-type]
         got = placed(ids)
         loss(got, ids).backward()
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

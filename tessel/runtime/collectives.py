@@ -283,19 +283,17 @@ def _all_to_all(by: ProcessGroups, x: torch.Tensor, attrs: Mapping[str, Any]) ->
 
 
 def _permute(by: ProcessGroups, x: torch.Tensor, attrs: Mapping[str, Any]) -> torch.Tensor:
-    _, ranks = by.group(tuple(attrs["axes"]))
-    mine = ranks.index(by.rank)
-    x = x.contiguous()
-    out = torch.empty_like(x)
+    """An exchange in which most send nothing to most: unlike a send, it may be waited for a while at a time."""
+    group, order, mine = by.in_order(tuple(attrs["axes"]))
     sources = attrs["sources"]
     targets = [i for i, s in enumerate(sources) if s == mine]
-    if sources[mine] == mine:
-        out.copy_(x)
-    calls = [dist.P2POp(dist.isend, x, ranks[i]) for i in targets if i != mine]
-    if sources[mine] != mine:
-        calls.append(dist.P2POp(dist.irecv, out, ranks[sources[mine]]))
-    for work in dist.batch_isend_irecv(calls) if calls else ():
-        by.wait(work)
+    given, got = [0] * len(order), [0] * len(order)
+    got[order[sources[mine]]] = x.numel()
+    for i in targets:
+        given[order[i]] = x.numel()
+    sent = x.reshape(-1).repeat(len(targets))
+    out = x.new_empty(x.shape)
+    by.wait(dist.all_to_all_single(out.view(-1), sent, got, given, group=group, async_op=True))
     return out
 
 
