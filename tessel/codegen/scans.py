@@ -200,21 +200,21 @@ class _Writer:
         """The next value of a carry under a name of its own, rounded as memory would."""
         dtype = self.kernel.params[stmt.access.param].type.dtype
         text, dims = e.operand(stmt.arg, stmt.dtype, True)
-        want = self.carried[stmt.carry]
+        want = self.carried[stmt.out]
         check(dims <= want, lambda: f"{self.kernel.name}: a carry's next value has dimensions that the carry has not")
         text = rounded(cast(text, stmt.dtype, dtype, self.interpret), dtype, self.interpret)
         e.lines.append(f"{name} = {e.spread(text, dims, want)}")
 
     def _state_of(self, stmt: Next) -> str:
-        return self._state(next(s for s in self.kernel.body if isinstance(s, Carry) and s.out == stmt.carry))
+        return self._state(next(s for s in self.kernel.body if isinstance(s, Carry) and s.out == stmt.out))
 
     def _last_carries(self, first: Emitter) -> list[str]:
         """Stores of what the last step left."""
         for s in self.kernel.body:
             if isinstance(s, Next):
                 dtype = self.kernel.params[s.access.param].type.dtype
-                first.define(s.carry, self._state_of(s), self.carried[s.carry], dtype)
-                first.emit(Store(s.access, Ref(s.carry), dtype))
+                first.define(s.out, self._state_of(s), self.carried[s.out], dtype)
+                first.emit(Store(s.access, Ref(s.out), dtype))
         return first.take()
 
     # ------------------------------------------------------------ steps side by side

@@ -164,9 +164,9 @@ class Carry:
 
 @dataclass(frozen=True, slots=True)
 class Next:
-    """What the next step finds in the ``Carry`` of that number; after the last step it is stored."""
+    """What the next step finds in the ``Carry`` of the number ``out``; after the last step it is stored."""
 
-    carry: int
+    out: int
     arg: Operand
     access: Access
     dtype: torch.dtype

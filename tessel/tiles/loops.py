@@ -48,7 +48,8 @@ def loop_kernel(step: Kernel, given: Sequence[int], made: Sequence[Sequence[int]
     operands = [*init, *xs, *extras]
     ins = [p for p in step.params if not p.out]
     params = [Param(p.name, operands[given[p.slot]].type, False, given[p.slot]) for p in ins]
-    params += [Param(f"out{i}", TensorType(t.shape, t.dtype), True, i) for i, t in enumerate(node.types)]
+    results = [TensorType(v.shape, v.dtype) for v in node.outs]
+    params += [Param(f"out{i}", t, True, i) for i, t in enumerate(results)]
     first_out = len(ins)
     time = var("s", length)
     stored: dict[int, Access] = {}  # carry -> where its next value is written
