@@ -61,7 +61,7 @@ def right(got: Tensor, a: Tensor, b: Tensor, dim: int, reverse: bool = False) ->
     check(got, linear_scan_ref(*wide, dim, reverse), size, 2 * a.shape[dim])
 
 
-@pytest.mark.parametrize("knobs", [{}, {"STEPS": 4}, {"XB": 4, "STEPS": 8}, {"SIDE": 64, "XB": 2}], ids=str)
+@pytest.mark.parametrize("knobs", [{"STEPS": 4}, {"XB": 4, "STEPS": 8}, {"SIDE": 64, "XB": 2}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_linear_scan(reverse: bool, dtype: torch.dtype, knobs: dict[str, int]) -> None:
@@ -71,7 +71,7 @@ def test_linear_scan(reverse: bool, dtype: torch.dtype, knobs: dict[str, int]) -
         right(scanned(a, b, dim, reverse, **knobs), a, b, dim, reverse)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @example(5, 4, 3, 1, False, 4, False).via("three steps and a rest of one")
 @given(
     st.integers(1, 9),
@@ -85,7 +85,7 @@ def test_linear_scan(reverse: bool, dtype: torch.dtype, knobs: dict[str, int]) -
 def test_any_shape(x: int, y: int, z: int, dim: int, reverse: bool, steps: int, aside: bool) -> None:
     torch.manual_seed(x + 10 * y + 100 * z)
     a, b = torch.randn(x, y, z), torch.randn(x, y, z)
-    knobs = {"SIDE": 64, "XB": 16} if aside else {"STEPS": steps, "XB": 16}
+    knobs = {"SIDE": 64, "XB": 32} if aside else {"STEPS": steps, "XB": 32}
     right(scanned(a, b, dim, reverse, **knobs), a, b, dim, reverse)
 
 
@@ -171,11 +171,9 @@ def large() -> dict[str, Kernel]:
         return lower(node)
 
     return {
-        "Mamba": selective_of(1, 2048, 1536, 16, torch.float32),
         "Mamba bf16": selective_of(8, 2048, 1536, 16, torch.bfloat16),
         "odd": selective_of(2, 33, 47, 5, torch.float32),
         "channels": kernel_of((4, 2048, 1024), 1),
-        "rows": kernel_of((64, 4096), 1, dtype=torch.float64),
         "few": kernel_of((3, 100003), 1, reverse=True),
     }
 
