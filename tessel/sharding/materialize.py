@@ -259,4 +259,5 @@ class Files:
                 lambda: f"weights: {name} is {list(shape)} in the file and {list(x.shape)} in the model",
             )
             part = found[place] if shape else f.get_tensor(name)
-            return part.to(x.dtype)  # type: ignore[no-any-return]
+            # a copy: the slice may be a view of the mapped file, which would stay open as long as the shard lives
+            return part.to(x.dtype, copy=True)  # type: ignore[no-any-return]
