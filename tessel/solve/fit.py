@@ -27,8 +27,10 @@ FOLDS = 5
 
 _GEMM = ("BM", "BN", "BK", "num_stages", "num_warps", "shared", "registers", "spills", "tensor_columns")
 _ATTENTION = ("BM", "BN", "BD", "num_stages", "num_warps", "shared", "registers", "spills")
+_GRADIENTS = (*_ATTENTION[:3], "by_keys", *_ATTENTION[3:])
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("attn90", "attn80", "attn942"), _ATTENTION),
+    **{f"{of}{arch}": _GRADIENTS for of in ("dq", "dk") for arch in (80, 90, 100, 942)},
     "rmsnorm90": ("RB", "num_warps", "shared", "registers", "spills"),
 }
 """What the columns of a path's rows mean; a product's where nothing is said."""
@@ -107,7 +109,7 @@ def table(header: Header, rows: Sequence[Row], warp_size: int) -> dict[str, Any]
     """The rows' knobs as arrays, with item sizes of 2 bytes (f16) and what the header derives."""
     names = rows[0].knobs
     values: dict[str, Any] = {n: np.array([r.knobs[n] for r in rows], dtype=np.int64) for n in names}
-    return header.with_derived({**values, "itemsize": 2, "out_itemsize": 2, "warp_size": warp_size})
+    return header.with_derived({**values, "itemsize": 2, "out_itemsize": 2, "score_bytes": 0, "warp_size": warp_size})
 
 
 def terms(formulas: Sequence[str], values: Mapping[str, Any], count: int) -> np.ndarray:

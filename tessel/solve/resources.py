@@ -68,6 +68,7 @@ def coefficients() -> Mapping[str, Mapping[str, Any]]:
 _ELSEWHERE = {  # what stands in where an architecture, or a way to load on it, has not been measured
     "matmul": {"sm_100": "tma100", "sm_90": "ptr90", "gfx": "ptr942", "sm_": "ptr80"},
     "attention": {"sm_": "attn90", "gfx": "attn942"},
+    "attention_backward": {"sm_": "90", "gfx": "942"},
     "reduction": {"sm_": "rmsnorm90", "gfx": "rmsnorm90"},
     "pointwise": {},
     "scan": {},
@@ -81,7 +82,8 @@ def nearest_path(header: Header, arch: str, variant: str = "pointer") -> tuple[L
         return path, True
     for prefix, name in _ELSEWHERE[header.family].items():
         if arch.startswith(prefix):
-            return header.paths[name], False
+            own = {"queries": f"dq{name}", "keys": f"dk{name}"}.get(variant, name)
+            return header.paths[own], False
     return None, False
 
 
@@ -92,6 +94,12 @@ def variants_of(values: Mapping[str, Any]) -> Mapping[str, Any]:
     tma, persistent = np.asarray(values["TMA"]) > 0, np.asarray(values["PERSIST"]) > 0
     found = {"pointer": ~tma, "tma": tma & ~persistent, "persistent": tma & persistent}
     return {n: mask for n, mask in found.items() if mask.any()}
+
+
+def passes_of(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The passes of attention's gradients: over tiles of ``queries``, or of ``keys``."""
+    keys = np.asarray(values["by_keys"]) > 0
+    return {n: mask for n, mask in {"queries": ~keys, "keys": keys}.items() if mask.any()}
 
 
 def estimate(family: str, target: Target, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,13 +123,13 @@ def estimate(family: str, target: Target, values: Mapping[str, Any]) -> dict[str
         registers = 40 + each * values["held"] * values["widest"] / 4
         limit, columns = target.limits.registers_per_thread, 0
         spills = registers > limit
-    elif family == "attention_backward":  # the sums, and scores, weights and their gradients side by side; not fitted
+    elif family == "attention_backward" and values["itemsize"] > 2:  # sums, scores and their gradients; not fitted
         registers = 48 + 1.1 * values["acc"] + (2.2 + values["score_bytes"] / 4) * values["scores"]
         limit, columns = target.limits.registers_per_thread, 0
         spills = registers > limit
     else:
         registers, limit, spills, columns = 0.0, 0, False, 0
-        for variant, mask in variants_of(values).items():
+        for variant, mask in (passes_of if family == "attention_backward" else variants_of)(values).items():
             path, measured = nearest_path(header, target.arch, variant)
             assert path is not None
             got = _allocated(path, measured, family, target, values)
@@ -151,9 +159,11 @@ def _allocated(path: LoadPath, measured: bool, family: str, target: Target, valu
         like = values.get("loads", 1) == 1
     if family == "matmul" and not values.get("aligned", 1):  # operands pass through registers, two halves in one
         registers = registers + (values["a_part"] + values["b_part"]) * values["itemsize"] / 4
-    if family == "attention" and values.get("score_bytes"):  # a mask or a bias beside the scores
+    if family in ATTENTION and values.get("score_bytes"):  # a mask or a bias beside the scores
         registers = registers + values["scores"] * values["score_bytes"] / 4
         like = False
+    if family in ATTENTION:  # wider heads than were measured
+        like = like & (values["BD"] <= (128 if family == "attention" else 256))
     limit = evaluate(path.register_limit, values)
     if target.vendor == "amd" and path.archs[0].startswith("sm_"):  # half of AMD's file holds accumulators
         limit = np.minimum(512, 2048 // values["num_warps"])
@@ -161,8 +171,8 @@ def _allocated(path: LoadPath, measured: bool, family: str, target: Target, valu
     score = weights[0] * registers / limit
     score = score + sum(w * evaluate(f, values) for w, f in zip(weights[1:], path.spill_terms))
     spills = (score + constant > 0) | (evaluate(path.always_spills, values) > 0)
-    if not (measured and like):  # nothing like it was measured: take the limit at its word
-        spills = spills | (registers > limit)
+    # Where nothing like it was measured the limit is taken at its word.
+    spills = spills | (np.logical_not(measured & np.asarray(like, dtype=bool)) & (registers > limit))
     columns = evaluate(path.tensor_columns, values) if target.arch == "sm_100" else 0
     if family == "matmul" and values.get("point_weight"):
         # After the loop: the sums, and for each of a piece what is loaded and computed there.
