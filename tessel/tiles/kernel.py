@@ -10,6 +10,7 @@ Families:
     ``pointwise``  every value at one x point.
     ``scan``       like pointwise or reduction, with one axis of kind ``s`` that is gone through in order: ``Scan``
                    at a point reads what it gave at the point before. Reductions read scans, not the other way round.
+                   A loop of any other kind has ``Carry`` and ``Next`` instead (``loops.py``), and may fold at will.
     ``reduction``  values at (x, r) points, folded over r by ``Reduce`` into values at x points;
                    ``segments()`` says what a looped form has to repeat.
     ``matmul``     ``parts["a"]`` computes the left operand at (x.., m, k), ``parts["b"]`` the right
