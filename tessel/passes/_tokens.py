@@ -65,7 +65,7 @@ def splits_inside(seeds: Iterable[Seed], sizes: Mapping[str, int]) -> bool:
         for n, axes in zip(v.shape, seed.sharding.dims, strict=True):
             if outer > 1:
                 inside.update(axes)
-            outer *= int(n) // prod(sizes[a] for a in axes)
+            outer *= int(n) // prod(sizes.get(a, 1) for a in axes)  # unknown axes are refused later
     return bool(inside - parameters)
 
 
