@@ -68,8 +68,11 @@ def test_a_plan_says_its_stages(plan: ShardingPlan) -> None:
 def test_schedules_and_microbatches_are_chosen(captured: Captured) -> None:
     made = make_staged_plan({4: captured}, Mesh({"pp": 2, "dp": 2}), "h100", Request(train=True)).data["pipeline"]
     tried = {t["what"].partition(",")[0]: t["seconds"] for t in made["tried"]}
-    assert set(tried) == {"1f1b", "interleaved of 2 chunks", "zb1p", "zbv of 2 chunks"}
-    assert tried["zb1p"] < tried["1f1b"] and min(tried.values()) == made["tried"][0]["seconds"]
+    assert set(tried) == {"1f1b", "interleaved of 2 chunks"}
+    assert min(tried.values()) == made["tried"][0]["seconds"]
+    asked = Request(train=True, microbatches=4, schedule="zb1p")
+    d = make_plan(captured, Mesh({"pp": 2, "dp": 2}), "h100", asked).data
+    assert d["certificate"]["bound"] < tried["1f1b"] and any("zb1p is priced" in n for n in d["provenance"]["notes"])
     assert microbatch_choices(64, 4, 8) == [8, 4] and microbatch_choices(3, 4, 1) == [3]
 
 

@@ -39,6 +39,11 @@ def stage_class(sent: Message) -> type[pipelining.PipelineStage]:
     """A ``PipelineStage`` that counts what it sends, and tells its module which microbatch is next as ``at``."""
 
     class Stage(pipelining.PipelineStage):
+        """A part's backward is one program that gives all gradients; what is left for later is nothing."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, dw_builder=lambda: lambda: None, **kwargs)
+
         def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
             self.submod.at = fwd_chunk_id  # type: ignore[assignment]
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)

@@ -35,7 +35,9 @@ __all__ = ["AXIS", "Staged", "microbatch_choices", "schedules_for", "search_stag
 
 AXIS = "pp"
 _TRIES = 6  # cuts that are searched through before a candidate is given up
-_AUTO = ("1f1b", "interleaved", "zb1p", "zbv")
+# the zero-bubble schedules only on request: a part's backward runs as one piece (runtime/schedules.py), so that they
+# do not reach the bubble that they are priced with
+_AUTO = ("1f1b", "interleaved")
 _CHUNKS = {"interleaved": 2, "zbv": 2}
 _MOST_MICROBATCHES = 3  # numbers of microbatches that are compared
 Progress = Callable[[str], None]

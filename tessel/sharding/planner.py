@@ -362,6 +362,11 @@ def make_staged_plan(
     sections = staged.sections(entries)
     if any(u.node.op.random for s in problem.kinds for u in s.units):
         entries.notes.append("random operators draw for each microbatch: not what one device draws for the whole batch")
+    if staged.way.schedule in ("zb1p", "zbv"):
+        entries.notes.append(
+            f"{staged.way.schedule} is priced with gradients of parameters apart; "
+            "distribute runs a backward as one piece"
+        )
     asked = replace(request, microbatches=m)
     return _document(captured, mesh, target, asked, staged.pricer, axes, limit, answer, entries, sections, started)
 
