@@ -2,6 +2,7 @@
 # make test    set up .venv, then every test: docstrings and tests/
 # make check   lint, types and the fast tests (under two minutes)
 # make lint    ruff and mypy alone
+# make test-dist    models under every kind of parallelism, as 2, 4 and 8 processes on this machine, one row after another
 # make test-faults  faults done to the cache of tuned tiles (killed writers, corrupt files, a full disk), with figures
 # make bench   side-by-side with peers on this machine
 # make gpu     the checks and timings that need a GPU
@@ -33,13 +34,16 @@ STAMP := $(VENV)/.installed
 # A machine that comes with its own torch and Triton needs no .venv.
 GPU_PYTHON ?= $(firstword $(wildcard $(PY)) python3)
 
-.PHONY: demo test test-faults check lint bench gpu setup clean distclean
+.PHONY: demo test test-dist test-faults check lint bench gpu setup clean distclean
 
 demo: setup
 	$(PY) examples/quickstart.py
 
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal --doctest-modules tessel tests
+
+test-dist: setup
+	OMP_NUM_THREADS=1 TESSEL_TEST_DIST=1 $(PY) -m pytest -q -s tests/test_dist_matrix.py
 
 test-faults: setup
 	OMP_NUM_THREADS=1 $(PY) -W ignore tests/faults.py
