@@ -1,6 +1,6 @@
 """``make bench``: speed, bytes moved and compile time on this machine, as tables and as files in ``results/``.
 
-python benchmarks/run.py [cpu] [algebra] [bytes] [compile_time] [--repeat N]
+python benchmarks/run.py [cpu] [algebra] [quant] [bytes] [compile_time] [--repeat N]
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from types import ModuleType
 import algebra
 import compile_time
 import cpu
+import quant
 from common import RESULTS, Size, write_result
 
-PARTS = ("cpu", "algebra", "bytes", "compile_time")
+PARTS = ("cpu", "algebra", "quant", "bytes", "compile_time")
 
 
 def _counting() -> ModuleType:
@@ -42,6 +43,9 @@ def main() -> None:
         print(flush=True)
     if "algebra" in given.parts:
         algebra.main([])
+        print(flush=True)
+    if "quant" in given.parts:
+        quant.main([])
         print(flush=True)
     if "bytes" in given.parts:
         counting = _counting()
