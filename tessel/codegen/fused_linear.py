@@ -30,15 +30,15 @@ MOST_KEYS = 256  # a state's keys lie in the registers of one program
 _SIZES = ("steps", "keys", "values")
 
 
-def tile_of(part: str, target: Target, keys: int) -> dict[str, int]:
+def tile_of(target: Target, keys: int) -> dict[str, int]:
     """Steps of a chunk, and the padded keys and the values of a program.
 
-    The state, keys times values in f32, lives in registers, in the backward with its adjoint: 64 KiB of 4 warps' 128.
+    The state, keys times values in f32, lives in registers, in the backward with its adjoint, beside the chunk's keys.
     """
     wide = max(16, 1 << (keys - 1).bit_length())
     if target.vendor == "interpret":
         return {"C": 16, "BK": wide, "BV": 16, "num_warps": 1, "num_stages": 1}
-    return {"C": 16, "BK": wide, "BV": 16 if wide > 128 or part == "backward" else 32, "num_warps": 4, "num_stages": 1}
+    return {"C": 16, "BK": wide, "BV": 16, "num_warps": 8 if wide >= 128 else 4, "num_stages": 1}
 
 
 def linear_source(part: str, dtype: torch.dtype, target: Target, keys: int, kind: Mapping[str, bool]) -> Source:
@@ -70,7 +70,7 @@ def linear_source(part: str, dtype: torch.dtype, target: Target, keys: int, kind
         outs = [("d_q", _F32), ("d_k", _F32), ("d_v", dtype)]
         outs += [("d_beta", _F32)] * switches["delta"] + [("d_decay", _F32)] * switches["decay"]
         outs += [("d_start", _F32)] * switches["start"]
-    knobs = tile_of(part, target, keys)
+    knobs = tile_of(target, keys)
     name = f"linear_attention_{part}"
     args = (*(f"{p}_ptr" for p, _ in (*params, *outs)), *_SIZES)
     module = environment().get_template("linear_attention.triton.j2").module

@@ -200,7 +200,8 @@ def _outer(node: fx.Node) -> bool:
 
 
 def _few(terms: list[_Term]) -> list[_Term]:
-    if len(terms) > _MOST_TERMS:
+    """Terms, unless they are so many that it is something else: each multiplication may double them."""
+    if len(terms) > _MOST_TERMS or any(len(t.factors) > _MOST_TERMS for t in terms):
         raise NotAffine
     return terms
 
@@ -281,6 +282,13 @@ class _Found:
             x = example(factor.node)
             if torch.promote_types(x.dtype, self.like.dtype) != self.like.dtype or x.device != self.like.device:
                 raise NotAffine
+        by_channel = any(self.key in f.axes for f in self.decay)
+        if (
+            by_channel
+            and self.like.device.type == "cuda"
+            and any(getattr(example(n), "requires_grad", False) for n in inputs)
+        ):
+            raise NotAffine  # its gradient has no kernel there, a recurrence has
 
     # ------------------------------------------------------------ how the state is read
 
