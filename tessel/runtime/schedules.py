@@ -42,7 +42,7 @@ def stage_class(sent: Message) -> type[pipelining.PipelineStage]:
         """A part's backward is one program that gives all gradients; what is left for later is nothing."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, dw_builder=lambda: lambda: None, **kwargs)
+            super().__init__(*args, **{**kwargs, "dw_builder": lambda: lambda: None})
 
         def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
             self.submod.at = fwd_chunk_id  # type: ignore[assignment]
