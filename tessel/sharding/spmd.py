@@ -161,8 +161,8 @@ def lay_out_prepared(
 ) -> Spmd:
     """``lay_out`` of a step from ``prepared_step``, from what is known of its values.
 
-    ``results`` says how results leave, by their number; ``limits`` are those of ``partition``, for the backward: its nodes carry the modules of the forward's. ``held`` are
-    the forward's, for what it saves.
+    ``results`` says how results leave, by their number; ``limits`` are those of ``partition``, for the backward: its
+    nodes carry the modules of the forward's. ``held`` are the forward's, for what it saves.
     """
     graph = step.forward.graph
     layouts = propagate(graph, mesh, said)
