@@ -553,7 +553,6 @@ struct vp {
 BOTH(+) BOTH(-) BOTH(*) BOTH(/)
 #undef BOTH
 INLINE vp operator-(vp x) { return {-x.e, -x.o}; }
-INLINE vp all(vp x) { return x; }
 INLINE vp fma(vp a, vp b, vp c) { return {fma(a.e, b.e, c.e), fma(a.o, b.o, c.o)}; }
 #define BOTH(name) \
   INLINE vp name(vp x) { return {name(x.e), name(x.o)}; }
