@@ -249,3 +249,29 @@ def test_flex_attention(name: str) -> None:
     if name == "softcap_window":
         (attrs,) = found(graph)
         assert (attrs["causal"], attrs["window"], attrs["softcap"]) == (True, 7, 5.0)
+
+
+def test_longformer() -> None:
+    """Its windows are read by ``as_strided``: what they are read from must lie as eager's does. Padding included."""
+    import tessel
+
+    config = transformers.LongformerConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        attention_window=8,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = transformers.LongformerModel(config).eval()
+    mask = torch.ones(2, 32, dtype=torch.long)
+    mask[1, -7:] = 0
+    inputs = {"input_ids": torch.randint(3, 64, (2, 32)), "attention_mask": mask}
+    with torch.no_grad():
+        want, got = model(**inputs)[0], tessel.compile(model, target="cpu")(**inputs)[0]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

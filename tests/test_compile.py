@@ -588,3 +588,14 @@ def test_plain_graphs_run_directly_and_right(around: Any) -> None:
             for x, y in zip(got, want, strict=True):
                 assert x.dtype == y.dtype and x.is_inference() == y.is_inference() and not x.requires_grad
                 torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-2)
+
+
+def test_memory_that_is_read_by_strides_lies_as_in_eager() -> None:
+    def windows(x: torch.Tensor) -> torch.Tensor:
+        y = (x.permute(1, 0, 2) + 1).contiguous().exp()
+        return (x.permute(1, 0, 2) * 2).reshape(6, 8, 4).as_strided((3, 2, 4), (32, 8, 1)) + y.as_strided(
+            (3, 2, 4), (2, 7, 1)
+        )
+
+    x = torch.randn(8, 6, 4)
+    torch.testing.assert_close(tessel.compile(windows, target="cpu")(x), windows(x))

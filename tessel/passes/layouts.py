@@ -6,7 +6,7 @@
 Eager keeps the order of its operands' dimensions in memory, but what a decomposition or an opened product puts in its
 place may not say so; a kernel would then read along one dimension and write along another. Where all operands of the
 whole shape agree on an order, the result takes it, and views of it are seen anew. Results of the graph keep their
-layout, and so do values that a reshape could then not be a view of.
+layout, and so do values that a reshape could then not be a view of, and those whose memory a call reads as it lies.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = ["run"]
 
 _FIXED = frozenset({"copy"})  # made for the sake of their layout
 _FOLLOWS = frozenset({"pad"})
+_READS_MEMORY = frozenset({"as_strided", "call"})  # by strides of its own; or who knows
 
 
 def run(graph: Graph) -> Graph:
@@ -113,11 +114,13 @@ def in_order(t: TensorType, order: Sequence[int]) -> TensorType:
 
 
 def _reshaped(v: Value, t: TensorType, users: dict[Value, list[Node]]) -> bool:
-    """Whether a reshape that is a view of the value now would have to copy it then."""
+    """Whether a reshape that is a view of the value now would have to copy it then, or memory is read as it lies."""
     stack = [(v, t)]
     while stack:
         v, t = stack.pop()
         for node in users.get(v, ()):
+            if node.op.name in _READS_MEMORY:
+                return True
             if node.op.kind != "view":
                 continue
             if node.op.name == "reshape":
