@@ -22,7 +22,7 @@ BEFORE_FUSION = tuple(p for p in PASSES if p[0] != "fuse")
 
 
 def test_order() -> None:
-    assert [name for name, _ in PASSES][:3] == ["canonicalize", "decompose", "masks"]
+    assert [name for name, _ in PASSES][:5] == ["canonicalize", "decompose", "packed", "unpack", "masks"]
 
 
 def test_trace_records_each_pass() -> None:
@@ -31,11 +31,14 @@ def test_trace_records_each_pass() -> None:
     assert [(s.name, s.before, s.after) for s in trace.steps] == [
         ("canonicalize", 3, 2),
         ("decompose", 2, 3),
+        ("packed", 3, 3),
+        ("unpack", 3, 3),
         ("masks", 3, 3),
         ("decode", 3, 3),
         ("gradients", 3, 3),
         ("recurrences", 3, 3),
         ("small_products", 3, 3),
+        ("narrow_products", 3, 3),
         ("canonicalize", 3, 3),
         ("layouts", 3, 3),
         ("inplace", 3, 3),
