@@ -12,6 +12,7 @@ from rich.table import Table
 from .cli_build import compile_command, explain
 from .cli_cache import cache
 from .cli_plan import diff, lint, plan, verify
+from .cli_quantize import quantize
 from .cli_run import run
 from .cli_tune import tune
 from .errors import TesselError, check
@@ -49,6 +50,7 @@ main.add_command(diff)
 main.add_command(explain)
 main.add_command(lint)
 main.add_command(plan)
+main.add_command(quantize)
 main.add_command(run)
 main.add_command(tune)
 main.add_command(verify)

@@ -23,7 +23,7 @@ import torch
 
 from .errors import TesselError, check, did_you_mean, nearest
 
-__all__ = ["Loaded", "load_model"]
+__all__ = ["Loaded", "load_batches", "load_model"]
 
 Loaded = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
@@ -75,6 +75,24 @@ def load_model(
     return _call(spec, module, name, options)
 
 
+def load_batches(spec: str) -> list[Any]:
+    """What ``file.py:function`` or ``module:function`` yields, called without arguments: calibration data.
+
+    Raises:
+        TesselError: there is no such function, or it raised.
+    """
+    where, colon, name = spec.rpartition(":")
+    check(bool(colon and where and name), lambda: f"calibration {spec!r}: expected file.py:function")
+    module = _from_file(where) if where.endswith(".py") else _from_import(where)
+    make = getattr(module, name, None)
+    check(callable(make), lambda: f"calibration {spec!r}: no function {name!r}")
+    assert make is not None
+    try:
+        return list(make())
+    except Exception as e:
+        raise TesselError(f"calibration {spec!r} raised {_one_line(e, getattr(module, '__file__', None))}") from e
+
+
 def _dtype(x: str | torch.dtype) -> torch.dtype:
     if isinstance(x, torch.dtype):
         return x
@@ -116,9 +134,7 @@ def _call(spec: str, module: ModuleType, name: str, options: Mapping[str, Any]) 
     if make is None:
         names = [n for n, v in vars(module).items() if inspect.isfunction(v)]
         close = nearest(name, names)
-        raise TesselError(
-            f"model {spec!r}: no function {name!r}" + (f"; did you mean {close!r}?" if close else "")
-        )
+        raise TesselError(f"model {spec!r}: no function {name!r}" + (f"; did you mean {close!r}?" if close else ""))
     check(callable(make), lambda: f"model {spec!r}: {name!r} is a {type(make).__name__}, not a function")
     try:
         parameters = dict(inspect.signature(make).parameters)
@@ -126,9 +142,7 @@ def _call(spec: str, module: ModuleType, name: str, options: Mapping[str, Any]) 
         parameters = {}
     for option in options:
         if option not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            raise TesselError(
-                f"model {spec!r}: {option} was given, but {name!r} has no parameter of that name"
-            )
+            raise TesselError(f"model {spec!r}: {option} was given, but {name!r} has no parameter of that name")
     try:
         result = make(**options)
     except (Exception, SystemExit) as e:
@@ -361,9 +375,7 @@ def _inputs(module: torch.nn.Module, config: Any, batch: int, seq: int, dtype: t
 
     kwargs: dict[str, Any] = {}
     if "input_features" in takes:  # speech: two frames become one position
-        kwargs["input_features"] = torch.randn(
-            batch, config.num_mel_bins, 2 * config.max_source_positions, dtype=dtype
-        )
+        kwargs["input_features"] = torch.randn(batch, config.num_mel_bins, 2 * config.max_source_positions, dtype=dtype)
     elif "input_ids" in takes:
         kwargs["input_ids"] = ids()
     if "pixel_values" in takes and hasattr(vision, "image_size"):
@@ -372,8 +384,6 @@ def _inputs(module: torch.nn.Module, config: Any, batch: int, seq: int, dtype: t
         kwargs["decoder_input_ids"] = ids()
     check(
         kwargs,
-        lambda: (
-            f"hf:{config.model_type}: no inputs known for {', '.join(takes)}; name a function that has them"
-        ),
+        lambda: f"hf:{config.model_type}: no inputs known for {', '.join(takes)}; name a function that has them",
     )
     return kwargs

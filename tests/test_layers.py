@@ -34,7 +34,7 @@ LAYERS: tuple[set[str], ...] = (
     {"wrapper"},
     {"__init__"},  # the public face
     {"cli_model"},
-    {"cli_build", "cli_cache", "cli_plan", "cli_run", "cli_tune"},
+    {"cli_build", "cli_cache", "cli_plan", "cli_quantize", "cli_run", "cli_tune"},
     {"cli"},
     {"__main__"},
 )

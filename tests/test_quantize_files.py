@@ -1,0 +1,154 @@
+"""Quantized models written and read; files that are wrong; the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import tessel
+from tessel.cli import main
+from tessel.errors import TesselError
+from tessel.quant.files import load_quantized, save_quantized
+from tessel.quant.linear import QuantLinear, pack
+
+files = pytest.importorskip("safetensors.torch")
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 32, bias=False)
+        self.lm_head = nn.Linear(32, 7)
+        self.register_buffer("shift", torch.arange(32.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.down(self.up(x).relu()) + self.shift)
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w4a16-g32", "w4a16-g32-asym", "w8a8", "w4a16-channel"])
+def test_what_is_written_is_read(scheme: str, tmp_path: Path) -> None:
+    model = Two()
+    small = tessel.quantize(model, scheme)
+    save_quantized(small, tmp_path / "a")
+    with torch.device("meta"):
+        empty = Two()
+    back = load_quantized(empty, tmp_path / "a")
+    x = torch.randn(5, 64)
+    assert torch.equal(back(x), small(x))
+    assert isinstance(back.down, QuantLinear) and type(back.lm_head) is nn.Linear
+    held = files.load_file(tmp_path / "a" / "model.safetensors")
+    per = 8 if "w4" in scheme else 4
+    assert held["up.weight_packed"].shape == (96, 64 // per) and held["up.weight_packed"].dtype == torch.int32
+    assert held["up.weight_shape"].tolist() == [96, 64] and "up.bias" in held and "up.weight" not in held
+    assert ("up.weight_zero_point" in held) == ("asym" in scheme)
+
+
+def test_the_layout_is_that_of_others(tmp_path: Path) -> None:
+    """A file written by the layout's definition: codes counted from the middle, eight a word, lowest bits first."""
+    model = nn.Sequential(nn.Linear(16, 2, bias=False))
+    codes = torch.randint(-8, 8, (2, 16))
+    scale = torch.rand(2, 2, dtype=torch.bfloat16)
+    words = torch.zeros(2, 2, dtype=torch.int64)
+    for k in range(16):
+        words[:, k // 8] |= (codes[:, k] + 8) << (4 * (k % 8))
+    packed = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    tensors = {"0.weight_packed": packed, "0.weight_scale": scale, "0.weight_shape": torch.tensor([2, 16])}
+    files.save_file(tensors, tmp_path / "model.safetensors")
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 8}
+    said = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    said["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": weights}}  # type: ignore[assignment]
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))
+    back = load_quantized(model, tmp_path)
+    want = codes.float() * scale.float().repeat_interleave(8, 1)
+    assert torch.equal(back[0].weight, want)
+
+
+def _drop(key: str) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    return lambda tensors, said: tensors.pop(key)
+
+
+def _say(**more: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    return lambda tensors, said: said.update(more)
+
+
+def _put(key: str, value: torch.Tensor) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    return lambda tensors, said: tensors.update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_drop("up.weight_scale"), "up has no weight_scale"),
+        (_drop("up.weight_packed"), "up has no weight_packed"),
+        (_drop("up.bias"), "missing: up.bias"),
+        (_put("other.weight_scale", torch.ones(1, 1)), "the model has no layer other"),
+        (_put("extra", torch.ones(1)), "not in the model: extra"),
+        (_put("up.weight_scale", torch.ones(96, 5)), r"scales \(96, 5\) of 96 x 64"),
+        (_put("up.weight_scale", torch.full((96, 2), torch.nan)), "NaN or infinite"),
+        (_put("up.weight_shape", torch.tensor([96, 60])), "96 x 60 in the file"),
+        (_say(format="marlin-24"), "format 'marlin-24'"),
+        (_say(quant_method="gptq"), "method 'gptq'"),
+        (_say(config_groups={}), "say nothing of"),
+    ],
+)
+def test_files_that_do_not_fit(change: Any, words: str, tmp_path: Path) -> None:
+    save_quantized(tessel.quantize(Two(), "w4a16-g32"), tmp_path)
+    tensors = files.load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    change(tensors, config["quantization_config"])
+    files.save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TesselError, match=words):
+        load_quantized(Two(), tmp_path)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(TesselError, match="holds no quantized model"):
+        load_quantized(Two(), tmp_path)
+    save_quantized(tessel.quantize(Two(), "w8a16"), tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TesselError, match="cannot be read"):
+        load_quantized(Two(), tmp_path)
+
+
+@pytest.mark.parametrize(("scheme", "method"), [("nf4", "rtn"), ("w3a16-g32", "rtn"), ("w4a16-g32", "hadamard")])
+def test_what_the_layout_has_no_words_for(scheme: str, method: str, tmp_path: Path) -> None:
+    with pytest.raises(TesselError, match="no words in the compressed-tensors layout"):
+        save_quantized(tessel.quantize(Two(), scheme, method=method, skip=("lm_head", "down")), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    source = tmp_path / "mine.py"
+    source.write_text(
+        "import torch\nfrom torch import nn\n"
+        "def make():\n    return nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), (torch.randn(4, 64),)\n"
+        "def data():\n    for _ in range(3):\n        yield torch.randn(16, 64)\n"
+    )
+    out = tmp_path / "out"
+    args = ["quantize", f"{source}:make", "--scheme", "w4a16-g32", "--method", "gptq", "--out", str(out)]
+    done = CliRunner().invoke(main, [*args, "--calibration", f"{source}:data"])
+    assert done.exit_code == 0, done.output
+    assert "w4a16-g32 by gptq" in done.output and (out / "config.json").is_file()
+    model = load_quantized(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), out)
+    assert isinstance(model[0], QuantLinear)
+    for more, words in (
+        (["--calibration", f"{source}:none"], "no function 'none'"),
+        (["--scheme", "w9"], "unknown scheme"),
+    ):
+        bad = CliRunner().invoke(main, [*args, *more])
+        assert bad.exit_code == 2 and words in bad.output
+
+
+def test_zero_points_lie_along_rows() -> None:
+    zeros = torch.randint(0, 16, (5, 3))
+    packed = pack(zeros.t(), 4).t()
+    assert packed.shape == (1, 3) and int(packed[0, 0]) & 15 == int(zeros[0, 0])
