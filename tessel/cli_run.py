@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .cli_model import MODEL_HELP
+from .config import world_size
 from .errors import TesselError, check
 from .sharding.plan_file import ShardingPlan, read_plan
 
@@ -52,12 +53,13 @@ def run(
     import torch.distributed as dist
 
     plan = read_plan(plan_file)
-    if "WORLD_SIZE" not in os.environ:
+    world = world_size()
+    if world is None:
         raise TesselError(
             "run: no other processes; start it as: "
             f"torchrun --nproc-per-node {plan.world} -m tessel run {plan_file} {model}"
         )
-    plan.check_model(world=int(os.environ["WORLD_SIZE"]))
+    plan.check_model(world=world)
     dist.init_process_group("gloo")
     try:
         lines = _run(plan, model, checked, steps, layers, dtype, lr, timeout)

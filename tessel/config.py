@@ -7,6 +7,7 @@ Environment variables:
 ``TESSEL_DUMP``         a directory, the default of ``Options.dump_dir``
 ``TESSEL_CACHE_DIR``    where the cache lives; else ``$XDG_CACHE_HOME/tessel`` or ``~/.cache/tessel``
 ``TESSEL_TARGET_PATH``  a folder of JSON files that describe devices; ``target="x"`` then finds ``x.json``
+``WORLD_SIZE``          set by torchrun: how many processes there are
 ``CXX``                 the C++ compiler for the CPU's kernels; else c++, clang++ or g++
 ======================  ====================================================================
 """
@@ -32,6 +33,7 @@ __all__ = [
     "environment_digest",
     "target_file",
     "tile_entries",
+    "world_size",
 ]
 
 _DEBUG_MAX = 4
@@ -80,6 +82,19 @@ def debug_level() -> int:
 def cxx() -> str | None:
     """The C++ compiler the user names in ``CXX``, with its arguments; None where it is not set."""
     return os.environ.get("CXX", "").strip() or None
+
+
+def world_size() -> int | None:
+    """How many processes torchrun started; None where it did not.
+
+    Raises:
+        TesselError: ``WORLD_SIZE`` is no positive whole number.
+    """
+    text = os.environ.get("WORLD_SIZE")
+    if text is None:
+        return None
+    check(text.isdecimal() and int(text) > 0, lambda: f"WORLD_SIZE: expected a positive whole number, got {text!r}")
+    return int(text)
 
 
 def target_file(name: str) -> Path | None:
