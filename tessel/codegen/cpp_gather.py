@@ -16,7 +16,7 @@ from .cpp_expr import Emitter
 
 __all__ = ["asked_early"]
 
-_EARLY = 8192  # bytes of rows between what is read and what is asked for
+_EARLY = 16384  # bytes of rows between what is read and what is asked for
 _LEAST = 512  # bytes of a row that are worth it
 
 
