@@ -74,7 +74,8 @@ INLINE void multiply_few(const Layer<T>& a, const float* x, i64 x_step, i64 n0, 
     for (int j = 0; j < COLUMNS; ++j) {
       const u32* const from = a.words + (n0 + j) * row + c * LANES;
       const vu w = at(from);
-      __builtin_prefetch(from + 16 * LANES);
+      // the next columns: rows are often pages, at whose ends the CPU stops to look ahead
+      __builtin_prefetch(from + COLUMNS * row);
       const vf scale = spread<SCALES>(a.scale + g + j * groups);
       vf got[ROWS];
       if constexpr (sizeof(T) == 4) {
