@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from .backend import name_of
 from .config import Options
 from .driver import Session, resolve_target
-from .errors import TesselError, check
+from .errors import TesselError
 from .frontend.linear_attention_op import linear_attention
 from .report import Report
 from .sharding.annotate import Annotations, annotate
@@ -90,6 +90,13 @@ def compile(
     """
     if plan is not None:
         raise TesselError(f"compile: plan={plan!r}: tessel.distribute(model, plan) runs a plan; leave plan out")
+    if quantize is not None:
+        from .quant.scheme import Scheme, scheme
+
+        try:
+            quantize = quantize if isinstance(quantize, Scheme) else scheme(quantize)
+        except (TesselError, TypeError) as e:
+            raise TesselError(f"compile: quantize={quantize!r}: {e}") from e
     target = resolve_target(target)
     chosen = Options.of(options)
     for name, flag, allowed in (
@@ -106,8 +113,9 @@ def compile(
                 "arguments other than the function go by name"
             )
         if quantize is not None:
-            check(isinstance(f, torch.nn.Module), lambda: f"compile: quantize={quantize!r} needs a module, not {f!r}")
-            f = _quantize(cast(torch.nn.Module, f), quantize)
+            if not hasattr(f, "named_modules"):
+                raise TesselError(f"compile: quantize={quantize!r} needs a module, not {f!r}")
+            f = _quantize(cast("torch.nn.Module", f), quantize)
         session = Session(target, chosen, Report(name_of(f), target))
         return compile_function(f, session, dynamic=dynamic, fullgraph=fullgraph)
 

@@ -46,7 +46,7 @@ def near(got: Any, want: Any, dtype: torch.dtype) -> None:
         assert x.shape == y.shape
         far = BOUND[dtype] if x.dtype == dtype else BOUND[torch.float32]
         if y.numel():
-            assert (x.double() - y).abs().max() <= far * y.abs().max().clamp_min(1e-3)
+            assert (x.double() - y).abs().max() <= far * y.abs().max().clamp_min(0.25)  # terms are about 1
 
 
 def compare_with(kernels: Any, given: list[Any], dtype: torch.dtype, last: bool = True, backward: bool = True) -> None:

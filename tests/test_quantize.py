@@ -185,6 +185,15 @@ def test_models_run_in_every_scheme(name: str, scheme: str) -> None:
     assert str(report).count("\n") > len(report.layers)
 
 
+def test_compile_quantizes_first() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 32), nn.ReLU()), torch.randn(3, 64)
+    fast = tessel.compile(model, target="cpu", quantize="w8a16")
+    torch.testing.assert_close(fast(x), tessel.quantize(model, "w8a16")(x), rtol=1e-5, atol=1e-5)
+    assert type(model[0]) is nn.Linear
+    with pytest.raises(TesselError, match="needs a module"):
+        tessel.compile(lambda x: x, quantize="w8a16")
+
+
 def test_what_stays_whole_is_said() -> None:
     model = nn.Sequential(nn.Linear(48, 32), nn.Linear(32, 8))
     small = tessel.quantize(model, "w4a16-g32")
