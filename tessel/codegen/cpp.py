@@ -156,12 +156,14 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
     for stmt in kernel.body:
         e.emit(stmt)
     count, where = items(outer, lane), coordinates(outer, lane)
+    requests: list[str] = []
     if wide and lane is not None and not space.turned:
         places, requests = asked_early(kernel, e, lane, where, e.blocks[0])
-        e.blocks = [[*e.blocks[0], *places], [*requests, *e.blocks[1]]]
+        e.blocks = [[*e.blocks[0], *places], e.blocks[1]]
     elif wide and lane is not None:
         e.blocks[1][:0] = _next_square(e, lane.name)
-    loop = _loop(lane, e.blocks[1], wide, pairs, simd({"|": ["bad"]} if e.flags else {})) if lane else []
+    pragma = simd({"|": ["bad"]} if e.flags else {})
+    loop = _loop(lane, e.blocks[1], wide, pairs, pragma, requests) if lane else []
     if space.turned and lane is not None:
         count, where = squares(outer[:-1], outer[-1], lane)
     return {
@@ -184,12 +186,12 @@ def _wide(kernel: Kernel, e: Emitter, lane: Axis) -> tuple[bool, bool]:
     return wide, wide and along.in_pairs(kernel.body)
 
 
-def _loop(lane: Axis, body: list[str], wide: bool, pairs: bool, pragma: str) -> list[str]:
+def _loop(lane: Axis, body: list[str], wide: bool, pairs: bool, pragma: str, requests: list[str]) -> list[str]:
     """The innermost loop of a pointwise kernel."""
     if not body:
         return []
     if wide:
-        return steps(lane, body, pairs=pairs)
+        return steps(lane, body, pairs=pairs, requests=requests)
     head = f"for (i64 {lane.name} = begin; {lane.name} < end; ++{lane.name}) {{"
     return [pragma, head, *("  " + line for line in body), "}"]
 

@@ -2,8 +2,8 @@
 
 Where a row lies is read from memory, so that the CPU cannot foresee it: each row would begin with a wait for memory,
 and for the page tables. Its place is computed some rows early, and its lines are asked for beside those of the row
-that is worked on. Its first line and its last are asked for earlier still, so that the page tables have been read by
-then.
+that is worked on, four at a time, so that the loads of four lines follow one another. Its first line and its last are
+asked for earlier still, so that the page tables have been read by then.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .cpp_expr import Emitter
 
 __all__ = ["asked_early"]
 
-_EARLY = 16384  # bytes of rows between what is read and what is asked for
+_EARLY = 6144  # bytes of rows between what is read and what is asked for
 _LEAST = 512  # bytes of a row that are worth it
 
 
@@ -50,7 +50,7 @@ def asked_early(
         at = len(requests)
         find = " ".join([*coordinates, *known, f"return {param.name} + {start} + begin;"])
         rows = -(-_EARLY // nbytes)
-        for name, later in ((f"soon{at}", rows), (f"far{at}", 3 * rows)):
+        for name, later in ((f"soon{at}", rows), (f"far{at}", 2 * rows)):
             item = f"min(item + {later}, last - 1)"
             places.append(
                 f"const auto* const {name} = [&](i64 item) __attribute__((always_inline)) {{ {find} }}({item});"

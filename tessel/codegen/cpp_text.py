@@ -84,25 +84,35 @@ def simd(folds: Mapping[str, Sequence[str]]) -> str:
     return f"#pragma omp simd{clauses}"
 
 
-def steps(lane: Axis, body: Sequence[str], copies: int = 1, pairs: bool = False) -> list[str]:
+def steps(
+    lane: Axis, body: Sequence[str], copies: int = 1, pairs: bool = False, requests: Sequence[str] = ()
+) -> list[str]:
     """A loop from ``begin`` to ``end`` in steps of a vector; ``copies`` accumulators ``u`` take turns.
 
     In the body ``n`` tells how many lanes count. With ``pairs`` a step is two vectors, as long as there are so many.
+    ``requests`` ask for memory that is needed later; they stand before four steps at a time, whose loads then
+    follow one another.
     """
     name = lane.name
     turns = ", int u" if copies > 1 else ""
     lines = [f"const auto step = [&](i64 {name}, auto n{turns}) __attribute__((always_inline)) {{"]
-    lines += [*("  " + line for line in body), "};", f"i64 {name} = begin;"]
+    lines += [*("  " + line for line in body), "};"]
+    if requests:
+        lines.append(f"const auto ask = [&](i64 {name}) __attribute__((always_inline)) {{ {' '.join(requests)} }};")
+    lines.append(f"i64 {name} = begin;")
     first = ", 0" if copies > 1 else ""
     whole = lane.extent if isinstance(lane.extent, int) else 1
+    at_once = copies if copies > 1 else 4 if requests else 1
     for size, lanes, most in ((2, "Pair{}", 32), (1, "Full{}", 16)) if pairs else ((1, "Full{}", 16),):
-        if copies > 1:
-            starts = [f"{name}{f' + {u * size} * W' if u else ''}" for u in range(copies)]
-            calls = " ".join(f"step({start}, {lanes}, {u});" for u, start in enumerate(starts))
-            by = f"{copies * size} * W"
-            lines.append(f"for (; {name} + {by} <= end; {name} += {by}) {{ {calls} }}")
+        if at_once > 1:
+            starts = [f"{name}{f' + {u * size} * W' if u else ''}" for u in range(at_once)]
+            calls = [f"ask({start});" for start in starts] if requests else []
+            calls += [f"step({start}, {lanes}{f', {u}' if copies > 1 else ''});" for u, start in enumerate(starts)]
+            by = f"{at_once * size} * W"
+            lines.append(f"for (; {name} + {by} <= end; {name} += {by}) {{ {' '.join(calls)} }}")
         by = f"{size} * W" if size > 1 else "W"
-        lines.append(f"for (; {name} + {by} <= end; {name} += {by}) step({name}, {lanes}{first});")
+        call = f"{f'ask({name}); ' if requests else ''}step({name}, {lanes}{first});"
+        lines.append(f"for (; {name} + {by} <= end; {name} += {by}) {{ {call} }}")
         if whole % most == 0:
             break
     else:
