@@ -245,8 +245,9 @@ def bandwidth(name: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
     Counted are the bytes of the arguments and of the result, each once. The streams are whole passes over the kernel's
     own arguments and an array like its result, timed as the kernel is: "copy" reads the largest argument and writes
     as much, "read" only reads it, and "mix" reads and writes as many large arrays as the kernel, which for a kernel
-    that reads one and writes one is the copy. Of each, the way with the highest median counts. "part" is the kernel's
-    rate of the mix's, "of_copy" of the copy's: reading alone may be slower than a copy, by bytes a second, because a
+    that reads one and writes one is the copy. Of each, the way with the highest median counts. "part" is the median over
+    the turns of the kernel's rate by the mix's in that turn, "of_copy" by the copy's: what the memory gives may change
+    by half within a second, and both see it. Reading alone may be slower than a copy, by bytes a second, because a
     memory channel that waits for requests can write meanwhile.
     """
     from cpu_streams import streams
@@ -271,12 +272,14 @@ def bandwidth(name: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
     for (kind, way), found in rates.items():
         low, mid, high = statistics.quantiles(found, n=4)
         best[kind] = max(best.get(kind, (0.0, 0.0, "")), (mid, (high - low) / mid, way))
-    best.setdefault("mix", best["copy" if writes else "read"])
     row: dict[str, Any] = {"bytes": moved, "runs": len(rates["kernel", ""])}
     for kind, (mid, spread_, way) in best.items():
         row |= {f"{kind}_gb_s": round(mid, 2), f"{kind}_iqr": round(spread_, 4)} | ({f"{kind}_way": way} if way else {})
-    kernel = best["kernel"][0]
-    return row | {"part": round(kernel / best["mix"][0], 4), "of_copy": round(kernel / best["copy"][0], 4)}
+    mix = "mix" if "mix" in best else "copy" if writes else "read"
+    for key, kind in (("part", mix), ("of_copy", "copy")):
+        turns = zip(rates["kernel", ""], rates[kind, best[kind][2]], strict=True)
+        row[key] = round(statistics.median(a / b for a, b in turns), 4)
+    return row | {f"mix_{x}": row[f"{mix}_{x}"] for x in ("gb_s", "iqr", "way")}
 
 
 def _rates(calls: dict[tuple[str, str], tuple[Runner, int]], seconds: float) -> dict[tuple[str, str], list[float]]:
@@ -284,7 +287,7 @@ def _rates(calls: dict[tuple[str, str], tuple[Runner, int]], seconds: float) -> 
     rates: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     order, keys = random.Random(0), list(calls)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(rates[keys[0]]) < 15:
+    while time.perf_counter() < end or len(rates[keys[0]]) < 25:
         for key in order.sample(keys, len(keys)):
             run, moved = calls[key]
             run()
