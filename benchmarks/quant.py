@@ -1,10 +1,12 @@
-"""Quantized decoding on the CPU: a Llama layer 8192 wide, one token at a time, in one run.
+"""Quantized layers on the CPU: a Llama layer 8192 wide, one token at a time and many at once, in one run.
 
-    python benchmarks/quant.py [--hidden 8192] [--seconds 20]
+    python benchmarks/quant.py [--hidden 8192] [--tokens 512] [--seconds 20]
 
-Ways: bfloat16 by torch.compile (default and freezing, the better counts) and by Tessel; w8a16 and w4a16 (groups of 128)
-by Tessel, and by the packed products that torch itself has for this CPU (those that torchao's layers call) under
-torch.compile. Every way runs the same model; results are compared with the dequantized model's.
+Decoding: bfloat16 by torch.compile (default and freezing, the better counts) and by Tessel; w8a16 and w4a16 (groups of
+128), formats of 4 and 8 bits that are no integers, and 2:4 by Tessel; w8a16 and w4a16 also by the packed products that
+torch itself has for this CPU (those that torchao's layers call) under torch.compile. Prefill (``tokens``): bfloat16 as
+above, w8a8 and w4a8 by Tessel. Every way runs the same model; results are compared with the quantized model's in eager
+mode, which for rounded inputs is right up to the few that lie between two codes.
 """
 
 from __future__ import annotations
@@ -62,8 +64,8 @@ def by_torch(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return made
 
 
-def layer(hidden: int) -> tuple[nn.Module, dict[str, Any]]:
-    """One Llama layer in bfloat16 and a token."""
+def layer(hidden: int) -> nn.Module:
+    """One Llama layer in bfloat16."""
     from transformers import LlamaConfig, LlamaModel
 
     torch.manual_seed(0)
@@ -75,41 +77,62 @@ def layer(hidden: int) -> tuple[nn.Module, dict[str, Any]]:
         num_attention_heads=hidden // 128,
         num_key_value_heads=hidden // 1024,
     )
-    model = LlamaModel(config).to(torch.bfloat16).eval()
-    return model, {"input_ids": torch.tensor([[3]]), "use_cache": False}
+    return LlamaModel(config).to(torch.bfloat16).eval()
+
+
+def measured(model: nn.Module, schemes: list[str], tokens: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """A row a way, for inputs of so many tokens."""
+    inputs: dict[str, Any] = {"input_ids": torch.arange(3, 3 + tokens)[None] % 256, "use_cache": False}
+    torch._dynamo.reset()
+    whole = {
+        "bf16, torch.compile": torch.compile(model),
+        "bf16, torch.compile, freezing": torch.compile(model, options={"freezing": True}),
+        "bf16, Tessel": tessel.compile(model, target="cpu"),
+    }
+    ways: dict[str, tuple[nn.Module, Any]] = {name: (model, fn) for name, fn in whole.items()}
+    for scheme in schemes:
+        small = tessel.quantize(model, scheme)
+        ways[f"{scheme}, Tessel"] = small, tessel.compile(small, target="cpu")
+        if scheme in _BY_TORCH:
+            ways[f"{scheme}, torch's product"] = small, torch.compile(by_torch(small, _BY_TORCH[scheme]))
+    rows: dict[str, Any] = {}
+    with torch.no_grad():
+        for name, (own, fn) in ways.items():
+            want, got = own(**inputs)[0].float(), fn(**inputs)[0].float()
+            rows[name] = {"error": round(float((got - want).abs().max() / want.abs().max()), 5)}
+        times = interleaved({n: lambda fn=fn: fn(**inputs) for n, (_, fn) in ways.items()}, seconds)
+    for name, taken in times.items():
+        rows[name] |= spread(taken)
+    base = min(rows[n]["ms"] for n in list(whole)[:2])
+    for row in rows.values():
+        row["times"] = round(base / row["ms"], 3)
+    return rows
+
+
+_BY_TORCH = {"w8a16": Int8, "w4a16": Int4}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=8192)
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--tokens", type=int, default=512, help="of a prefill; 0: decoding alone")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each of the two")
+    parser.add_argument("--decode", nargs="*", default=["w8a16", "w4a16", "nf4", "mxfp4a16", "2:4"], help="schemes")
+    parser.add_argument("--prefill", nargs="*", default=["w8a8", "w4a8"], help="schemes")
     given = parser.parse_args(argv)
-    model, inputs = layer(given.hidden)
-    w8, w4 = tessel.quantize(model, "w8a16"), tessel.quantize(model, "w4a16")
-    ways: dict[str, Any] = {
-        "bf16, torch.compile": torch.compile(model),
-        "bf16, torch.compile, freezing": torch.compile(model, options={"freezing": True}),
-        "bf16, Tessel": tessel.compile(model, target="cpu"),
-        "w8a16, Tessel": tessel.compile(w8, target="cpu"),
-        "w8a16, torch's product": torch.compile(by_torch(w8, Int8)),
-        "w4a16, Tessel": tessel.compile(w4, target="cpu"),
-        "w4a16, torch's product": torch.compile(by_torch(w4, Int4)),
-    }
-    rows: dict[str, Any] = {}
-    with torch.no_grad():
-        for name, fn in ways.items():
-            own = model if name.startswith("bf16") else w8 if name.startswith("w8") else w4
-            want, got = own(**inputs)[0].float(), fn(**inputs)[0].float()
-            rows[name] = {"error": round(float((got - want).abs().max() / want.abs().max()), 5)}
-        times = interleaved({n: lambda fn=fn: fn(**inputs) for n, fn in ways.items()}, given.seconds)
-    for name, taken in times.items():
-        rows[name] |= spread(taken)
-    base = min(rows[n]["ms"] for n in list(ways)[:2])
-    for row in rows.values():
-        row["times"] = round(base / row["ms"], 3)
-    body = [[n, f"{r['ms']:.2f}", f"{r['iqr']:.0%}", f"{r['times']:.2f}", f"{r['error']:.4f}"] for n, r in rows.items()]
-    print(table(["way", "ms", "spread", "times bf16 torch.compile", "error"], body))
-    print(write_result("quant", {"hidden": given.hidden, "rows": rows}))
+    model = layer(given.hidden)
+    found: dict[str, Any] = {"hidden": given.hidden, "tokens": given.tokens}
+    parts = [("rows", given.decode, 1)] + [("prefill", given.prefill, given.tokens)] * (given.tokens > 0)
+    for part, schemes, tokens in parts:
+        if not schemes:
+            continue
+        rows = found[part] = measured(model, schemes, tokens, given.seconds)
+        body = [
+            [n, f"{r['ms']:.2f}", f"{r['iqr']:.0%}", f"{r['times']:.2f}", f"{r['error']:.4f}"] for n, r in rows.items()
+        ]
+        what = "one token" if tokens == 1 else f"{tokens} tokens"
+        print(table([what, "ms", "spread", "times bf16 torch.compile", "error"], body))
+    print(write_result("quant", found))
 
 
 if __name__ == "__main__":
