@@ -6,8 +6,11 @@ import json
 import os
 import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +26,9 @@ from tessel.frontend.split import capture_parts
 from tessel.runtime.shares import share
 from tessel.sharding.plan_file import read_plan
 from tessel.sharding.planner import Request, capture_model, make_plan
+from tessel.sharding.stage_module import StageModule
 from tessel.sharding.staged import Pipeline, Staged, distribute_model
+from tessel.solve.pipeline import held
 from tessel.targets.mesh import Mesh
 
 DATA = [("shard", "inputs[0]", ("dp", None))]
@@ -64,6 +69,30 @@ def loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
+@contextmanager
+def counting_alive() -> Iterator[list[int]]:
+    """How many microbatches of a part this rank holds at once: [now, at the most]."""
+    count = [0, 0]
+    forward, left = StageModule.forward, StageModule.gradients_left
+
+    def begins(self: StageModule, *handed: torch.Tensor) -> Any:
+        count[0] += 1
+        count[1] = max(count)
+        return forward(self, *handed)
+
+    def ends(self: StageModule) -> Any:
+        rest = left(self)
+
+        def run() -> None:
+            rest()
+            count[0] -= 1
+
+        return run
+
+    with mock.patch.object(StageModule, "forward", begins), mock.patch.object(StageModule, "gradients_left", ends):
+        yield count
+
+
 def steps(rank: int, cases: Cases) -> None:
     """Every case, on one rank of one group of processes."""
     torch.manual_seed(0)
@@ -73,11 +102,15 @@ def steps(rank: int, cases: Cases) -> None:
     wanted.backward()
     for name, (sizes, starts, schedule, lines, run) in cases.items():
         mesh, cut = Mesh(sizes), Pipeline(starts, MICROBATCHES, schedule)
-        placed = distribute_model(
-            module, mesh=mesh, args=(ids,), pipeline=cut, loss=loss, annotations=annotations(lines), run=run
-        )
-        assert isinstance(placed, Staged)
-        got = placed.step(ids, target=ids)
+        with counting_alive() as alive:
+            placed = distribute_model(
+                module, mesh=mesh, args=(ids,), pipeline=cut, loss=loss, annotations=annotations(lines), run=run
+            )
+            assert isinstance(placed, Staged)
+            got = placed.step(ids, target=ids)
+        chunks = len(placed.parts)
+        most = chunks * held(schedule, mesh["pp"], MICROBATCHES, placed.stage, chunks)
+        assert alive == [0, most], f"{name}: stage {placed.stage} held {alive[1]} microbatches of a part, not {most}"
         if got is not None:
             torch.testing.assert_close(got[0], want, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
             torch.testing.assert_close(torch.stack(got[1]).mean(), wanted.detach(), rtol=1e-5, atol=1e-6)
@@ -219,7 +252,7 @@ def test_impossible_cuts() -> None:
     ("asked", "words"),
     [
         ({"mesh": {"pp": 2}}, "say where stages begin"),
-        ({"mesh": {"dp": 2}, "loss": loss}, "loss and pipeline are for a mesh with stages"),
+        ({"mesh": {"dp": 2}, "loss": loss}, "a loss is for stages"),
         ({"mesh": {"pp": 2}, "pipeline": Pipeline(("layers.1",), 3)}, "8 rows does not divide into 3"),
         ({"mesh": {"pp": 2}, "pipeline": Pipeline(("layers.0", "layers.1"), 4)}, "3 parts do not make 2 stages"),
         ({"mesh": {"pp": 2}, "pipeline": Pipeline(("layers.1",), 4, "interleaved")}, "there is no such schedule"),

@@ -39,10 +39,10 @@ def stage_class(sent: Message) -> type[pipelining.PipelineStage]:
     """A ``PipelineStage`` that counts what it sends, and tells its module which microbatch is next as ``at``."""
 
     class Stage(pipelining.PipelineStage):
-        """A part's backward is one program that gives all gradients; what is left for later is nothing."""
+        """A part runs its own backward; what of it is left for later it gives as ``gradients_left``."""
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "dw_builder": lambda: lambda: None})
+        def __init__(self, submodule: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(submodule, *args, **kwargs, dw_builder=submodule.gradients_left)
 
         def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
             self.submod.at = fwd_chunk_id  # type: ignore[assignment]

@@ -27,7 +27,7 @@ from ..ir.interp import interpret
 from ..ir.node import Graph
 from ..ir.sharding import Sharding
 from ..ops.collective import communicating
-from ..passes.partition import Program
+from ..passes.partition import Collective, Program
 from ..runtime.collectives import ProcessGroups
 from ..runtime.shares import share
 from ..targets.mesh import Mesh
@@ -132,10 +132,14 @@ class Distributed(torch.nn.Module):
         by.agree([(what, p.collectives()) for what, p in zip(("forward", "backward"), spmd.programs())])
         if any(n.op.random for n in forward.graph.nodes):
             by.check_random_state()
-        self._forward = _runner(spmd.step.forward, forward, by, run, "inference" if backward is None else "forward")
+        self._forward = rank_runner(spmd.step.forward, forward, by, run, "inference" if backward is None else "forward")
         self._backward: Run | None = None
         if backward is not None and spmd.step.backward is not None:
-            self._backward = _runner(spmd.step.backward, backward, by, run, "backward")
+            self._backward = self._run_backward(spmd.step.backward, backward, run)
+
+    def _run_backward(self, imported: Imported, program: Program, run: How) -> Run:
+        """What runs this rank's backward."""
+        return rank_runner(imported, program, self.by, run, "backward")
 
     def _take_shards(self, model: torch.nn.Module, mesh: Mesh, rank: int) -> None:
         """Parameters and buffers of this rank, under the model's names; shared ones stay shared."""
@@ -306,24 +310,31 @@ def _groups(spmd: Spmd) -> list[tuple[str, ...]]:
     return sorted({c.axes for c in spmd.collectives()})
 
 
-def _runner(imported: Imported, program: Program, by: ProcessGroups, how: How, kind: str) -> Run:
-    """What runs this rank's program; it takes a list without constants."""
-    graph = program.rank(by.rank)
+def rank_runner(
+    imported: Imported, program: Program, by: ProcessGroups, how: How, kind: str, graph: Graph | None = None,
+    rows: Sequence[Collective] | None = None,
+) -> Run:  # fmt: skip
+    """What runs this rank's program, or a piece of it; it takes a list without constants.
+
+    Args:
+        graph, rows: the piece and its collectives; all of the program by default.
+    """
+    graph = program.rank(by.rank) if graph is None else graph
+    rows = program.collectives() if rows is None else rows
     constants: dict[str, torch.Tensor] = {}
+    taken = {str(n.attrs["name"]) for n in graph.inputs}
     for node, sharding in zip(program.graph.inputs, program.inputs, strict=True):
-        if node.attrs["role"] == "constant" and sharding is not None:
-            name = str(node.attrs["name"])
+        name = str(node.attrs["name"])
+        if node.attrs["role"] == "constant" and sharding is not None and name in taken:
             constants[name] = share(imported.constants[name], sharding, program.mesh, by.rank).contiguous()
     if how == "interpreted":
-        return _with(by, program, kind, _interpreted(graph, constants))
+        return _with(by, rows, kind, _interpreted(graph, constants))
     device = "cpu" if imported.device == "meta" else imported.device  # where shards of such a model are made
     local = Imported(graph, constants, imported.fallbacks, imported.hints, device)
-    return _with(by, program, kind, compile_graph(local, GraphInfo(kind), Session()))
+    return _with(by, rows, kind, compile_graph(local, GraphInfo(kind), Session()))
 
 
-def _with(by: ProcessGroups, program: Program, kind: str, run: Run) -> Run:
-    rows = program.collectives()
-
+def _with(by: ProcessGroups, rows: Sequence[Collective], kind: str, run: Run) -> Run:
     def called(inputs: list[Any]) -> Sequence[Any]:
         with communicating(by), by.running(kind, rows):
             return run(inputs)

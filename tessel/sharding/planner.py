@@ -27,7 +27,7 @@ from ..models import load_model
 from ..ops import OPS
 from ..solve.comm import MeshAxis, axes_of
 from ..solve.memory import optimizer_bytes
-from ..solve.pipeline import SCHEDULES
+from ..solve.pipeline import APART, SCHEDULES
 from ..solve.shard_choice import NO_PINS, Pins, Setting, matches, role_of
 from ..solve.shard_price import Pricer
 from ..solve.shard_search import Answer, Search
@@ -39,8 +39,11 @@ from ..targets.mesh import Mesh
 from .annotate import Annotations
 from .entries import Entries, entries_of, renamed, split_axes
 from .pins import asked_of, pins_of
-from .pipeline import AXIS, StageSearch, microbatch_choices, search_stages
+from .pipeline import AXIS, microbatch_choices
+from .pipeline_search import StageSearch, search_stages
+from .pipeline_sections import sections_of
 from .plan_file import ShardingPlan, fingerprint_of
+from .uneven import left_whole
 
 __all__ = ["Captured", "Request", "capture_model", "check_request", "make_plan", "make_staged_plan", "microbatches_for"]
 
@@ -359,13 +362,13 @@ def make_staged_plan(
     m, staged = search_stages(searches, progress or (lambda _: None))
     captured, problem, answer = captures[m], problems[m], staged.merged()
     entries = entries_of(answer, staged.pricer, problem.chain, problem.shift, captured.held)
-    sections = staged.sections(entries)
+    sections = sections_of(staged, entries)
     if any(u.node.op.random for s in problem.kinds for u in s.units):
         entries.notes.append("random operators draw for each microbatch: not what one device draws for the whole batch")
-    if staged.way.schedule in ("zb1p", "zbv"):
+    if staged.way.schedule in APART:
         entries.notes.append(
-            f"{staged.way.schedule} is priced with gradients of parameters apart; "
-            "distribute runs a backward as one piece"
+            f"{staged.way.schedule}: gradients of parameters are {staged.weights:.0%} of the slowest stage's work and "
+            "wait their turn; the gradients of results that they are made of are among the temporaries"
         )
     asked = replace(request, microbatches=m)
     return _document(captured, mesh, target, asked, staged.pricer, axes, limit, answer, entries, sections, started)

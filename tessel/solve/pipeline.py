@@ -22,7 +22,7 @@ import numpy as np
 
 from ..errors import TesselError, check, did_you_mean
 
-__all__ = ["SCHEDULES", "Cut", "Slot", "bubble", "cut", "fill", "held", "stage_of", "step_seconds", "timeline"]
+__all__ = ["APART", "SCHEDULES", "Cut", "Slot", "bubble", "cut", "fill", "held", "stage_of", "step_seconds", "timeline"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -60,7 +60,7 @@ def held(schedule: str, stages: int, microbatches: int, stage: int, chunks: int 
     if schedule == "interleaved":  # Megatron-LM: p v + p − 1 − 2 stage chunks of 1/v in flight at the most
         warm = (chunks - 1) * stages + 2 * (stages - stage - 1) + 1
         return min(microbatches * chunks, warm) / chunks
-    if schedule == "zbv":  # the two chunks of a V even out: every stage as many as the first of 1f1b
+    if schedule in APART:  # a V evens out; or gradients of parameters wait where fewer microbatches are begun
         return min(stages, microbatches)
     return min(stages - stage, microbatches)
 
@@ -78,17 +78,32 @@ def _check(schedule: str, stages: int, microbatches: int, chunks: int) -> None:
         )
     elif schedule == "zbv":
         check(microbatches >= 2 * stages, lambda: f"zbv: {microbatches} microbatches, fewer than 2 × {stages} stages")
+    elif schedule == "zb1p":  # torch's ScheduleInterleavedZeroBubble goes in rounds
+        rounds = max(1, microbatches // stages)
+        check(
+            microbatches % rounds == 0,
+            lambda: f"zb1p: {microbatches} microbatches on {stages} stages do not make {rounds} equal rounds",
+        )
 
 
-_FILL = {"zb1p": 1 / 3, "zbv": 0.0}  # of one microbatch's time on a stage, how much of it others wait
+APART = ("zb1p", "zbv")  # gradients of parameters are a piece of work of their own
 
 
-def fill(schedule: str, chunks: int = 1) -> float:
-    """The part of a stage's work on one microbatch for which the other stages wait."""
-    return 1 / chunks if schedule == "interleaved" else _FILL.get(schedule, 1.0)
+def fill(schedule: str, chunks: int = 1, weights: float = 1 / 3) -> float:
+    """The part of a stage's work on one microbatch for which the other stages wait.
+
+    Args:
+        weights: the part of the work that gives gradients of parameters. In zb1p nobody waits for it, and a stage
+            that waits does that of others: F + B − W of F + B + W are waited for (arXiv 2401.10241, table 2).
+    """
+    if schedule == "zb1p":
+        return max(0.0, 1 - 2 * weights)
+    return {"interleaved": 1 / chunks, "zbv": 0.0}.get(schedule, 1.0)
 
 
-def step_seconds(schedule: str, seconds: Sequence[float], microbatches: int, chunks: int = 1) -> float:
+def step_seconds(
+    schedule: str, seconds: Sequence[float], microbatches: int, chunks: int = 1, weights: float = 1 / 3
+) -> float:
     """How long a step takes whose stages work ``seconds`` each, not all equally long.
 
     The slowest stage never waits once it has begun; the others' work on one microbatch goes before it and after it.
@@ -97,7 +112,7 @@ def step_seconds(schedule: str, seconds: Sequence[float], microbatches: int, chu
     (True, 9.0)
     """
     _check(schedule, len(seconds), microbatches, chunks)
-    return max(seconds) + fill(schedule, chunks) * (sum(seconds) - max(seconds)) / microbatches
+    return max(seconds) + fill(schedule, chunks, weights) * (sum(seconds) - max(seconds)) / microbatches
 
 
 def stage_of(schedule: str, part: int, stages: int) -> int:
@@ -213,7 +228,7 @@ def timeline(
     _check(schedule, stages, microbatches, chunks)
     count = stages * chunks
     trains = any(b > 0 for _, b in seconds)
-    apart = schedule in _FILL
+    apart = schedule in APART
     most = [held(schedule, stages, microbatches, s, chunks) * chunks for s in range(stages)]
     if schedule in ("gpipe", "interleaved"):  # their orders say it already
         most = [inf] * stages
@@ -246,7 +261,7 @@ def timeline(
                 continue
             todo[s].remove(work)
             took = seconds[part][0] if kind == FORWARD else seconds[part][1] / (2 if apart else 1)
-            alive[s] += {FORWARD: 1, BACKWARD: -1, WEIGHTS: 0}[kind]
+            alive[s] += {FORWARD: 1, BACKWARD: 0 if apart else -1, WEIGHTS: -1}[kind]
             free[s] = done[work] = now + took
             out.append(Slot(now, free[s], s, part, i, kind))
             began = True
