@@ -43,7 +43,6 @@ from .pipeline import AXIS, microbatch_choices
 from .pipeline_search import StageSearch, search_stages
 from .pipeline_sections import sections_of
 from .plan_file import ShardingPlan, fingerprint_of
-from .uneven import left_whole
 
 __all__ = ["Captured", "Request", "capture_model", "check_request", "make_plan", "make_staged_plan", "microbatches_for"]
 
