@@ -116,8 +116,8 @@ def follow(rule: Rule, lies: Sharding, mesh: Mapping[str, int]) -> Split | None:
     found: Split = {}
     for term, axes in zip(rule.dims.operands[0], lies.dims, strict=True):
         some, used = project(term, axes, rule.sizes, mesh)
-        if used < len(axes):
-            return None
+        if used < len(axes) or any(rule.dims.factors[f].kind != "map" for f in some):
+            return None  # a piece of what is cut, or turned, is not a piece of the result
         found |= some
     return found if all(layout(s, found, rule, mesh) is not None for s in rule.dims.results) else None
 
