@@ -59,6 +59,7 @@ def samples() -> Iterator[Sample]:
         norms,
         expert_layers,
         packed_layers,
+        packed_caches,
         libraries,
         draws,
     ):
@@ -306,6 +307,19 @@ def packed_layers() -> Iterator[Case]:
         lut = real(2**bits) if "t" in more else None
         operands = (real(5, k), words, real(6, groups), zero, real(6) if "b" in more else None, lut)
         yield "packed_linear", operands, {"bits": bits}
+
+
+def packed_caches() -> Iterator[Case]:
+    """Keys with a scale a channel, values with one a token and group of channels; words that are not full."""
+    for bits, width, shape, scales, along in (
+        (4, 6, (1, 5), (6, 1), "channels"),
+        (2, 16, (1, 3), (16, 1), "channels"),
+        (8, 6, (3, 6), (2, 12), "tokens"),
+        (4, 5, (2, 5), (1, 16), "tokens"),
+    ):
+        words = ints(2**31, 2, 3, 4, *shape, low=-(2**31)).to(torch.int32)
+        attrs = {"bits": bits, "width": width, "along": along, "dtype": F64}
+        yield "dequantize_cache", (words, real(2, 3, 4, *scales), real(2, 3, 4, *scales)), attrs
 
 
 def libraries() -> Iterator[Case]:

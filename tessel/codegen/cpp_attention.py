@@ -32,6 +32,7 @@ from ..tiles.hidden import closure, hidden
 from ..tiles.index import Index, exact_div, linearize, var
 from ..tiles.kernel import ACC, LSE, Axis, Check, Kernel, Load, Ref, Stmt, Store, indices_of
 from .cpp_expr import Dims, Emitter
+from .cpp_rows import Rows, computed_row, packs, rows_apart
 from .cpp_space import Space
 from .cpp_text import points, simd
 from .cpp_words import cast, literal, size_text, value_type
@@ -66,7 +67,7 @@ def refusal(dtype: torch.dtype, features: Iterable[str]) -> str | None:
 @cache
 def headers(backward: bool = False) -> dict[str, str]:
     """The headers of attention kernels, by file name; with ``backward`` those of their gradients too."""
-    names = ["attention.hpp", *(["attention_backward.hpp"] if backward else [])]
+    names = ["attention.hpp", "attention_packed.hpp", *(["attention_backward.hpp"] if backward else [])]
     tiles = str(environment().get_template("attention_tiles.hpp.j2").render())
     return {**{n: (TEMPLATES / n).read_text(encoding="utf-8") for n in names}, "attention_tiles.hpp": tiles}
 
@@ -160,6 +161,7 @@ class Writer:
         return {
             **words,
             "store": self.stored((Ref(ACC), Ref(LSE)), "e", "member", "m"),
+            "few": self.few,
             "form": f"few<Element, {self.few}, " if self.few else "tiled<Element, ",
         }
 
@@ -227,33 +229,48 @@ class Writer:
         kernel = self.kernel
         provided = kernel.provides[part]
         assert isinstance(provided, Ref)
-        stmts = kernel.parts[part]
-        checks = [s for s in stmts if isinstance(s, Check)]
+        stmts = [s for s in kernel.parts[part] if not isinstance(s, Check)]
+        checks = [s for s in kernel.parts[part] if isinstance(s, Check)]
         dtype = self._dtype_of(part, provided)
         check(dtype == self.dtype, lambda: f"{kernel.name}: attention of {self.dtype} and {dtype}; cast one operand")
-        e = Emitter(kernel, self.at.space)
-        e.nest(known, [lane])
-        for s in stmts:
-            if not isinstance(s, Check):  # ``looked_up`` has checked the indices of all rows before
-                e.emit(s)
-        check(not e.flags, lambda: f"{kernel.name}: part {part!r} divides by what may be zero")
         check(not checks or part in "kv", lambda: f"{kernel.name}: part {part!r} reads indices that must be checked")
-        direct = self._direct(e, stmts, provided, lane)
-        row = list(e.blocks[0])
-        text, dims, _ = e.values[provided.number]
-        e.line(f"put(to + {lane}, {text});", dims | {lane})
-        extent = size_text(kernel.axis(lane).extent)
+        pieces = rows_apart(stmts, provided, lane)
+        plain = part not in "kv" or checks or dtype != torch.bfloat16
         return {
             "where": where,
-            "row": row,
-            "looked_up": self._looked_up(closure(stmts, [s.arg.number for s in checks])[0]) if checks else None,
-            "body": e.blocks[1],
-            "lane": lane,
-            "extent": extent,
-            "direct": direct,
-            "always": direct and dtype == torch.float32 and int(kernel.axis(lane).extent) % _VECTORS == 0,
+            "pieces": [self._piece(part, p, lane, known) for p in pieces],
+            "packs": {} if plain else packs(kernel, self.at.space, pieces[0], kernel.axis(lane), where, self.known),
+            "looked_up": self._looked_up(closure(kernel.parts[part], [s.arg.number for s in checks])[0])
+            if checks
+            else None,
             "itemsize": dtype.itemsize,
             "whole": self.whole_rows(lane),
+        }
+
+    def _piece(self, part: str, piece: Rows, lane: str, known: list[str]) -> dict[str, Any]:
+        """Rows that are all made alike: which they are, and where one lies or what writes it."""
+        kernel, axis = self.kernel, self.kernel.axis(lane)
+        if not any(isinstance(s, Load) and s.out == piece.value.number for s in piece.stmts):
+            row, loop, e = computed_row(kernel, self.at.space, piece, axis, known)
+            direct = ""
+        else:  # ``looked_up`` has checked the indices of all rows before
+            e = Emitter(kernel, self.at.space)
+            e.nest(known, [lane])
+            for s in piece.stmts:
+                e.emit(s)
+            direct = self._direct(e, piece.stmts, piece.value, lane)
+            row = list(e.blocks[0])
+            text, dims, _ = e.values[piece.value.number]
+            e.line(f"put(to + {lane}, {text});", dims | {lane})
+            body = ["  " + line for line in e.blocks[1]]
+            loop = [simd({}), f"for (i64 {lane} = 0; {lane} < {size_text(axis.extent)}; ++{lane}) {{", *body, "}"]
+        check(not e.flags, lambda: f"{kernel.name}: part {part!r} divides by what may be zero")
+        return {
+            "when": e.conds(piece.when)[0],
+            "row": row,
+            "loop": loop,
+            "direct": direct,
+            "always": direct and self.dtype == torch.float32 and int(axis.extent) % _VECTORS == 0,  # type: ignore[arg-type]
         }
 
     def _looked_up(self, stmts: Iterable[Stmt]) -> dict[str, Any]:
@@ -264,7 +281,7 @@ class Writer:
             e.emit(s)
         return {**self._loop(e), "where": self.batch}
 
-    def _direct(self, e: Emitter, stmts: tuple[Stmt, ...], provided: Ref, lane: str) -> str:
+    def _direct(self, e: Emitter, stmts: Iterable[Stmt], provided: Ref, lane: str) -> str:
         """The first element of a row that lies in memory as it is wanted, else nothing."""
         stmt = next(s for s in stmts if getattr(s, "out", None) == provided.number)
         if not isinstance(stmt, Load) or stmt.access.mask:

@@ -15,7 +15,7 @@ from ..tiles.index import Atom, Index, exact_div, floordiv, linearize, mod, subs
 from ..tiles.kernel import Axis, Kernel, Load, Store
 from .names import used_indices
 
-__all__ = ["Space", "space_of"]
+__all__ = ["Space", "cut", "space_of"]
 
 _SMALL = 8  # a loop this short is no place for vectors where there is another
 
@@ -66,6 +66,12 @@ def space_of(kernel: Kernel) -> Space:
         kept = [a for a in space.xs if a is not turned]
         return Space((*kept[:-1], turned, kept[-1]), (), place, turned=True)
     return Space(space.xs, space.rs, place, across)
+
+
+def cut(axis: Axis, indices: Sequence[Index]) -> tuple[list[Axis], Index]:
+    """An axis as loops, cut where indices divide it, and its place as an index over them."""
+    axes, place, _ = _split([axis], {axis.name: var(axis.name, axis.extent)}, list(indices))
+    return axes, place[axis.name]
 
 
 def _pieces(indices: Iterable[Index]) -> int:

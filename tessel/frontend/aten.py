@@ -7,7 +7,17 @@ decomposition table of ``decomp.py`` then leaves the operator whole by itself.
 
 from __future__ import annotations
 
-from . import aten_fused, aten_index, aten_norm, aten_pointwise, aten_reduce, aten_scan, aten_view, packed_op
+from . import (
+    aten_fused,
+    aten_index,
+    aten_norm,
+    aten_pointwise,
+    aten_reduce,
+    aten_scan,
+    aten_view,
+    cache_op,
+    packed_op,
+)
 from .lower import Table, merge
 
 TABLE: Table = merge(
@@ -19,6 +29,7 @@ TABLE: Table = merge(
     aten_scan.TABLE,
     aten_fused.TABLE,
     packed_op.TABLE,
+    cache_op.TABLE,
 )
 
 __all__ = ["TABLE"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from .activation import ACTIVATION
 from .attention import ATTENTION
 from .backward import BACKWARD
+from .cache import CACHE
 from .collective import COLLECTIVE
 from .common import table
 from .dims import Dims, Factor, Piece, Window, dims_of, factor_sizes
@@ -53,6 +54,7 @@ OPS = table(
     BACKWARD.values(),
     EXPERTS.values(),
     PACKED.values(),
+    CACHE.values(),
     RANDOM.values(),
     EFFECT.values(),
     COLLECTIVE.values(),

@@ -15,6 +15,7 @@ from ._scans import scan_axis
 MAX_NODES = 48  # of one kernel; longer chains gain nothing and cost registers
 MAX_TENSORS = 24  # tensors a kernel reads and writes
 MAX_INLINE_COST = 4 * CHEAP  # of values computed where they are read, per element
+FEW_QUERIES = 16  # a head's, for which attention unpacks keys and values itself: one tile of queries on a GPU
 FREE = frozenset({"view", "generate"})
 TEMPLATED = frozenset({"pointwise", "index", "reduce", "scan", "contract", *ATTENTION})
 FAMILIES = {"reduce": "reduction", "scan": "scan", "contract": "matmul", **{kind: kind for kind in ATTENTION}}
@@ -151,6 +152,19 @@ def pages(producer: Group, consumer: Group, values: list[Value]) -> bool:
     (node,) = (n for n in consumer.nodes if n.op.kind in ATTENTION)
     rows = all(_whole_rows(n) for n in producer.nodes)
     return rows and node.op.kind == "attention" and _only_at(consumer, node, values, {1, 2})
+
+
+def unpacks(producer: Group, consumer: Group, values: list[Value]) -> str | None:
+    """Why a group is not one that takes the keys or values of an attention out of their words, or ``None`` if it is."""
+    (node,) = (n for n in consumer.nodes if n.op.kind in ATTENTION)
+    if not {"shift_right", "bitwise_and"} <= {n.op.name for n in producer.nodes}:
+        return "attention loads its operands as they are"
+    if node.op.kind != "attention" or not _only_at(consumer, node, values, {1, 2}):
+        return "packed keys and values are written whole: only attention's forward unpacks them itself"
+    queries = node.args[0].shape[2]
+    if not isinstance(queries, int) or queries > FEW_QUERIES:
+        return f"packed keys and values are written whole: {queries} queries, and not {FEW_QUERIES} at most, read them"
+    return None
 
 
 def _whole_rows(node: Node) -> bool:

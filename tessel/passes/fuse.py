@@ -38,6 +38,7 @@ from ._groups import (
     outside_reads,
     pages,
     start,
+    unpacks,
 )
 from ._products import with_bias
 from ._regions import KERNEL, make_kernel
@@ -247,8 +248,8 @@ class _Fuser:
         if outside:
             return "its value is read at other places, and something else needs it stored"
         own = a.family == "pointwise" and b.family in ATTENTION and not only_mask(b, through)
-        if own and not pages(a, b, through):
-            return "attention loads its operands as they are"
+        if own and not pages(a, b, through) and (why := unpacks(a, b, through)):
+            return why
         why = inline_problem(a, b)
         if why:
             return why

@@ -50,7 +50,7 @@ class Format:
         exponent, mantissa: bits of each, of a float.
         largest: of a float: its largest finite value.
         codebook: the values of a table, ascending.
-        scale: ``f32``, ``e8m0`` or ``e4m3``.
+        scale: ``f32``, ``e8m0`` or ``e4m3``; of caches ``f16``, the minimum too.
         rows: rows (of the dimension before the last) that share a scale too: 128 for blocks of 128 by 128.
     """
 
@@ -79,7 +79,7 @@ class Format:
         >>> integers(4, group=128).bits_per_value(4096)
         4.25
         """
-        own = {"f32": 32, "e8m0": 8, "e4m3": 8}[self.scale]
+        own = {"f32": 32, "e8m0": 8, "e4m3": 8, "f16": 32}[self.scale]
         if self.kind == "int" and self.scale == "f32":
             own = 32 if self.symmetric else 64 if self.minimum else 32 + 8  # a float32 scale; a minimum or a zero point
         size = row if self.group == WHOLE_ROW else self.group

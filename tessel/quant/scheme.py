@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from ..errors import TesselError, check, nearest
 from .formats import FORMATS, WHOLE_ROW, WHOLE_TENSOR, Format, integers
 
-__all__ = ["Scheme", "scheme"]
+__all__ = ["NAMES", "Scheme", "scheme"]
 
 GROUP = 128
 """Values of a weight's row that share a scale where the name does not say, below 8 bits."""
@@ -71,11 +71,12 @@ _NAMED: dict[str, Scheme] = {
     "ternary": Scheme("ternary", FORMATS["ternary"]),
     "2:4": Scheme("2:4", sparse=True),
 }
-_KNOWN = ("w4a16", "w8a16", "w8a8", "w4a8", "w3a16", "w2a16", "kv8", "kv4", "kv2", *_NAMED)
+NAMES = ("w4a16", "w8a16", "w8a8", "w4a8", "w3a16", "w2a16", "kv8", "kv4", "kv2", *_NAMED)
+"""Schemes by name, and examples of those whose names say their bits."""
 
 
 def scheme(name: str) -> Scheme:
-    """The scheme of a name; several joined by ``+`` (``"w4a16+kv4"``) each say of their own tensors.
+    """The scheme of a name; several joined by ``+`` (``"w4a16+kv4"`` or ``"w4a16-kv4"``) each say of their own tensors.
 
     ``w<bits>a16``: weights alone, 8 bits a row, fewer in groups of 128, or as ``-g32``, ``-channel`` says; ``-asym``:
     with a zero point. ``w<bits>a8``: inputs too, 8 bits, a scale a token. ``kv<bits>``: the attention cache.
@@ -83,7 +84,7 @@ def scheme(name: str) -> Scheme:
     Raises:
         TesselError: there is no such name, or two parts say of one tensor.
     """
-    parts = [_one(part) for part in name.split("+")]
+    parts = [_one(part) for part in name.replace("-kv", "+kv").split("+")]
     whole = Scheme(name)
     for part in parts:
         for what in (*_TENSORS, "recent", "sparse"):
@@ -99,11 +100,11 @@ def _one(name: str) -> Scheme:
     if name in _NAMED:
         return _NAMED[name]
     if found := _CACHE.match(name):
-        own = integers(int(found["bits"]), _CACHE_GROUP, minimum=True)
+        own = replace(integers(int(found["bits"]), _CACHE_GROUP, minimum=True), scale="f16")
         return Scheme(name, keys=own, values=own, recent=_RECENT)
     found = _INTEGER.match(name)
     if found is None:
-        close = nearest(name, _KNOWN)
+        close = nearest(name, NAMES)
         hint = f"did you mean {close!r}? " if close else ""
         forms = f"w<bits>a16[-g<group>|-channel], w<bits>a8, kv<bits>, {', '.join(_NAMED)}"
         raise TesselError(f"unknown scheme {name!r}; {hint}{forms}")

@@ -9,7 +9,7 @@
 // where x counts (batch, key head). The running maximum and sums follow Milakov and Gimelshein (2018), "Online
 // normalizer calculation for softmax", and the blocking FlashAttention (Dao et al., 2022).
 #pragma once
-#include "attention_tiles.hpp"
+#include "attention_packed.hpp"
 
 namespace tessel {
 namespace attention {
@@ -452,10 +452,14 @@ INLINE void add_rows(const word* const* values, i64 at, i64 count, const float* 
 // Keys and values are read once, where they lie. Ranges of keys are shared out, their number the same for any number
 // of threads, and their results combined in order.
 template <class T, i64 COUNT, i64 D, i64 E, bool RIGHT, bool LEFT, bool SEEN, bool SEEN_ROWS, bool EDIT, bool SINK, class Q, class K,
-          class V, class C, class F, class N, class S>
-INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V v_row, C seen_row, F edit, N sink_of, S store) {
+          class V, class C, class F, class N, class S, class KP, class VP>
+INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V v_row, C seen_row, F edit, N sink_of, S store, KP k_packs,
+               VP v_packs) {
   constexpr i64 DEPTH = whole(words<T>(D), LANES), WIDE = whole(E, 2 * LANES), PER = 4 / sizeof(T), RECORD = WIDE + 16;
   constexpr i64 ROUND = COUNT > 4 ? 8 : COUNT > 2 ? 4 : COUNT;
+  // Codes are multiplied where they are pairs of bf16, and otherwise unpacked row by row.
+  constexpr bool K_PACKED = sizeof(T) == 2 && KP::BITS > 0, V_PACKED = sizeof(T) == 2 && VP::BITS > 0;
+  constexpr i64 GROUPS = V_PACKED ? E / VP::GROUP : 1, SCALED = K_PACKED ? COUNT * planes(KP::BITS) * D : 1;
   const float c = EDIT ? LOG2E : scale * LOG2E;
   const i64 ranges = max(1, ceil_div(shape.n, RANGE));
   const i64 each = ceil_div(ranges, min(ranges, ceil_div(SHARES, max(shape.batches, 1)))), splits = ceil_div(ranges, each);
@@ -468,7 +472,8 @@ INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V 
     alignas(64) float o[ROUND * WIDE], s[ROUND * RANGE], sums[COUNT * LANES];
     alignas(64) word temp[TEMP], zeros[DEPTH];
     alignas(64) u8 seen[COUNT * RANGE + LANES];
-    float top[COUNT];
+    alignas(64) u16 scaled[SCALED];
+    float top[COUNT], rest[COUNT];
     int bad = 0;
     memset(q, 0, sizeof(q));
     memset(s, 0, sizeof(s));
@@ -484,6 +489,7 @@ INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V 
         else start<false>(x, i, 1.0f, top + i, sums + i * LANES, sink_of);
       }
       memset(o, 0, sizeof(o));
+      i64 scaled_for = -1;  // the block whose scales are in ``scaled``
       for (i64 n0 = from; n0 < to; n0 += RANGE) {
         const i64 block = min(RANGE, to - n0);
         const Span seen_keys = sight<RIGHT, LEFT>(shape, 0, COUNT - 1, n0, block);
@@ -502,6 +508,18 @@ INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V 
         }
         for (i64 g = 0; g < steps; ++g) {
           if (!any[g]) continue;
+#ifdef __AVX512BF16__
+          if constexpr (K_PACKED) {
+            const i64 n = n0 + g * LANES;
+            if (n + LANES <= k_packs.tokens) {
+              const Block keys = k_packs.at(x, n / KP::LENGTH);
+              if (scaled_for != n / KP::LENGTH)
+                scaled_queries<KP::BITS, COUNT, D>(keys, (const u16*)q, DEPTH * 2, scaled, rest), scaled_for = n / KP::LENGTH;
+              packed_scores<KP::BITS, COUNT, D>(keys.words + n % KP::LENGTH, KP::LENGTH, scaled, rest, s + g * LANES, RANGE);
+              continue;
+            }
+          }
+#endif
           const word* keys[LANES];
 #pragma GCC unroll 1
           for (i64 j = 0; j < LANES; ++j) {
@@ -519,14 +537,30 @@ INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V 
                                            [=](float* scores) __attribute__((always_inline)) { return edit(x, i, n0, mine, scores); });
           no_weights(row, whole(mine, LANES), steps * LANES);
         }
+        alignas(64) vf beside[COUNT * GROUPS] = {};  // of what packed values add, by lanes
         for (i64 g = 0; g < steps; ++g) {
           if (!any[g]) continue;
+#ifdef __AVX512BF16__
+          if constexpr (V_PACKED) {
+            const i64 n = n0 + g * LANES;
+            if (n + LANES <= v_packs.tokens) {
+              packed_values<VP::BITS, COUNT, E, VP::LENGTH, VP::GROUP>(v_packs.at(x, n / VP::LENGTH), n % VP::LENGTH, s + g * LANES, RANGE, o,
+                                                                       WIDE, beside);
+              continue;
+            }
+          }
+#endif
           const word* values[LANES];
           const i64 count = min(LANES, most - g * LANES);
           for (i64 j = 0; j < count; ++j)
             values[j] = (const word*)v_row(x, n0 + g * LANES + j, (T*)(temp + j * (WIDE / PER)));
           for (i64 e = 0; e < WIDE; e += 2 * LANES) add_rows<T, ROUND>(values, e / PER, count, s + g * LANES, o + e, WIDE);
         }
+        if constexpr (V_PACKED)
+          for (i64 i = 0; i < COUNT * GROUPS; ++i) {
+            const float more = folded(beside[i], [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+            for (i64 e = 0; e < VP::GROUP; ++e) o[i / GROUPS * WIDE + i % GROUPS * VP::GROUP + e] += more;
+          }
       }
       for (i64 i = 0; i < COUNT; ++i) {
         float* record = records + (item * COUNT + i) * RECORD;
@@ -549,3 +583,4 @@ INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V 
 
 }  // namespace attention
 }  // namespace tessel
+#undef MIX
