@@ -174,6 +174,10 @@ def plan(
     train: bool | None = None,
     optimizer: str = "adamw",
     memory: int | None = None,
+    remat: str = "auto",
+    microbatches: int = 1,
+    zero: int | None = None,
+    capacity: float | None = None,
     gpus_per_node: int | None = None,
     free_axes: bool = False,
     annotations: Annotations | None = None,
@@ -188,11 +192,17 @@ def plan(
         model: on any device, ``meta`` included.
         args, kwargs: of one step, the whole mesh's batch; sizes are fixed to theirs.
         mesh: axes and sizes, the slowest first, as ``Mesh({"dp": 2, "tp": 4})``. Names say what an axis splits: dp and
-            fsdp the batch, tp all but the batch, sp and cp the sequence; other names anything.
+            fsdp the batch, tp all but the batch, sp and cp the sequence (ring and ulysses too: they say how attention
+            copes); other names anything.
         target: a name from ``TARGETS``.
         train: plan a training step; by default if the model is in training mode.
         optimizer: "adamw", "sgd" or "sgd-momentum".
         memory: bytes that a device may hold; what it has by default.
+        remat: "none", "selective" or "full": which activations of a block the backward computes again; "auto" chooses.
+        microbatches: parts of the batch that run one after another, their gradients added up.
+        zero: the stage (0 to 3) that every parameter has which can be kept apart; the best for each by default.
+        capacity: times the even share of tokens that a device may send to the experts of another one; more of them
+            end the run. Without it tokens are gathered where experts are split.
         gpus_per_node: ranks that share a node.
         free_axes: every axis may split anything, whatever its name.
         annotations: instead of what ``annotate`` was told about the model.
@@ -208,8 +218,11 @@ def plan(
     request = Request(
         train=model.training if train is None else train,
         optimizer=optimizer,
-        remat="none",
+        remat=remat,
         memory=memory,
+        microbatches=microbatches,
+        zero=zero,
+        capacity=capacity,
         gpus_per_node=gpus_per_node,
         roles=not free_axes,
     )
@@ -220,28 +233,45 @@ def plan(
 
 def quantize(
     model: torch.nn.Module,
-    scheme: str | Scheme,
+    scheme: str | Scheme | None = None,
     calibration: Iterable[Any] | None = None,
     *,
     method: str = "rtn",
     skip: Sequence[str] = ("lm_head",),
     inplace: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
+    budget: str | None = None,
+    widths: Sequence[int] | None = None,
+    shards: int = 1,
+    target: str | None = None,
+    rows: int = 1,
+    work: str | Path | None = None,
 ) -> torch.nn.Module:
     """The model with its linear layers in few bits; ``.quantization`` of it says what became of each.
 
     Args:
         model: its layers, inputs and outputs keep their shapes and dtypes.
-        scheme: "w8a16", "w4a16-g64", "w8a8", "fp8", "mxfp4", "nf4", ...; see ``tessel.quant.scheme``.
+        scheme: "w8a16", "w4a16-g64", "w8a8", "fp8", "mxfp4", "nf4", ...; see ``tessel.quant.scheme``. With a budget,
+            of its weight format only whether it is symmetric counts.
         calibration: what the model is called with, one item a call: a tensor, a tuple of arguments or a mapping.
-        method: "rtn", "mse" or "gptq" (how codes are chosen), after "smoothquant", "awq" or "hadamard" (what is done
-            to the weight before), joined by +.
+        method: "rtn", "mse", "gptq" or "turboboa" (how codes are chosen), after "smoothquant", "awq" or "hadamard"
+            (what is done to the weight before), joined by +.
         skip: names or patterns of layers that stay whole.
         inplace: change the model itself instead of a copy.
         progress: called with the layer's name, how many are done and how many there are.
+        budget: "4.25bits" (stored bits a weight, on average), "30GiB" (of all parameters), "20dB" (of the model's result
+            on the calibration data; without any, of the weights) or "250us" (predicted, of all layers on the target):
+            bits and group are chosen layer by layer; see ``tessel.quant.bits``.
+        widths: the bits that a budget chooses from.
+        shards: pieces that every layer's k will be cut in, which a budget's choices must allow.
+        target: where speed is predicted, for ``rows`` rows of a layer's inputs; a layer that would be slower there than
+            it is stays whole.
+        work: a folder for finished layers. After an interruption the same call goes on where it was; another one is
+            refused.
 
     Raises:
-        TesselError: an unknown scheme or method, no calibration data where it is needed, NaN in weights or data.
+        TesselError: an unknown scheme or method, no calibration data where it is needed, NaN in weights or data, a
+            budget that nothing meets.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
@@ -253,7 +283,10 @@ def quantize(
     """
     from .quant.model import quantize_model  # what it needs is needed for nothing else
 
-    return quantize_model(model, scheme, calibration, method=method, skip=skip, inplace=inplace, progress=progress)
+    return quantize_model(
+        model, scheme, calibration, method=method, skip=skip, inplace=inplace, progress=progress, budget=budget,
+        widths=widths, shards=shards, target=target, rows=rows, work=work,
+    )  # fmt: skip
 
 
 _quantize = quantize

@@ -96,6 +96,10 @@ def _put(key: str, value: torch.Tensor) -> Callable[[dict[str, Any], dict[str, A
         (_say(format="marlin-24"), "format 'marlin-24'"),
         (_say(quant_method="gptq"), "method 'gptq'"),
         (_say(config_groups={}), "say nothing of"),
+        (_say(version="1.0"), r"version .1\.0. of the layout"),
+        (_say(version=2), "version 2 of the layout"),
+        (_put("up.weight_zero_point", torch.ones(12, 2, dtype=torch.int32)), "symmetric and has a weight_zero_point"),
+        (_put("up.weight_g_idx", torch.arange(64)), "not in the model: up.weight_g_idx"),
     ],
 )
 def test_files_that_do_not_fit(change: Any, words: str, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..errors import TesselError, check
 
 __all__ = ["Choice", "Layer", "assign", "frontier", "reverse_water_filling"]
@@ -51,28 +53,26 @@ def frontier(layers: Sequence[Layer], most: int = MOST_POINTS) -> list[tuple[flo
     Raises:
         TesselError: a layer without a choice, a size or a loss that is no number.
     """
-    links: list[tuple[int, int]] = []  # (link before, choice): a point's assignment is one number
-    alive: list[tuple[float, float, int]] = [(0.0, 0.0, -1)]
+    links: list[tuple[np.ndarray, np.ndarray]] = []  # a layer: of each point alive, the one before it and the choice
+    size, loss = np.zeros(1), np.zeros(1)
     for layer in layers:
         check(bool(layer.choices), lambda layer=layer: f"{layer.name} has no way to be stored")  # type: ignore[misc]
         for c in layer.choices:
             if not (math.isfinite(c.size) and math.isfinite(c.loss)) or c.size < 0:
                 raise TesselError(f"{layer.name} as {c.name}: a size of {c.size} and a loss of {c.loss}")
-        grown = [(s + c.size, d + c.loss, at, i) for s, d, at in alive for i, c in enumerate(layer.choices)]
-        grown.sort(key=lambda p: (p[0], p[1]))
-        kept: list[tuple[float, float, int]] = []
-        for s, d, at, i in _thinned(_undominated(grown), most):
-            links.append((at, i))
-            kept.append((s, d, len(links) - 1))
-        alive = kept
-    found = []
-    for s, d, at in alive:
-        chosen: list[int] = []
-        while at >= 0:
-            at, i = links[at]
-            chosen.append(i)
-        found.append((s, d, tuple(reversed(chosen))))
-    return found
+        own, lost = (np.array([getattr(c, what) for c in layer.choices], dtype=float) for what in ("size", "loss"))
+        ways = _undominated(own, lost)
+        sizes = (size[:, None] + own[ways]).ravel()
+        losses = (loss[:, None] + lost[ways]).ravel()
+        rows = _thinned(_undominated(sizes, losses), sizes, most)
+        links.append((rows // len(ways), ways[rows % len(ways)]))
+        size, loss = sizes[rows], losses[rows]
+    at, chosen = np.arange(len(size)), []
+    for before, choice in reversed(links):
+        chosen.append(choice[at])
+        at = before[at]
+    table = np.stack(chosen[::-1], 1).tolist() if chosen else [[]] * len(size)
+    return [(s, d, tuple(row)) for s, d, row in zip(size.tolist(), loss.tolist(), table, strict=True)]
 
 
 def assign(layers: Sequence[Layer], *, size: float | None = None, loss: float | None = None) -> list[Choice]:
@@ -112,22 +112,20 @@ def reverse_water_filling(variances: Sequence[float], bits: float) -> float:
     return sum(min(v, high) for v in variances)
 
 
-def _undominated(
-    points: Sequence[tuple[float, float, int, int]],
-) -> list[tuple[float, float, int, int]]:
-    """Of points by rising size: those with less loss than all before."""
-    kept: list[tuple[float, float, int, int]] = []
-    for p in points:
-        if not kept or p[1] < kept[-1][1]:
-            kept.append(p)
-    return kept
+def _undominated(sizes: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """The points that lose less than all that are no larger, by rising size."""
+    order = np.lexsort((losses, sizes))
+    least = np.minimum.accumulate(losses[order])
+    return order[np.concatenate(([True], losses[order][1:] < least[:-1]))]
 
 
-def _thinned(points: list[tuple[float, float, int, int]], most: int) -> list[tuple[float, float, int, int]]:
-    """At most ``most`` points: of those in one step of size the one with the least loss, which is the last."""
-    if len(points) <= most:
-        return points
-    low, high = points[0][0], points[-1][0]
-    step = (high - low) / (most - 1)
-    last = {int((p[0] - low) / step): p for p in points}
-    return [points[0], *(p for _, p in sorted(last.items()) if p is not points[0])]
+def _thinned(rows: np.ndarray, sizes: np.ndarray, most: int) -> np.ndarray:
+    """At most ``most`` of the points ``rows``, by rising size and falling loss: the first, and of those in one step of
+    size the last."""
+    if len(rows) <= most:
+        return rows
+    low, high = sizes[rows[0]], sizes[rows[-1]]
+    step = ((sizes[rows] - low) / ((high - low) / (most - 1))).astype(np.int64)
+    last = np.append(step[1:] != step[:-1], True)
+    last[0] = True
+    return rows[last]

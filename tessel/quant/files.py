@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TesselError, check
+from .files_sparse import SPARSE_PARTS, read_sparse, said_of_sparse, sparse_tensors
 from .formats import WHOLE_ROW, Format, Quantized, integers
 from .linear import QuantLinear, pack, unpack
+from .sparse import SparseLinear
+from .stacks import Stack
 
-__all__ = ["load_quantized", "save_quantized"]
+__all__ = ["load_quantized", "safetensors", "save_quantized", "write_whole"]
 
 _VERSION = "0.1"
 _MODEL, _CONFIG = "model.safetensors", "config.json"
 _PARTS = ("weight_packed", "weight_scale", "weight_shape")
 
 
-def _safetensors() -> Any:
+def safetensors() -> Any:
+    """The package, or an error that says what to install."""
     try:
         import safetensors.torch as files
     except ImportError as e:
@@ -42,12 +47,16 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
         TesselError: a layer is in a format, divided or rotated, that the layout has no words for; layers differ in bits
             or groups in a way that it cannot say.
     """
-    files, folder = _safetensors(), Path(folder)
+    files, folder = safetensors(), Path(folder)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    check(bool(layers), lambda: "save_quantized: no layer of this model is quantized")
+    sparse = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    check(bool(layers or sparse), lambda: "save_quantized: no layer of this model is quantized")
+    stacks = [n for n, m in model.named_modules() if isinstance(m, Stack)]
+    check(not stacks, lambda: f"save_quantized: {stacks[0]} holds experts' matrices, for which the layout has no words")
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     inside = {f"{n}.{part}" for n in layers for part in ("words", "scale", "zero", "divisor", "sign")}
+    inside |= {f"{n}.{part}" for n in sparse for part in ("values", "mask")}
     for name, value in model.state_dict(keep_vars=False).items():
         if name not in inside and value.data_ptr() not in seen:
             tensors[name] = value.detach().contiguous()
@@ -56,16 +65,22 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     for name, layer in layers.items():
         for key, value in _packed(name, layer).items():
             tensors[f"{name}.{key}"] = value
+    for name, two in sparse.items():
+        tensors |= {f"{name}.{key}": value for key, value in sparse_tensors(two).items()}
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = getattr(model, "config", None)
     words: dict[str, Any] = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else {}
-    words["quantization_config"] = _said(model, layers)
-    _write(folder / _MODEL, lambda path: files.save_file(tensors, path, metadata={"format": "pt"}))
-    _write(folder / _CONFIG, lambda path: path.write_text(json.dumps(words, indent=1) + "\n", encoding="utf-8"))
+    words["quantization_config"] = said = _said(model, layers)
+    if sparse:
+        said["sparsity_config"] = said_of_sparse(sparse, [*layers, *said["ignore"]])
+        said["format"] = said["format"] if layers else "dense"
+    write_whole(folder / _MODEL, lambda path: files.save_file(tensors, path, metadata={"format": "pt"}))
+    write_whole(folder / _CONFIG, lambda path: path.write_text(json.dumps(words, indent=1) + "\n", encoding="utf-8"))
     return folder
 
 
-def _write(file: Path, write: Any) -> None:
+def write_whole(file: Path, write: Any) -> None:
+    """Let ``write`` make a file beside its place, then move it there: complete or not there."""
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         write(part)
@@ -144,7 +159,7 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises:
         TesselError: no such file, a format or method that is unknown, layers with missing, extra or wrong parts.
     """
-    files, folder = _safetensors(), Path(folder)
+    files, folder = safetensors(), Path(folder)
     try:
         said = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["quantization_config"]
         tensors: dict[str, Tensor] = files.load_file(folder / _MODEL)
@@ -155,11 +170,16 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     check(
         isinstance(said, dict)
         and said.get("quant_method") == "compressed-tensors"
-        and said.get("format") == "pack-quantized",
+        and (said.get("format") == "pack-quantized" or bool(said.get("sparsity_config"))),
         lambda: (
             f"load_quantized: {folder} is of method {said.get('quant_method')!r}, format {said.get('format')!r}; "
             "compressed-tensors, pack-quantized is what can be read"
         ),
+    )
+    version = said.get("version", _VERSION)
+    check(
+        isinstance(version, str) and re.fullmatch(r"0\.\d+(\..*)?", version) is not None,
+        lambda: f"load_quantized: {folder} is of version {version!r} of the layout; 0.* is what can be read",
     )
     names = sorted({n.rpartition(".")[0] for n in tensors if n.endswith((".weight_packed", ".weight_scale"))})
     modules = dict(model.named_modules())
@@ -170,9 +190,17 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
         made = _read(name, layer, {p: tensors.pop(f"{name}.{p}", None) for p in (*_PARTS, "weight_zero_point")}, said)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, made)
+    sparse = sorted(n.removesuffix(".bitmask") for n in tensors if n.endswith(".bitmask"))
+    for name in sparse:
+        check(name in modules, lambda name=name: f"load_quantized: the model has no layer {name}")  # type: ignore[misc]
+        own = {p: tensors.pop(f"{name}.{p}", None) for p in SPARSE_PARTS}
+        parent, _, last = name.rpartition(".")
+        two = read_sparse(name, modules[name], own, said.get("sparsity_config") or {})
+        setattr(model.get_submodule(parent), last, two)
     left = model.load_state_dict(tensors, strict=False, assign=True)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     inside = {f"{n}.{p}" for n in names for p in ("words", "scale", "zero", "divisor", "sign")}
+    inside |= {f"{n}.{p}" for n in sparse for p in ("values", "mask")}
     missing = [n for n in left.missing_keys if n not in inside and n not in tied]
     wrong = [f"missing: {', '.join(missing[:4])}"] * bool(missing)
     wrong += [f"not in the model: {', '.join(left.unexpected_keys[:4])}"] * bool(left.unexpected_keys)
@@ -207,6 +235,10 @@ def _read(name: str, layer: nn.Module, parts: dict[str, Tensor | None], said: di
     check(
         (zero is None) == bool(symmetric) or bool(symmetric),
         lambda: f"load_quantized: {name} is asymmetric and has no weight_zero_point",
+    )
+    check(
+        zero is None or not symmetric or not bool(zero.any()),
+        lambda: f"load_quantized: {name} is symmetric and has a weight_zero_point that is not zero",
     )
     check(bool(torch.isfinite(scale.float()).all()), lambda: f"load_quantized: {name}: scales that are NaN or infinite")
     codes = unpack(words, bits, k).float()

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import TesselError, check
 from .formats import Format, Quantized, quantize, scales_of, to_codes
 
-__all__ = ["Rounded", "damped", "gptq", "hessian", "turboboa"]
+__all__ = ["Rounded", "damped", "gptq", "hessian", "inverse_factor", "rows_gain", "turboboa"]
 
 DAMPING = 0.01
 """Times the mean of its diagonal, added to a Hessian's diagonal, as GPTQ does."""
@@ -83,7 +83,7 @@ def gptq(weight: Tensor, h: Tensor, format: Format, damping: float = DAMPING) ->
     _check(weight, h, format)
     w, hd = weight.double(), damped(h.double(), damping)
     try:
-        factor = _inverse_factor(hd)
+        factor = inverse_factor(hd)
     except torch.linalg.LinAlgError as e:
         return _to_nearest(w, hd, None, format, e)
     codes, scale, errors = _columns(w, factor, format, None)
@@ -110,7 +110,7 @@ def turboboa(weight: Tensor, h: Tensor, g: Tensor, format: Format, rows: int = 1
     check(rows >= 1, lambda: f"turboboa: {rows} rows at a time; at least 1")
     w, hd, gd = weight.double().clone(), damped(h.double(), damping), damped(g.double(), damping)
     try:
-        factor, across = _inverse_factor(hd), _inverse_factor(gd)
+        factor, across = inverse_factor(hd), inverse_factor(gd)
     except torch.linalg.LinAlgError as e:
         return _to_nearest(w, hd, gd, format, e)
     codes, scales = [], []
@@ -125,6 +125,23 @@ def turboboa(weight: Tensor, h: Tensor, g: Tensor, format: Format, rows: int = 1
         scales.append(scale)
     done = Quantized(torch.cat(codes).float(), torch.cat(scales).float(), format)
     return Rounded(done, _loss(weight.double() - done.dequantize().double(), hd, gd))
+
+
+def rows_gain(g: Tensor, damping: float = DAMPING) -> float:
+    """How often less loss rows could leave by making up for each other, one at a time, than each for itself.
+
+    The mean of G's diagonal over that of ``1 / U_ii^2`` (``G^-1 = U^T U``), both of G damped: 1 where G is diagonal or
+    has no factor.
+
+    >>> [round(rows_gain(g), 2) for g in (torch.eye(3), torch.tensor([[1.0, 0.9], [0.9, 1.0]]))]
+    [1.0, 1.66]
+    """
+    gd = damped(g.double(), damping)
+    try:
+        left = inverse_factor(gd).diagonal().square().reciprocal()
+    except torch.linalg.LinAlgError:
+        return 1.0
+    return float(gd.diagonal().mean() / left.mean())
 
 
 def _columns(w: Tensor, factor: Tensor, format: Format, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +167,7 @@ def _columns(w: Tensor, factor: Tensor, format: Format, scale: Tensor | None) ->
     return codes, scales, errors
 
 
-def _inverse_factor(h: Tensor) -> Tensor:
+def inverse_factor(h: Tensor) -> Tensor:
     """U, upper, with ``H^-1 = U^T U``."""
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
 

@@ -11,146 +11,149 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import io
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from ..errors import TesselError, check, did_you_mean
+from ..targets import Target, get_target
+from .bits import Spent, spend
+from .calibrate import Seen, look
 from .formats import WHOLE_ROW, WHOLE_TENSOR, Format, Quantized, quantize
-from .hessian import gptq
+from .hessian import gptq, rows_gain, turboboa
 from .linear import QuantLinear, divided
+from .report import LayerReport, QuantReport, Speed, time_text
+from .resume import Work, run_of
 from .scheme import Scheme, scheme
+from .sparse import SparseLinear, sparse_layer
+from .speed import seconds
 from .sqnr import expected, sqnr
+from .stacks import quantize_stacks
 from .transforms import awq_scales, shape_of_outliers, signs, smooth_scales
 
-__all__ = ["METHODS", "LayerReport", "QuantReport", "quantize_model"]
+__all__ = ["METHODS", "quantize_model"]
 
 METHODS = {
     "rtn": "round to nearest",
     "mse": "round to nearest, the range clipped where the squared error is least",
     "gptq": "columns make up for the errors of those before them (needs calibration)",
+    "turboboa": "gptq, and rows make up for those before them where a block's result mixes them (needs calibration)",
     "smoothquant": "outliers of the inputs move into the weight (needs calibration)",
     "awq": "channels whose inputs are large are scaled up before rounding (needs calibration)",
     "hadamard": "inputs and weight are rotated, which spreads outliers",
 }
-_NEED_DATA = {"gptq", "smoothquant", "awq"}
-_SAMPLE = 1024  # rows of a layer's inputs that AWQ looks at
+_NEED_DATA = {"gptq", "turboboa", "smoothquant", "awq"}
 _CLIPS = [1 - 0.025 * i for i in range(21)]
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one layer.
-
-    Attributes:
-        name: of the module.
-        shape: ``(n, k)``.
-        how: the format in words, or why the layer is as it was.
-        sqnr: of the weight, dB; None where it was left whole.
-        expected: the same of normal values (``sqnr.expected``), where there is a closed form.
-        outliers: channels of the weight that stick out, and how often the median's size.
-        before, after: bytes.
-        fallback: what the method could not do here; empty if nothing.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    how: str
-    sqnr: float | None
-    expected: float | None
-    outliers: tuple[tuple[int, float], ...]
-    before: int
-    after: int
-    fallback: str = ""
-
-
-@dataclass
-class QuantReport:
-    """All layers in order, and parameters that were left as they are."""
-
-    scheme: str
-    method: str
-    layers: list[LayerReport] = field(default_factory=list)
-    whole: list[LayerReport] = field(default_factory=list)
-
-    @property
-    def before(self) -> int:
-        """Bytes of all parameters before; ``after``: after."""
-        return sum(x.before for x in (*self.layers, *self.whole))
-
-    @property
-    def after(self) -> int:
-        return sum(x.after for x in (*self.layers, *self.whole))
-
-    def __str__(self) -> str:
-        table = Table(title=f"{self.scheme} by {self.method}: {_size(self.before)} -> {_size(self.after)}")
-        for column in ("layer", "n x k", "became", "SQNR", "normal values", "outliers", "bytes"):
-            table.add_column(column, overflow="fold")
-        for x in (*self.layers, *self.whole):
-            got = "" if x.sqnr is None else f"{x.sqnr:.1f} dB"
-            closed = "" if x.expected is None else f"{x.expected:.1f} dB"
-            odd = ", ".join(f"{i}: x{ratio:g}" for i, ratio in x.outliers[:3])
-            how = x.how + (f"; {x.fallback}" if x.fallback else "")
-            sizes = f"{_size(x.before)} -> {_size(x.after)}"
-            table.add_row(x.name, " x ".join(map(str, x.shape)), how, got, closed, odd, sizes)
-        text = io.StringIO()
-        Console(width=150, file=text).print(table)
-        return text.getvalue()
+_ROWS_MATTER = 1.05  # times: what rows could gain by making up for each other before it is worth the time
 
 
 def quantize_model(
     model: nn.Module,
-    scheme_name: str | Scheme,
+    scheme_name: str | Scheme | None,
     calibration: Iterable[Any] | None = None,
     *,
     method: str = "rtn",
     skip: Sequence[str] = ("lm_head",),
     inplace: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
+    budget: str | None = None,
+    widths: Sequence[int] | None = None,
+    shards: int = 1,
+    target: str | None = None,
+    rows: int = 1,
+    work: str | Path | None = None,
 ) -> nn.Module:
     """See ``tessel.quantize``."""
-    chosen = scheme(scheme_name) if isinstance(scheme_name, str) else scheme_name
+    check(
+        scheme_name is not None or budget is not None,
+        lambda: "quantize: name a scheme ('w4a16'), a budget ('4.25bits'), or both: the inputs' format, and the budget",
+    )
+    given = "w4a16" if scheme_name is None else scheme_name
+    chosen = scheme(given) if isinstance(given, str) else given
     steps = _steps(method)
     _check_scheme(chosen, steps)
+    device = None if target is None else get_target(target)
+    check(rows >= 1 and shards >= 1, lambda: f"quantize: {rows} rows, {shards} shards: at least 1 of each")
     batches = None if calibration is None else list(calibration)
     needs = [s for s in steps if s in _NEED_DATA]
-    have = "none" if batches is None else "an empty list"
+    check(batches is None or bool(batches), lambda: "quantize: the calibration data is an empty list; leave it out")
     check(
-        not needs or bool(batches),
+        not needs or batches is not None,
         lambda: (
-            f"quantize: method {needs[0]!r} looks at calibration data, and there is {have}; "
+            f"quantize: method {needs[0]!r} looks at calibration data, and there is none; "
             "give calibration=[...] of what the model is called with"
         ),
     )
-    if not inplace:
-        model = copy.deepcopy(model)
-    report = QuantReport(chosen.name, method)
     layers = {name: m for name, m in model.named_modules() if _weight(m) is not None and not _skipped(name, skip)}
     check(bool(layers), lambda: f"quantize: {type(model).__name__} has no linear layer outside {list(skip)}")
-    blocks = _blocks(list(layers))
+    check("" not in layers, lambda: "quantize: the model is a linear layer itself; put it into nn.Sequential")
+    check(not chosen.sparse or budget is None, lambda: "quantize: 2:4 has one size; no budget can be spent on it")
+    kept = None
+    if work is not None:
+        said = {"scheme": chosen, "method": method, "skip": list(skip), "budget": budget, "widths": widths}
+        kept = Work(Path(work), run_of(model, batches, **said, shards=shards, target=target, rows=rows))
+    if not inplace:
+        model = copy.deepcopy(model)
+        layers = {name: model.get_submodule(name) for name in layers}
+    own: dict[str, Scheme | None] = dict.fromkeys(layers, chosen)
+    report = QuantReport(chosen.name if budget is None else f"{budget}", method, target=target or "")
+    if budget is not None:
+        weights = {name: w for name, m in layers.items() if (w := _weight(m)) is not None}
+        symmetric = chosen.weight is None or chosen.weight.symmetric
+        spent = _spent(kept, lambda: spend(
+            model, layers, weights, batches, budget, symmetric=symmetric, widths=widths,
+            shards=shards, target=device, rows=rows, progress=progress,
+        ))  # fmt: skip
+        report.bits = spent.report
+        own = {n: None if f is None else replace(chosen, weight=f) for n, f in spent.formats.items()}
+        if scheme_name is not None:
+            report.scheme = f"{chosen.name}, weights within {budget}"
     done = 0
-    for names in blocks:
-        seen = _look(model, {n: layers[n] for n in names}, batches, steps) if needs and batches else {}
+    made: nn.Module | None
+    for block, names in _blocks(list(layers)).items():
+        missing = {n: layers[n] for n in names if own[n] is not None and (kept is None or n not in kept)}
+        inside = model.get_submodule(block) if block not in layers else None
+        seen = look(model, missing, batches, steps, inside) if needs and missing and batches else {}
         for name in names:
-            layer = layers[name]
-            made, row = _layer(name, layer, chosen, steps, seen.get(name))
+            layer, s = layers[name], own[name]
+            if kept is not None and name in kept and s is not None:
+                made, row = kept.read(name, layer, s, _weight(layer).dtype)  # type: ignore[union-attr]
+                report.resumed += 1
+            else:
+                made, row = _layer(name, layer, s, steps, seen.get(name), device, rows)
+                if kept is not None and isinstance(made, QuantLinear):
+                    kept.write(name, made, row)
             report.layers.append(row) if made is not None else report.whole.append(row)
             if made is not None:
                 _put(model, name, made)
             done += 1
             if progress is not None:
                 progress(name, done, len(layers))
-    report.whole += _rest(model)
+    left = {r.name for r in report.whole}
+    if chosen.weight is not None and not chosen.sparse:
+        stacks, whole = _stacks(model, chosen, steps, skip)
+        report.layers += stacks
+        report.whole += whole
+    told = {r.name for r in report.whole}
+    report.whole += [r for r in _rest(model, left) if r.name not in told]
     model.quantization = report  # type: ignore[assignment]
     return model
+
+
+def _spent(kept: Work | None, run: Callable[[], Spent]) -> Spent:
+    """How the budget is spent, by an earlier run if it came to that."""
+    held = None if kept is None else kept.bits()
+    if held is not None:
+        return Spent.from_dict(held)
+    made = run()
+    if kept is not None:
+        kept.put_bits(made.to_dict())
+    return made
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -162,7 +165,7 @@ def _steps(method: str) -> tuple[str, ...]:
         if step not in METHODS:
             known = f"there are {', '.join(METHODS)}, joined by +"
             raise TesselError(f"quantize: no method {step!r}{did_you_mean(step, METHODS)}; {known}")
-    rounding = [s for s in steps if s in ("rtn", "mse", "gptq")]
+    rounding = [s for s in steps if s in ("rtn", "mse", "gptq", "turboboa")]
     check(len(rounding) <= 1, lambda: f"quantize: {' and '.join(rounding)} round the same weight; choose one")
     both = {"smoothquant", "awq"} <= set(steps)
     check(not both, lambda: "quantize: smoothquant and awq scale the same channels; choose one")
@@ -170,15 +173,23 @@ def _steps(method: str) -> tuple[str, ...]:
 
 
 def _check_scheme(s: Scheme, steps: Sequence[str]) -> None:
-    check(s.weight is not None, lambda: f"quantize: scheme {s.name!r} says nothing of weights")
+    check(s.weight is not None or s.sparse, lambda: f"quantize: scheme {s.name!r} says nothing of weights")
     check(
-        s.keys is None and s.values is None and not s.sparse,
-        lambda: f"quantize: of scheme {s.name!r}, caches of keys and values and 2:4 weights cannot be lowered yet",
+        s.keys is None and s.values is None,
+        lambda: f"quantize: of scheme {s.name!r}, caches of keys and values cannot be lowered yet",
     )
+    if s.sparse:
+        few = s.weight is not None or s.activation is not None
+        check(not few, lambda: f"quantize: of scheme {s.name!r}, 2:4 weights are stored whole; name 2:4 alone")
+        other = [step for step in steps if step not in ("rtn", "gptq")]
+        check(not other, lambda: f"quantize: {other[0]!r} says nothing of which weights are zero; rtn or gptq do")
+        return
     assert s.weight is not None
-    if "gptq" in steps:
-        fits = s.weight.symmetric and s.weight.rows == 1 and s.weight.group != WHOLE_TENSOR
-        check(fits, lambda: f"quantize: gptq rounds symmetric formats with a scale a group or a row, not {s.name!r}")
+    fits = s.weight.symmetric and s.weight.rows == 1 and s.weight.group != WHOLE_TENSOR
+    by = " and ".join(step for step in ("gptq", "turboboa") if step in steps)
+    check(
+        not by or fits, lambda: f"quantize: {by} rounds symmetric formats with a scale a group or a row, not {s.name!r}"
+    )
 
 
 # ---------------------------------------------------------------- the layers of a model
@@ -197,13 +208,13 @@ def _skipped(name: str, skip: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name.rpartition(".")[2], p) for p in skip)
 
 
-def _blocks(names: Sequence[str]) -> list[list[str]]:
+def _blocks(names: Sequence[str]) -> dict[str, list[str]]:
     """Names by the numbered module that holds them (``model.layers.3``), in the model's order; others alone."""
     blocks: dict[str, list[str]] = {}
     for name in names:
         found = re.match(r"(.*?\.\d+)\.", name)
         blocks.setdefault(found[1] if found else name, []).append(name)
-    return list(blocks.values())
+    return blocks
 
 
 def _put(model: nn.Module, name: str, made: nn.Module) -> None:
@@ -211,95 +222,60 @@ def _put(model: nn.Module, name: str, made: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, made)
 
 
-# ---------------------------------------------------------------- calibration
-
-
-@dataclass
-class _Seen:
-    """Of a layer's inputs: ``2 sum x x^T`` (only for gptq), largest magnitudes, a sample of rows."""
-
-    gram: Tensor | None
-    largest: Tensor
-    rows: list[Tensor] = field(default_factory=list)
-    count: int = 0
-
-
-def _look(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any], steps: Sequence[str]
-) -> dict[str, _Seen]:
-    """What the layers see when the model runs on the calibration data."""
-    seen: dict[str, _Seen] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
-            x = x.reshape(-1, x.shape[-1])
-            check(bool(torch.isfinite(x).all()), lambda: f"quantize: calibration gives {name} NaN or infinite inputs")
-            k = x.shape[1]
-            mine = seen.get(name)
-            if mine is None:
-                gram = torch.zeros(k, k, dtype=torch.float64) if "gptq" in steps else None
-                mine = seen[name] = _Seen(gram, torch.zeros(k))
-            if mine.gram is not None:
-                wide = x.double().cpu()
-                mine.gram += 2 * wide.T @ wide
-            mine.largest = torch.maximum(mine.largest, x.abs().amax(0).float().cpu())
-            if "awq" in steps and mine.count < _SAMPLE:
-                mine.rows.append(x[:: max(1, len(x) * len(batches) // _SAMPLE)].float().cpu())
-                mine.count += len(mine.rows[-1])
-
-        return look
-
-    handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                _call(model, batch)
-    finally:
-        model.train(training)
-        for h in handles:
-            h.remove()
-    return seen
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    else:
-        model(batch)
-
-
 # ---------------------------------------------------------------- one layer
 
 
 def _layer(
-    name: str, layer: nn.Module, s: Scheme, steps: Sequence[str], seen: _Seen | None
-) -> tuple[QuantLinear | None, LayerReport]:
-    weight, format = _weight(layer), s.weight
-    assert weight is not None and format is not None
+    name: str,
+    layer: nn.Module,
+    s: Scheme | None,
+    steps: Sequence[str],
+    seen: Seen | None,
+    target: Target | None = None,
+    rows: int = 1,
+) -> tuple[QuantLinear | SparseLinear | None, LayerReport]:
+    """The layer in the scheme's format, or None where it stays whole; and what became of it."""
+    weight = _weight(layer)
+    assert weight is not None
+    dtype = weight.dtype
     weight = weight.detach().float().cpu()
     n, k = weight.shape
     before = sum(p.numel() * p.element_size() for p in layer.parameters())
+    odd, kurtosis = tuple(shape_of_outliers(weight)), _kurtosis(weight)
+
+    def whole(why: str, speed: Speed | None = None) -> tuple[None, LayerReport]:
+        row = LayerReport(name, (n, k), f"left whole: {why}", None, None, odd, before, before, "", kurtosis, speed)
+        return None, row
+
+    if s is None:
+        return whole("the budget has room for it")
+    if s.sparse:
+        return sparse_layer(name, layer, weight, None if seen is None else seen.gram)
+    format = s.weight
+    assert format is not None
     for what, f in (("weight", format), ("inputs", s.activation)):
         if f is not None and f.group > 0 and k % f.group:
-            why = f"left whole: groups of {f.group} of its {what} do not divide k = {k}"
-            return None, LayerReport(name, (n, k), why, None, None, (), before, before)
+            return whole(f"groups of {f.group} of its {what} do not divide k = {k}")
+    speed = None
+    if target is not None:
+        times = [seconds(n, k, rows, dtype, f, target) for f in (None, format)]
+        speed = Speed(rows, *times)
+        if speed.after >= speed.before:
+            less, more = time_text(speed.before), time_text(speed.after)
+            why = f"{rows} rows are predicted to take {more} on {target.name}, {less} as it is"
+            return whole(why, Speed(rows, speed.before, speed.before))
     fallback = ""
     if seen is None and any(step in _NEED_DATA for step in steps):
         fallback = "rounded to nearest: the calibration data never reaches it"
         steps = [step for step in steps if step not in _NEED_DATA]
     divisor = sign = None
-    if seen is not None and "smoothquant" in steps:
-        divisor = smooth_scales(seen.largest, weight)
-    if seen is not None and "awq" in steps:
-        divisor = awq_scales(torch.cat(seen.rows), weight, format)
-    if "hadamard" in steps:
-        sign = signs(k)
     try:
+        if seen is not None and "smoothquant" in steps:
+            divisor = smooth_scales(seen.largest, weight)
+        if seen is not None and "awq" in steps:
+            divisor = awq_scales(torch.cat(seen.rows), weight, format)
+        if "hadamard" in steps:
+            sign = signs(k)
         ready = divided(weight, divisor, sign)
         quantized, why = _round(ready, format, steps, seen, divisor, sign)
     except TesselError as e:
@@ -309,29 +285,59 @@ def _layer(
     group = k if format.group == WHOLE_ROW else format.group
     uniform = format.kind == "int" and format.symmetric and group > 0
     closed = expected(format.bits, group) if uniform else None
-    got = sqnr(ready, quantized.dequantize())
-    odd = tuple(shape_of_outliers(weight))
-    row = LayerReport(name, (n, k), _words(format, s.activation), got, closed, odd, before, after, why or fallback)
+    got, how = sqnr(ready, quantized.dequantize()), _words(format, s.activation)
+    row = LayerReport(name, (n, k), how, got, closed, odd, before, after, why or fallback, kurtosis, speed)
     return made, row
+
+
+def _stacks(
+    model: nn.Module, s: Scheme, steps: Sequence[str], skip: Sequence[str]
+) -> tuple[list[LayerReport], list[LayerReport]]:
+    """Experts' matrices in the scheme's format, rounded alone: no calibration data tells them apart."""
+    assert s.weight is not None
+    format, own = s.weight, [step for step in steps if step == "mse"]
+    more = [step for step in steps if step not in ("rtn", "mse")]
+    note = f"rounded to nearest: {' and '.join(more)} of experts is not known" if more else ""
+    if s.activation is not None:
+        note = "; ".join(filter(None, (note, "its inputs stay whole")))
+    return quantize_stacks(
+        model, format, _words(format, None), lambda name: _skipped(name, skip),
+        lambda one: _round(one, format, own, None, None, None)[0], note,
+    )  # fmt: skip
+
+
+def _kurtosis(weight: Tensor) -> float | None:
+    """Of a weight's values; None where they are all alike or no numbers."""
+    apart = (weight - weight.mean()).double()
+    spread = float(apart.square().mean())
+    found = float(apart.pow(4).mean()) / spread**2 if spread > 0 else float("nan")
+    return found if found < float("inf") else None
 
 
 def _round(
     weight: Tensor,
     format: Format,
     steps: Sequence[str],
-    seen: _Seen | None,
+    seen: Seen | None,
     divisor: Tensor | None,
     sign: Tensor | None,
 ) -> tuple[Quantized, str]:
     """The codes, and what could not be done."""
-    if "gptq" in steps and seen is not None and seen.gram is not None:
+    if ("gptq" in steps or "turboboa" in steps) and seen is not None and seen.gram is not None:
         h = seen.gram
         if divisor is not None:
             h = h / divisor.double() / divisor.double()[:, None]
         if sign is not None:
             h = divided(divided(h, None, sign).T, None, sign).double()
+        note = ""
+        if "turboboa" in steps:
+            gain = 1.0 if seen.outputs is None else rows_gain(seen.outputs)
+            if seen.outputs is not None and gain >= _ROWS_MATTER:
+                made = turboboa(weight, h, seen.outputs, format)
+                return made.weight, made.fallback
+            note = f"by gptq: its rows hardly matter to each other ({gain:.2f} times at most)"
         done = gptq(weight, h, format)
-        return done.weight, done.fallback
+        return done.weight, done.fallback or note
     if "mse" not in steps:
         return quantize(weight, format), ""
     tried = (quantize(weight, format, clip) for clip in _CLIPS)
@@ -345,17 +351,13 @@ def _words(weight: Format, activation: Format | None) -> str:
     return f"{weight.kind}{weight.bits}, {group}{inputs}"
 
 
-def _rest(model: nn.Module) -> list[LayerReport]:
-    """Parameters that no quantized layer holds."""
+def _rest(model: nn.Module, left: Collection[str]) -> list[LayerReport]:
+    """Parameters that no quantized layer holds, nor one of those in ``left``."""
     inside = {id(p) for m in model.modules() if isinstance(m, QuantLinear) for p in m.parameters()}
+    inside |= {id(p) for name in left for p in model.get_submodule(name).parameters()}
     rows = []
     for name, p in model.named_parameters():
         if id(p) not in inside and p.dim() > 1:
             size = p.numel() * p.element_size()
             rows.append(LayerReport(name, tuple(p.shape), "as it was", None, None, (), size, size))
     return rows
-
-
-def _size(count: float) -> str:
-    step = 0 if count < 1 else min(3, int(math.log2(count)) // 10)
-    return f"{count / 2 ** (10 * step):.4g} {('B', 'KiB', 'MiB', 'GiB')[step]}"

@@ -19,7 +19,7 @@ from ..tiles.cost import stored_bytes
 from ..tiles.default import batch_axes, formula_values, head_widths, of_kind, plain_dot, reads_across, score_bytes
 from ..tiles.descriptors import descriptors
 from ..tiles.header import ATTENTION
-from ..tiles.kernel import Carry, Compute, Kernel, Load, Reduce, Stmt, Store, axes_read
+from ..tiles.kernel import Carry, Compute, Kernel, Load, Reduce, Scan, Stmt, Store, axes_read
 from ..tiles.split import splittable
 
 __all__ = ["Problem", "problem_of"]
@@ -50,13 +50,15 @@ class Problem:
         x, r: points of a pointwise kernel or reduction, and how many are folded into each.
         steps: of a scan, one after the other; x recurrences run side by side, each with a state of r places.
         lines: of a scan: steps can be joined, as those of a loop of any other kind cannot.
+        ordered: of a scan: a recurrence among them whose steps eager takes in order, no running fold.
         itemsize, out_itemsize, widest: bytes of the widest input, output and either (at least 4).
         dtype: of a product's operands, as ``Target.flops`` names it.
         plain: multiplied without matrix instructions.
         tf32: single precision may go through tf32.
         causal: attention that hides later keys.
         by_keys: the pass of attention's gradients that holds tiles of keys and streams queries.
-        a_bytes, b_bytes: loaded for one element of a product's operands.
+        a_bytes, b_bytes: loaded for one element of a product's operands; less than one where words hold several.
+        a_ops, b_ops: operators that unpack one element of an operand whose words hold several; 0 where none do.
         a_along_k, b_along_k: whether an operand is contiguous along k, not along m or n.
         splits: whether k may be cut into parts that a second kernel adds up.
         described: operands, none to two, that tensor descriptors can load: they lie in memory as they are, 16-bit or
@@ -85,6 +87,7 @@ class Problem:
     r: int = 1
     steps: int = 1
     lines: bool = True
+    ordered: bool = True
     itemsize: int = 4
     out_itemsize: int = 4
     widest: int = 4
@@ -93,8 +96,10 @@ class Problem:
     tf32: bool = False
     causal: bool = False
     by_keys: bool = False
-    a_bytes: int = 0
-    b_bytes: int = 0
+    a_bytes: float = 0
+    b_bytes: float = 0
+    a_ops: int = 0
+    b_ops: int = 0
     a_along_k: bool = True
     b_along_k: bool = True
     described: int = 0
@@ -232,10 +237,31 @@ def _bytes(stmts: Iterable[Stmt], kinds: type[Load] | type[Store], axes: frozens
     return sum(s.dtype.itemsize for s in stmts if isinstance(s, kinds) and axes <= axes_read(s))
 
 
+@dataclass(frozen=True)
+class _Operand:
+    """What one element of a product's operand takes: bytes, and operators if it is unpacked out of a word."""
+
+    bytes: float
+    ops: int
+    unpacked: bool
+
+
+def _operand(kernel: Kernel, part: str, axes: str, sizes: _Sizes) -> _Operand:
+    """An element of a plain operand takes what is loaded for it. Where words hold several elements, and scales serve
+    groups of them, neighbours load the same word: then each counts with its share of what is stored."""
+    stmts = kernel.parts[part]
+    loads = [s for s in stmts if isinstance(s, Load) and frozenset(axes) <= axes_read(s)]
+    if not any(isinstance(s, Compute) and s.op == "shift_right" for s in stmts):
+        return _Operand(max(sum(s.dtype.itemsize for s in loads), 1), 0, False)
+    points = sizes.of(product([a.extent for a in batch_axes(kernel)] + [kernel.axis(a).extent for a in axes]))
+    stored = (sizes.of(stored_bytes(kernel.params[s.access.param].type)) for s in loads)
+    own = sum(min(s.dtype.itemsize, n / points) for s, n in zip(loads, stored, strict=True))
+    return _Operand(max(own, 0.125), sum(isinstance(s, Compute) for s in stmts), True)
+
+
 def _matmul(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, Any]:
     m, n, k = (sizes.of(kernel.axis(a).extent) for a in "mnk")
-    left = max(_bytes(kernel.parts["a"], Load, frozenset({"m", "k"})), 1)
-    right = max(_bytes(kernel.parts["b"], Load, frozenset({"k", "n"})), 1)
+    left, right = (_operand(kernel, part, axes, sizes) for part, axes in (("a", "mk"), ("b", "kn")))
     return {
         "batch": sizes.of(product(a.extent for a in batch_axes(kernel))),
         "m": m,
@@ -244,10 +270,12 @@ def _matmul(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, Any]:
         "dtype": _dtype(kernel, "a"),
         "plain": plain_dot(kernel, target.vendor),
         "tf32": kernel.attrs.get("precision", "ieee") != "ieee",
-        "a_bytes": left,
-        "b_bytes": right,
-        "a_along_k": _along(kernel, "a") == "k",
-        "b_along_k": _along(kernel, "b") == "k",
+        "a_bytes": left.bytes,
+        "b_bytes": right.bytes,
+        "a_along_k": left.unpacked or _along(kernel, "a") == "k",
+        "b_along_k": right.unpacked or _along(kernel, "b") == "k",
+        "a_ops": left.ops,
+        "b_ops": right.ops,
         "aligned": _aligned(kernel, ("a", "b")),
         "described": len(descriptors(kernel)),
         "splits": splittable(kernel),
@@ -288,6 +316,7 @@ def _points(kernel: Kernel, sizes: _Sizes) -> dict[str, Any]:
         "r": sizes.of(folded),
         "steps": steps,
         "lines": not any(isinstance(s, Carry) for s in kernel.body),
+        "ordered": any(isinstance(s, Carry) or (isinstance(s, Scan) and not s.fold) for s in kernel.body),
         # of a table only the rows looked up
         "loaded": x * steps * sizes.of(folded) * sum(s.dtype.itemsize for s in loads),
         "point_bytes": sum(s.dtype.itemsize for s in wide),

@@ -195,8 +195,9 @@ class _Model:
         waste_b = np.maximum(1.0, _RUN / (b_run * p.b_bytes))
         loaded = (bm * p.a_bytes * waste_a + bn * p.b_bytes * waste_b) * bk
         traffic = self._traffic(bm, bn, tiles_m, tiles_n, waste_a * p.a_bytes, waste_b * p.b_bytes)
+        unpack = (bm * p.a_ops + bn * p.b_ops) * bk / self._lanes()
         step = _Step(
-            matrix, 0.0, loaded, traffic / (programs * steps), shared + loaded, self._copies(loaded), by_warp, True
+            matrix, unpack, loaded, traffic / (programs * steps), shared + loaded, self._copies(loaded), by_warp, True
         )
         out = p.out_bytes / max(1, p.batch * p.m * p.n)
         written = bm * bn * np.where(split > 1, 4.0, out + p.point_bytes)

@@ -1,0 +1,100 @@
+"""How long a linear layer's product is predicted to take, whole and packed, on a device that need not be here.
+
+    seconds(8192, 8192, 1, torch.bfloat16, integers(4, 128), get_target("h100"))
+
+On a GPU the layer goes through the passes that a compiled model's goes through, and the time model of ``solve`` prices
+the kernels with the tiles it would choose; a whole product counts as the template's. A CPU, whose kernels have no such
+model, gets a roofline of the rates that were measured on it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from ..config import Options
+from ..errors import TesselError, check
+from ..ir.node import Builder, Graph, Node, Value, make_input
+from ..ir.types import TensorType
+from ..ops import OPS
+from ..passes.pipeline import CPU_ONLY, PASSES, run_pipeline
+from ..solve import Problem, tile, tile_of
+from ..targets import Target, host_measured
+from ..tiles.lower import lower
+from .formats import Format
+from .linear import table_of
+
+__all__ = ["packed_graph", "packed_kernels", "seconds", "stored_bytes"]
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
+
+
+def stored_bytes(n: int, k: int, format: Format | None, dtype: torch.dtype) -> int:
+    """Bytes of a weight ``[n, k]`` as a layer stores it: words, scales, zeros; ``None``: whole.
+
+    >>> from .formats import integers
+    >>> stored_bytes(4096, 4096, integers(4, 128), torch.bfloat16) * 8 / 4096**2
+    4.25
+    """
+    if format is None:
+        return n * k * dtype.itemsize
+    words = -(-k // (32 // format.bits))
+    groups = k // format.group if format.group > 0 else 1
+    return 4 * n * (words + groups * (1 if format.symmetric or format.kind != "int" else 2))
+
+
+@lru_cache(maxsize=4096)
+def seconds(n: int, k: int, rows: int, dtype: torch.dtype, format: Format | None, target: Target) -> float:
+    """The time of ``[rows, k] x [n, k]^T``; a format of None is the whole weight.
+
+    Raises:
+        TesselError: there is no time model of the target, or the CPU's rates were never measured.
+    """
+    if target.vendor == "cpu":
+        return _on_cpu(n, k, rows, dtype, format, target)
+    if target.gpu_target is None:
+        raise TesselError(f"{target.name} has no time model; name a GPU, or the CPU")
+    if format is None:
+        return tile_of(Problem.product(rows, n, k, _NAMES[dtype]), target).predicted.total
+    return sum(tile(lower(node), target).predicted.total for node in packed_kernels(n, k, rows, dtype, format))
+
+
+def packed_graph(n: int, k: int, rows: int, dtype: torch.dtype, format: Format) -> Graph:
+    """The layer as a graph of one ``packed_linear``, before any pass."""
+    groups, per = (k // format.group if format.group > 0 else 1), 32 // format.bits
+    zero = format.kind == "int" and not format.symmetric
+    f32 = torch.float32
+    inputs = [
+        make_input("x", TensorType((rows, k), dtype)),
+        make_input("words", TensorType((n, -(-k // per)), torch.int32)),
+        make_input("scale", TensorType((n, groups), f32)),
+        make_input("zero", TensorType((n, groups), f32)) if zero else None,
+        make_input("table", TensorType((2**format.bits,), f32)) if table_of(format) is not None else None,
+    ]
+    given: list[Value | None] = [None if i is None else i.out for i in inputs]
+    x, words, scale, zeros, table = given
+    builder = Builder([i for i in inputs if i is not None])
+    return builder.finish((builder.add(OPS["packed_linear"], x, words, scale, zeros, None, table, bits=format.bits),))
+
+
+def packed_kernels(n: int, k: int, rows: int, dtype: torch.dtype, format: Format) -> list[Node]:
+    """The kernel nodes that the layer becomes on a GPU.
+
+    Raises:
+        TesselError: something of it is left that no kernel computes.
+    """
+    passes = [p for p in PASSES if p[0] not in CPU_ONLY]
+    graph = run_pipeline(packed_graph(n, k, rows, dtype, format), Options(matmul="template"), passes=passes)
+    alone = [node.op.name for node in graph.nodes if node.op.kind not in ("kernel", "view", "input")]
+    check(not alone, lambda: f"packed products of {format.bits} bits: {', '.join(alone)} is outside the kernel")
+    return [node for node in graph.nodes if node.op.name == "kernel"]
+
+
+def _on_cpu(n: int, k: int, rows: int, dtype: torch.dtype, format: Format | None, target: Target) -> float:
+    rates = host_measured()
+    if rates is None:
+        raise TesselError("the rates of this CPU are unknown: `tessel targets --show cpu` measures them once")
+    moved = stored_bytes(n, k, format, dtype) + rows * (n + k) * dtype.itemsize
+    flops = rates.flops.get(_NAMES.get(dtype, "f32"), rates.flops.get("f32", 0.0))
+    return max(moved / rates.read_bytes_per_s, 2.0 * rows * n * k / flops if flops else 0.0)

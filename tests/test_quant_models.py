@@ -1,0 +1,209 @@
+"""Real models, small, under every scheme: compiled they give what the dequantized model gives. And rows that matter."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_quantize import tiny
+from torch import Tensor, nn
+
+import tessel
+from tessel.errors import TesselError
+from tessel.quant import hessian
+from tessel.quant.calibrate import look
+from tessel.quant.formats import integers, quantize, rounded
+from tessel.quant.hessian import rows_gain
+from tessel.quant.linear import QuantLinear
+from tessel.quant.scheme import NAMES, scheme
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+SCHEMES = [n for n in NAMES if scheme(n).weight is not None]
+# Groups of 128 reach over the 64 columns that most layers of these models have.
+SCHEMES = [f"{n}-g32" if n in ("w4a16", "w4a8", "w3a16", "w2a16") else n for n in SCHEMES] + [
+    "w4a16-g32-asym",
+    "w5a16-g32",
+]
+EVERY_DAY = {("llama", "w4a8-g32"), ("mixtral", "w8a16"), ("bert", "fp8-row"), ("vit", "mxfp4"), ("mamba", "nf4")}
+CASES = [
+    pytest.param(m, s, marks=() if (m, s) in EVERY_DAY else pytest.mark.slow)
+    for m in ("llama", "mixtral", "bert", "vit", "mamba")
+    for s in SCHEMES
+]
+
+
+def reference(model: nn.Module, small: nn.Module) -> nn.Module:
+    """The model with dequantized weights in plain layers, whose inputs are rounded where the scheme says so."""
+    made = copy.deepcopy(model)
+    for name, m in small.named_modules():
+        if not isinstance(m, QuantLinear):
+            continue
+        layer = nn.Linear(m.in_features, m.out_features, bias=m.bias is not None)
+        layer.weight.data = m.weight.data
+        if m.bias is not None:
+            layer.bias.data = m.bias.data
+        if (f := m.activation) is not None:
+            layer.register_forward_pre_hook(lambda _, args, f=f: (rounded(args[0], f),))
+        parent, _, last = name.rpartition(".")
+        setattr(made.get_submodule(parent), last, layer)
+    return made
+
+
+@pytest.mark.parametrize(("name", "scheme_name"), CASES)
+def test_compiled_is_the_dequantized_model(name: str, scheme_name: str) -> None:
+    torch._dynamo.reset()
+    model, inputs = tiny(name)
+    small = tessel.quantize(model.eval(), scheme_name)
+    assert any(isinstance(m, QuantLinear) for m in small.modules())
+    assert not any(isinstance(m, QuantLinear) for m in model.modules()), "the model itself was changed"
+    plain = reference(model, small)
+    with torch.no_grad():
+        want, got = plain(**inputs)[0], tessel.compile(small, target="cpu")(**inputs)[0]
+    # an input that is rounded lies on the edge between two codes here and there
+    room = 1e-5 if scheme(scheme_name).activation is None else 2e-2
+    assert (got - want).abs().max() <= room * want.abs().max()
+    report = small.quantization
+    assert report.after < report.before and all(x.sqnr is not None for x in report.layers)
+    assert str(report).count("\n") > len(report.layers)
+    for row in report.whole:
+        assert row.how == "as it was" or row.how.startswith("left whole: ")
+
+
+# ---------------------------------------------------------------- rows that make up for each other
+
+
+class Block(nn.Module):
+    """``down(up(x))``; down has a small rank, so that most changes of what up gives do not matter."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.up, self.down = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.up.weight.data = torch.randn(width, width, generator=g)
+        self.down.weight.data = torch.randn(width, 6, generator=g) @ torch.randn(6, width, generator=g)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x))
+
+
+class Narrow(nn.Module):
+    """One block, numbered as those of real models."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)
+
+
+def narrow() -> tuple[nn.Module, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    mix = torch.linalg.cholesky(0.9 ** (torch.arange(48)[:, None] - torch.arange(48)).abs())
+    return Narrow(), torch.randn(4096, 48, generator=g) @ mix.T
+
+
+def test_what_a_layers_output_matters() -> None:
+    """Of a linear block the mean of ``g g^T`` is ``W^T W`` of the layer after."""
+    model, x = narrow()
+    block = model.layers[0]
+    seen = look(model, {"layers.0.up": block.up, "layers.0.down": block.down}, [x], ("turboboa",), block)
+    down = block.down.weight.detach().double()
+    want, got = down.T @ down, seen["layers.0.up"].outputs / len(x)
+    assert (got - want).norm() < 0.1 * want.norm()
+    own = seen["layers.0.down"].outputs / len(x)
+    assert (own - torch.eye(48)).norm() < 0.15 * 48**0.5 and rows_gain(own) < 1.05
+    assert rows_gain(got) > 3
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_rows_make_up_for_rows_in_a_model() -> None:
+    """Much better than gptq where the next layer hides most of what rows say; the other layer is done by gptq, and it
+    is said."""
+    model, x = narrow()
+    want = model(x).detach()
+
+    def loss(method: str) -> tuple[float, Any]:
+        small = tessel.quantize(model, "w3a16-channel", [x], method=method, skip=("down",))
+        return float((small(x) - want).detach().square().mean()), small.quantization
+
+    gptq, (jointly, report) = loss("gptq")[0], loss("turboboa")
+    assert jointly < 0.5 * gptq
+    assert report.layers[0].fallback == ""
+    both = tessel.quantize(model, "w3a16-channel", [x], method="hadamard+turboboa").quantization
+    assert "by gptq: its rows hardly matter to each other" in both.layers[1].fallback
+
+
+def test_a_block_with_a_cache_is_run_again_without_it() -> None:
+    model, inputs = tiny("llama")
+    batch = {"input_ids": inputs["input_ids"], "use_cache": True}
+    small = tessel.quantize(model.eval(), "w4a16-g32", [batch], method="turboboa")
+    assert all(isinstance(m, QuantLinear) for n, m in small.named_modules() if n.endswith("proj"))
+    notes = {r.name.rpartition(".")[2]: r.fallback for r in small.quantization.layers}
+    assert notes["q_proj"] == notes["k_proj"] == "", "queries and keys meet in scores, which mix their rows"
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_no_factor_names_the_layer_that_fell_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer's Hessian has no Cholesky factor: that layer is rounded to nearest, the other is not."""
+    real, calls = hessian.inverse_factor, []
+
+    def second_fails(h: Tensor) -> Tensor:
+        calls.append(h)
+        if len(calls) == 2:
+            raise torch.linalg.LinAlgError("linalg.cholesky: the leading minor of order 3 is not positive-definite")
+        return real(h)
+
+    monkeypatch.setattr(hessian, "inverse_factor", second_fails)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    x = torch.randn(200, 64) @ torch.randn(64, 64)
+    small = tessel.quantize(model, "w4a16-g32", [x], method="gptq")
+    first, second = small.quantization.layers
+    assert first.fallback == "" and second.name == "1"
+    assert second.fallback.startswith("rounded to nearest: linalg.cholesky: the leading minor of order 3")
+    near = quantize(model[1].weight.detach(), integers(4, 32)).dequantize()
+    torch.testing.assert_close(small[1].weight, near, rtol=0, atol=1e-6)
+    assert second.fallback.split(":")[0] in str(small.quantization).replace("\n", " ")
+
+
+def test_inputs_that_are_always_zero_and_data_of_one_row_are_fine() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(1, 64)
+    x[:, ::3] = 0
+    small = tessel.quantize(model, "w4a16-g32", [x], method="gptq")
+    assert small.quantization.layers[0].fallback == "" and torch.isfinite(small[0].weight).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"calibration": []}, "the calibration data is an empty list"),
+        ({"calibration": [torch.full((2, 64), float("inf"))], "method": "turboboa"}, "0 NaN or infinite inputs"),
+        ({"method": "turboboa"}, "there is none"),
+        ({"method": "gptq+turboboa", "calibration": [torch.ones(2, 64)]}, "choose one"),
+        ({"scheme": "nvfp4", "method": "gptq", "calibration": [torch.ones(2, 64)]}, "0: .*no column-by-column"),
+        ({"scheme": "fp8", "method": "turboboa", "calibration": [torch.ones(2, 64)]}, "turboboa rounds symmetric"),
+        ({"rows": 0}, "0 rows, 1 shards: at least 1"),
+        ({"skip": ("*",)}, "no linear layer outside"),
+    ],
+)
+def test_bad_requests(change: dict[str, Any], words: str) -> None:
+    given = {"scheme": "w4a16-g32", **change}
+    with pytest.raises(TesselError, match=words):
+        tessel.quantize(nn.Sequential(nn.Linear(64, 8)), given.pop("scheme"), **given)
+
+
+def test_groups_that_do_not_divide_are_said_for_each_layer() -> None:
+    """Nothing stays whole without a word: each layer is quantized, or the report says why not."""
+    model = nn.ModuleList([nn.Linear(k, 16) for k in (64, 96, 100, 128)])
+    small = tessel.quantize(model, "w4a16-g64")
+    assert [type(m) is QuantLinear for m in small] == [True, False, False, True]
+    whole = {r.name: r.how for r in small.quantization.whole}
+    assert whole == {
+        n: f"left whole: groups of 64 of its weight do not divide k = {k}" for n, k in (("1", 96), ("2", 100))
+    }
+    assert small.quantization.before == sum(p.numel() * 4 for p in model.parameters())
