@@ -297,6 +297,7 @@ def expert_layers() -> Iterator[Case]:
         yield "experts_backward", (real(*out.shape), *operands, pre), attrs
         some = {**attrs, "wanted": (True, False, False)}
         yield "experts_backward", (real(*out.shape), *operands, pre), some
+    yield "dispatch", (ints(4, 6, 2),), {"experts": 2, "parts": 2, "room": 6}
 
 
 def packed_layers() -> Iterator[Case]:

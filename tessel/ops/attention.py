@@ -104,6 +104,23 @@ def visible(
     return (j > last - window) & (j <= last if causal else j < last + window)
 
 
+def ring_steps(keys: int, parts: int, attrs: Mapping[str, Any]) -> int:
+    """How many shares of keys a share of queries has to see, its own first, then those before it.
+
+    Args:
+        keys: of one share, as many as queries.
+        parts: shares.
+        attrs: of the attention.
+
+    >>> ring_steps(8, 4, {"causal": True, "window": 9}), ring_steps(8, 4, {"causal": True, "window": 10})
+    (2, 3)
+    """
+    window = attrs.get("window")
+    if window is None or not attrs.get("causal") or attrs.get("offset", 0):
+        return parts
+    return min(parts, 1 + (keys + window - 2) // keys)
+
+
 def _whole_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """Keys or values with each head repeated for the query heads that share it."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // max(x.shape[1], 1), 1)
@@ -432,4 +449,4 @@ ATTENTION = table(
     _pass("attention_backward_queries", "the pass over tiles of queries: (the same) -> (dq[, dscores f32])"),
 )
 
-__all__ = ["ATTENTION", "attention_backward_ref", "attention_ref", "split_attention", "visible"]
+__all__ = ["ATTENTION", "attention_backward_ref", "attention_ref", "ring_steps", "split_attention", "visible"]

@@ -270,6 +270,49 @@ def factor_sizes(node: Node, dims: Dims | None = None) -> dict[str, Dim]:
     return sizes
 
 
+@dataclass(frozen=True)
+class Halo:
+    """A window axis that may be split: pieces begin where pieces of the operand do.
+
+    Attributes:
+        operand, dim: where it lies.
+        size: of that dimension.
+        before, after: places of its neighbours that a piece reads.
+        fill: what is read outside of the operand.
+        args: literal arguments of a piece that has them at hand, by position.
+    """
+
+    operand: int
+    dim: int
+    size: int
+    before: int
+    after: int
+    fill: float
+    args: Mapping[int, Any]
+
+    def fits(self, parts: int) -> bool:
+        """Whether ``parts`` equal pieces have all they need from the pieces beside them."""
+        return self.size % parts == 0 and max(self.before, self.after) <= self.size // parts
+
+
+def window_of(node: Node, dims: Dims, factor: str) -> Halo | None:
+    """How a window axis of a node may be split; None if it is none, or its pieces begin somewhere inside others."""
+    if dims.factors[factor].kind != "window" or node.op.split is None:
+        return None
+    places = dims.where(factor)[0]
+    sizes = factor_sizes(node, dims)
+    piece = node.op.split(node, factor, 0, sizes[factor])
+    if len(places) != 1 or piece.window is None:
+        return None
+    operand, dim = places[0]
+    size = [v.type for v in node.operands if isinstance(v.type, TensorType)][operand].shape[dim]
+    w = piece.window
+    numbers = (size, sizes[factor], w.stride, w.low, w.high)
+    if not all(isinstance(n, int) for n in numbers) or size != w.stride * sizes[factor] or w.low < 0 or w.high < 0:
+        return None
+    return Halo(operand, dim, size, w.low, max(0, w.high - w.stride + 1), w.fill, piece.args)  # type: ignore[arg-type]
+
+
 def divide(a: Dim, b: Dim, node: Node | None = None) -> Dim:
     """``a / b`` where it is exact; raises ``TesselError`` where it cannot be."""
     got = try_divide(a, b)
@@ -289,6 +332,7 @@ __all__ = [
     "COMBINE_NAMES",
     "Dims",
     "Factor",
+    "Halo",
     "Piece",
     "Window",
     "dims_of",
@@ -297,4 +341,5 @@ __all__ = [
     "parse",
     "piece_shape",
     "try_divide",
+    "window_of",
 ]

@@ -10,13 +10,14 @@ that a split over experts is a sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..errors import check
+from ..errors import TesselError, check
 from ..ir.node import Node, Op
 from ..ir.types import Dim, TensorType, dim_equal, product
 from .common import arg_types, need_tensor, result, table
@@ -44,7 +45,7 @@ def gated(pre: torch.Tensor, act: str, interleaved: bool, alpha: float, limit: f
     return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
 
-def _by_expert(index: torch.Tensor, experts: int, offset: int) -> Iterator[tuple[int, torch.Tensor]]:
+def by_expert(index: torch.Tensor, experts: int, offset: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Experts that have slots, and which, in order."""
     flat = index.reshape(-1) - offset
     for e in range(experts):
@@ -85,7 +86,7 @@ def experts_ref(
     width = gate_up.shape[2 if turned else 1]
     rows = x.new_zeros((index.numel(), down.shape[2 if turned else 1]), dtype=wide)
     pre = x.new_zeros((index.numel(), width) if keep else (0,))
-    for e, slots in _by_expert(index, gate_up.shape[0], offset):
+    for e, slots in by_expert(index, gate_up.shape[0], offset):
         first, second = (gate_up[e], down[e]) if turned else (gate_up[e].t(), down[e].t())
         made = x[slots // choices] @ first
         if gate_up_bias is not None:
@@ -133,7 +134,7 @@ def experts_backward_ref(
     rows = x.new_zeros((index.numel() if want_x else 0, x.shape[1]), dtype=wide)
     gates, biases, downs, down_biases = (room(t, want_experts) for t in (gate_up, gate_up_bias, down, down_bias))
     scales = scale.new_zeros(index.numel() if want_scale else 0)
-    for e, slots in _by_expert(index, gate_up.shape[0], offset):
+    for e, slots in by_expert(index, gate_up.shape[0], offset):
         first, second = (gate_up[e], down[e]) if turned else (gate_up[e].t(), down[e].t())
         tokens = slots // choices
         back = grad[tokens]
@@ -159,6 +160,60 @@ def experts_backward_ref(
                 down_biases[e] = (back.to(wide) * by).sum(0).to(x.dtype)
     dx = rows.unflatten(0, (-1, choices)).sum(1).to(x.dtype) if want_x else x.new_zeros(0)
     return dx, gates, biases, downs, down_biases, scales.view_as(scale) if want_scale else scales
+
+
+# ---------------------------------------------------------------- tokens that are sent to their experts
+
+
+def room(tokens: int, choices: int, parts: int, capacity: float) -> int:
+    """How many tokens one device may send to one of the devices that hold the experts.
+
+    Args:
+        tokens: of the sender.
+        choices: experts a token has.
+        parts: devices, each with equally many experts.
+        capacity: times the even share; never more than all tokens, and then nothing can overflow.
+
+    >>> room(64, 2, 8, 1.25), room(64, 2, 2, 2.0)
+    (20, 64)
+    """
+    return math.ceil(min(tokens, capacity * tokens * min(choices, parts) / parts))
+
+
+def dispatch_ref(index: torch.Tensor, experts: int, parts: int, room: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens go where: each once to every device that holds one of its experts.
+
+    Args:
+        index: [t, c]: the experts of each token; device ``d`` holds those from ``d * experts`` on.
+        experts: of one device.
+        parts: devices.
+        room: tokens that one device may send to another; see ``room``.
+
+    Returns:
+        ``tokens`` [parts * room], for each place in what is sent the token, -1 where none is, and ``places``
+        [t, parts], for each token its place, -1 where it does not go.
+
+    Raises:
+        TesselError: more tokens go to one device than there is room for; both numbers are named.
+    """
+    goes = torch.stack([((index // experts) == d).any(1) for d in range(parts)], 1)
+    most = int(goes.sum(0).max()) if goes.numel() else 0
+    if most > room:
+        raise TesselError(
+            f"experts: {most} of a device's {len(index)} tokens go to one device, there is room for {room}: plan with "
+            "a larger capacity, or without one"
+        )
+    places = goes.cumsum(0) - 1 + torch.arange(parts, device=index.device) * room
+    tokens = index.new_full((parts * room,), -1, dtype=torch.int64)
+    numbers = torch.arange(len(index), device=index.device)[:, None].expand_as(goes)
+    tokens[places[goes]] = numbers[goes]
+    return tokens, places.where(goes, -1)
+
+
+def _dispatch_infer(index: Any, experts: int, parts: int, room: int) -> tuple[TensorType, ...]:
+    need_tensor("dispatch", index)
+    check(index.rank == 2 and index.dtype == torch.int64, lambda: f"dispatch: the index is {index}, not i64[t, c]")
+    return result((parts * room,), torch.int64, index), result((index.shape[0], parts), torch.int64, index)
 
 
 # ---------------------------------------------------------------- types
@@ -283,5 +338,14 @@ EXPERTS = table(
         cost=1000,
         doc="experts_backward(grad, x, gate_up, bias|None, down, bias|None, index, scale, pre, ...) "
         "-> (dx, dgate_up, dbias, ddown, dbias, dscale)",
+    ),
+    Op(
+        "dispatch",
+        "library",
+        dims=lambda node: "t* c* -> n*, t2* p*",
+        ref=dispatch_ref,
+        infer=_dispatch_infer,
+        cost=1000,
+        doc="dispatch(index, experts=, parts=, room=) -> (tokens, places): which tokens go to which device",
     ),
 )

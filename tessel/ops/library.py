@@ -17,7 +17,7 @@ from ..errors import TesselError
 from ..ir.node import Node, Op, Value
 from ..ir.types import Dim, TensorType, dim_equal, product
 from .common import along, axis, is_one, letters, operand_types, table, whole_dims, words
-from .dims import Piece, Window
+from .dims import Piece, Window, divide
 from .index import index_words
 
 
@@ -268,6 +268,32 @@ def _convolution_split(node: Node, factor: str, start: Any, size: Any) -> Piece:
     return Piece()
 
 
+def _convolution_backward_dims(node: Node) -> str:
+    """Rows of the batch and channels; places stay whole, since those of one gradient meet several of the other."""
+    x = operand_types(node)[1]
+    transposed, groups, wanted = node.args[7], node.args[9], node.args[10]
+    space = letters(x.rank - 2, 7)
+    held = ([s + "*" for s in space], [f"{s}_o*" for s in space], [f"k{s}*" for s in space])
+    channel, out, each = ("c", "o+", "c") if is_one(groups) else ("(g c*)", "(g o*)", "c*")
+    if transposed:
+        channel, out, each = "c*", "o*", "p*"
+    at_x, at_grad = ["n+", channel, *held[0]], ["n+", out, *held[1]]
+    weight = ["c*" if transposed else out, each, *held[2]]
+    results = [r for r, want in zip((at_x, weight, [out]), wanted, strict=True) if want]
+    return words([at_grad, at_x, weight], results)
+
+
+def _convolution_backward_split(node: Node, factor: str, start: Any, size: Any) -> Piece:
+    """The number of channels is an argument too."""
+    channels = node.args[3]
+    if factor == "o" and channels:
+        return Piece(args={3: (size,)})
+    if factor == "g":
+        each = divide(operand_types(node)[0].shape[1], node.args[9])
+        return Piece(args={9: size} | ({3: (product((size, each)),)} if channels else {}))
+    return Piece()
+
+
 def _convolution_flops(node: Node) -> Dim:
     x, w = operand_types(node)[:2]
     at = x.shape if node.args[6] else node.type.shape  # each place of it meets the whole kernel
@@ -308,7 +334,7 @@ LIBRARY = table(
         cost=1000,
         doc="convolution(x, w, bias|None, stride, padding, dilation, transposed, output_padding, groups)",
     ),
-    lib("convolution_backward", cost=1000),
+    lib("convolution_backward", _convolution_backward_dims, split=_convolution_backward_split, cost=1000),
     lib("avg_pool2d", _avg_pool_dims, split=_avg_pool_split),
     lib("max_pool2d_with_indices", held_last(2)),
     lib("avg_pool2d_backward", held_last(2)),

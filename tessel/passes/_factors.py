@@ -15,7 +15,7 @@ from ..errors import TesselError
 from ..ir.node import Node, Value
 from ..ir.sharding import Sharding
 from ..ir.types import TensorType
-from ..ops.dims import Dims, Term, dims_of, factor_sizes
+from ..ops.dims import Dims, Halo, Term, dims_of, factor_sizes, window_of
 
 Axes: TypeAlias = "tuple[str, ...]"
 Split: TypeAlias = "dict[str, Axes]"
@@ -46,7 +46,18 @@ class Rule:
         """Whether pieces of the factor can be joined or combined by what there is here."""
         f = self.dims.factors[factor]
         joined = f.kind == "map" or (f.kind == "reduce" and (f.combine in COMBINED or f.combine in MERGED))
-        return self.sizes[factor] > 1 and joined
+        return self.sizes[factor] > 1 and (joined or self.halo(factor) is not None)
+
+    def halo(self, factor: str) -> Halo | None:
+        """How a window axis may be split: pieces read the edges of those beside them."""
+        if self.dims.factors[factor].kind != "window":
+            return None
+        return window_of(self.results[0].node, self.dims, factor)
+
+    def halos_fit(self, split: Mapping[str, Axes], mesh: Mapping[str, int]) -> bool:
+        """Whether the pieces of every window axis have what their neighbours read."""
+        parts = ((self.halo(f), prod(mesh[a] for a in axes)) for f, axes in split.items() if axes)
+        return all(halo is None or halo.fits(n) for halo, n in parts)
 
     def combine(self, factor: str) -> str | None:
         """What combines the pieces of a reduced factor."""

@@ -151,10 +151,10 @@ class _Writer:
         node, rule = action.node, rule_of(action.node)
         self.builder.loc = node.loc
         reads = iter(action.reads)
-        ring = action.exchange is not None and action.exchange.kind == "ring"
-        pieces = [
-            self.piece(node, rule, f, axes) for f, axes in action.split.items() if not (ring and f in ("s", "t"))
-        ]
+        # factors of which the exchange itself says what a piece is
+        own = {"ring": ("s", "t"), "halo": tuple(f for f, _ in action.exchange.halos)} if action.exchange else {}
+        inside = own.get(action.exchange.kind, ()) if action.exchange else ()
+        pieces = [self.piece(node, rule, f, axes) for f, axes in action.split.items() if f not in inside]
         # zeros where only the first piece of a factor may count an operand
         once = {i for first, p in pieces if not first for i in p.once}
         if action.once and any(self.coordinates[a] for a, _ in action.results[0].partial):

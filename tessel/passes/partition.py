@@ -15,6 +15,7 @@ linear in them, until something needs them finished.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -27,18 +28,25 @@ from ..ir.sharding import Sharding
 from ..ir.types import Loc, TensorType
 from ..ops.collective import payload_of
 from ..targets.mesh import Mesh
-from ._exchange import can_ring, dry_run, exchange_of
+from ._exchange import SENDING, can_ring, dry_run, exchange_of
 from ._factors import Rule, Split, follow, layout, project, rule_of
 from ._layouts import Layouts
 from ._linear import Carried, carries
 from ._rank import Action, Local, Move, write_rank
 from ._reshard import Price, Step, by_bytes, rematerializes, reshard
+from ._states import adds_up
 from ._tokens import flattened
 
 # What work costs beside bytes sent, on an H100: 794 TFLOP/s reached in bf16 and 3.35 TB/s of memory against
 # 394 GB/s of an all-gather over 8 (the figures of NVIDIA's and NCCL's authors).
 FLOPS_PER_BYTE = 2015.0
 MEMORY_PER_BYTE = 8.5
+_WHY = {
+    "ring": "keys and values go round",
+    "sent": "tokens go to their experts and back",
+    "halo": "edges go to the shares beside",
+    "states": "the states that shares of the tokens make are gathered",
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ class Program:
                         found.append(Collective(s.kind, s.axes, parts, s.bytes, what, action.loc, action.why))
             elif action.exchange is not None:
                 node, ex = action.node, action.exchange
-                why = "keys and values go round" if ex.kind == "ring" else f"pieces are put together ({ex.kind})"
+                why = _WHY.get(ex.kind, f"pieces are put together ({ex.kind})")
                 for n in dry_run(ex, node, action.reads, node.attrs, self.mesh):
                     what = f"{n.args[0].type} of {node.op.name}"
                     axes, parts = n.attrs["axes"], n.attrs["parts"]
@@ -123,11 +131,14 @@ def partition(
     layouts: Layouts,
     *,
     outputs: Mapping[int, Sharding] | None = None,
+    unfinished: Collection[int] = (),
     splits: Mapping[Node, Split] | None = None,
     limits: Mapping[str, frozenset[str]] | None = None,
     held: Mapping[Value, Sharding] | None = None,
     price: Price | None = None,
     ring: Collection[str] = (),
+    travels: Mapping[str, frozenset[str]] | None = None,
+    capacity: float = math.inf,
 ) -> Program:
     """Decide what each device computes and what moves.
 
@@ -136,6 +147,7 @@ def partition(
         mesh: the devices.
         layouts: from ``propagate``.
         outputs: how outputs are to leave, by position; the others leave as propagation gave them.
+        unfinished: outputs that leave as sums which are still partial, where they are.
         splits: the split of nodes that a plan has decided; a node's own cheapest otherwise. With such splits a view
             is cut as its operand lies, and moves nothing.
         held: how a plan wants values to leave of which there is a copy lying so.
@@ -143,12 +155,16 @@ def partition(
         price: what a step of communication costs, in bytes of the machine in this file's head.
         ring: mesh axes over which attention with split sequences sends keys and values round, a share at a time,
             where it would gather them: as many bytes, of which a rank never holds more than a share.
+        travels: for the lines of a module mesh axes that do so too, or over which tokens are sent to their experts.
+        capacity: how many tokens a rank may send to another one, see ``ops.experts.room``.
 
     Raises:
         TesselError: an output's sharding does not fit it, or a split does not fit its node.
     """
     run = _Partition(graph, mesh, layouts, dict(outputs or {}), dict(splits or {}), dict(limits or {}), price)
     run.held, run.ring = dict(held or {}), frozenset(ring)
+    run.travels, run.capacity = dict(travels or {}), capacity
+    run.unfinished = frozenset(unfinished)
     run.inputs()
     for node in graph.nodes:
         run.node(node)
@@ -171,6 +187,9 @@ class _Partition:
         self.limits, self.price = limits, price
         self.held: dict[Value, Sharding] = {}
         self.ring: frozenset[str] = frozenset()
+        self.travels: dict[str, frozenset[str]] = {}
+        self.capacity = math.inf
+        self.unfinished: frozenset[int] = frozenset()
         self.program = Program(graph, mesh, layouts)
         self.have: dict[Value, list[Sharding]] = {}  # the shardings in which a value is at hand
         self.unread: dict[Value, Sharding] = {}  # inputs to be brought to how they are used, at their first use
@@ -205,6 +224,8 @@ class _Partition:
                 left.append(None)
                 continue
             target = self.wanted.get(i) or self.leaves(out)
+            if i in self.unfinished:
+                target = self.partial(out, target)
             target.check(out.shape, self.mesh, f"output {i}")
             if out.op is not INPUT or target != self.layouts.arrives(out):
                 self.bring(out, target, f"output {i} leaves as {target}")
@@ -227,6 +248,12 @@ class _Partition:
         if not done or out in self.layouts.fixed:
             return self.layouts.of[out]
         return min(done, key=lambda s: prod(s.local_shape(out.shape, self.mesh)))  # type: ignore[arg-type]
+
+    def partial(self, out: Value, target: Sharding) -> Sharding:
+        """A sum that is still partial and lies apart no further than ``target``; that, where there is none."""
+        sums = [s for s in self.have[out] if s.partial and all(how == "sum" for _, how in s.partial)]
+        fits = (s for s in sums if all(t[: len(d)] == d for d, t in zip(s.dims, target.dims, strict=True)))
+        return next(fits, target)
 
     # ------------------------------------------------------------ moves
 
@@ -280,6 +307,8 @@ class _Partition:
             split = next((f for f in found if f is not None), None)
         if split is None:
             split = self.choose(node, rule, carried)
+        elif carried.axes & {a for axes in split.values() for a in axes}:
+            carried = Carried(((),) * len(rule.operands))  # the plan splits what it is made of: the sum comes first
         if "target" in node.attrs and any(s.axes for v in rule.operands for s in self.have[v]):
             self.program.warnings.append(
                 f"{node.attrs['target']} at {node.loc} is computed whole on every device: no dims string says how a "
@@ -288,7 +317,7 @@ class _Partition:
         reads, results = self.shardings(node, rule, split, carried)
         for v, want in zip(rule.operands, reads, strict=True):
             self.bring(v, want, f"{node.op.name} at {node.loc} reads it as {want}", node)
-        exchange = exchange_of(rule, split)
+        exchange = exchange_of(rule, split, self.capacity)
         self.program.actions.append(Local(node, split, tuple(reads), tuple(results), carried.once, exchange))
         for v, got in zip(rule.results, results, strict=True):
             self.have[v] = [got]
@@ -310,9 +339,12 @@ class _Partition:
         return found
 
     def try_shardings(self, rule: Rule, split: Split, carried: Carried) -> tuple[list[Sharding], list[Sharding]] | None:
+        if not rule.halos_fit(split, self.mesh):
+            return None
         reads: list[Sharding] = []
         exchange = exchange_of(rule, split)
         ring = exchange is not None and exchange.kind == "ring"
+        hides = exchange.hides if exchange is not None else lambda factor: ()
         for shape, partial in zip(rule.dims.operands, carried.operands, strict=True):
             names = {f.name for term in shape for f in term}
             # a mask is cut step by step, its keys stay whole
@@ -327,7 +359,7 @@ class _Partition:
             if lies is None:
                 return None
             kept = {f.name for term in shape for f in term}
-            summed = {f: axes for f, axes in split.items() if f not in kept and not (ring and f in ("s", "t"))}
+            summed = {f: [a for a in axes if a not in hides(f)] for f, axes in split.items() if f not in kept}
             left = ((a, rule.combine(f)) for f, axes in summed.items() for a in axes)
             results.append(Sharding(lies.dims, (*carried.result, *((a, how) for a, how in left if how is not None))))
         return reads, results
@@ -346,6 +378,7 @@ class _Partition:
             tuple((self.uses[v], v in self.weights) for v in rule.operands),
             carried,
             self.limits.get(node.loc.module),
+            self.travels.get(node.loc.module),
         )
         known = self.known.get(key)
         if known is not None:
@@ -365,7 +398,7 @@ class _Partition:
                 dims = tuple(tuple(a for a in axes if a not in carried.axes) for axes in self.layouts.of[v].dims)
                 goal = Sharding(dims, carried.result)
                 cost += self.cost(v, got, goal)
-            exchange = exchange_of(rule, split)
+            exchange = exchange_of(rule, split, self.capacity)
             if exchange is not None:
                 for n in dry_run(exchange, node, found[0], node.attrs, self.mesh):
                     cost += (self.price or by_bytes(self.mesh))(n.op.name, n.attrs["axes"], n.args[0].type.nbytes)
@@ -415,8 +448,18 @@ class _Partition:
             for factor in dict.fromkeys(f for f in pick if f is not None):
                 mine = {a for a, f in zip(axes_in_sight, pick, strict=True) if f == factor}
                 split[factor] = tuple(dict.fromkeys(a for a in orders[factor] if a in mine))
-            if self.ring and can_ring(node):
-                rings = self.ring & {a for f, axes in split.items() if f in ("s", "t") for a in axes}
+            travelling = self.ring | self.travels.get(node.loc.module, frozenset())
+            if travelling and adds_up(node):
+                tokens = tuple(a for a in self.mesh if a in travelling)
+                apart = {f: left for f, axes in split.items() if (left := tuple(a for a in axes if a not in tokens))}
+                if rule.sizes["t"] % prod(self.mesh[a] for a in tokens) == 0:
+                    yield {**apart, "t": tokens}
+            if travelling and node.op.name in SENDING:
+                both = tuple(a for a in split.get("t", ()) if a in travelling and "e" in sight.get(a, ()))
+                if both and not split.get("e"):
+                    yield {**split, "e": both}
+            if travelling and can_ring(node):
+                rings = travelling & {a for f, axes in split.items() if f in ("s", "t") for a in axes}
                 if rings and set(split.get("s", ())) == rings and rule.sizes["s"] == rule.sizes["t"]:
                     yield {**split, "t": split["s"]}
                 if rings:
