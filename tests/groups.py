@@ -1,12 +1,23 @@
-"""Groups of processes on one machine, for the tests."""
+"""What processes of one test share: a port, an environment, graphs that one of them traced."""
 
 from __future__ import annotations
 
+import copyreg
 import os
+import pickle
 import socket
+import sys
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tessel.ir.node import INPUT, Op
+from tessel.ops import OPS
+
+_DEEP = 50_000  # a graph is pickled from its results back, a node inside the other
 
 
 def free_port() -> int:
@@ -21,3 +32,29 @@ def environment(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TESSEL_CACHE_DIR=folder)
     dist.init_process_group("gloo", rank=rank, world_size=world)
+
+
+def write_graphs(what: Any, path: Path) -> None:
+    """Write anything that holds graphs, for ``read_graphs`` of another process."""
+    sys.setrecursionlimit(_DEEP)
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    with beside.open("wb") as f:
+        pickler = pickle.Pickler(f)
+        pickler.dispatch_table = copyreg.dispatch_table.copy()
+        pickler.dispatch_table[MappingProxyType] = lambda m: (_proxy, (dict(m),))
+        pickler.dispatch_table[Op] = lambda op: (_op, (op.name,))
+        pickler.dump(what)
+    beside.replace(path)
+
+
+def read_graphs(path: Path) -> Any:
+    """What this test wrote."""
+    return pickle.loads(path.read_bytes())
+
+
+def _proxy(of: dict[str, Any]) -> Any:
+    return MappingProxyType(of)
+
+
+def _op(name: str) -> Op:
+    return INPUT if name == INPUT.name else OPS[name]
