@@ -93,8 +93,10 @@ class StageModule(Distributed):
     def _take_shards(self, model: torch.nn.Module, mesh: Mesh, rank: int) -> None:
         made: dict[int, Any] = {}
         with torch.no_grad():
-            named = [getattr(model, f"named_{what}")(remove_duplicate=False) for what in ("parameters", "buffers")]
-            for name, x in (pair for own in named for pair in own):
+            named: list[tuple[str, torch.Tensor]] = [
+                *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
+            ]  # fmt: skip
+            for name, x in named:
                 check(not x.is_meta, lambda n=name: f"stages take a model with its tensors; {n} is on the meta device")  # type: ignore[misc]
                 if name in self.held and made.get(id(x), _ABSENT) is _ABSENT:
                     self.shapes[name] = tuple(x.shape)
@@ -102,6 +104,11 @@ class StageModule(Distributed):
                     made[id(x)] = torch.nn.Parameter(own, x.requires_grad) if isinstance(x, torch.nn.Parameter) else own
                 else:
                     made.setdefault(id(x), _ABSENT)
+            known = {id(x): name for name, x in named if name in self.held}
+            for name, x in named:
+                first = known.get(id(x))
+                if first is not None and first in self.shardings:  # a tied parameter's other names
+                    self.shapes[name], self.shardings[name] = self.shapes[first], self.shardings[first]
         self.module = copy.deepcopy(model, memo=made)
         for module in self.module.modules():
             for tensors in (module._parameters, module._buffers):
