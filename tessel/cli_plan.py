@@ -35,6 +35,10 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 @click.option("--optimizer", default="adamw", show_default=True, help="adamw, sgd or sgd-momentum.")
 @click.option("--remat", default="auto", show_default=True, type=click.Choice(["auto", "none", "selective", "full"]))
 @click.option("--microbatches", type=click.IntRange(min=1), help="Parts of the batch [1; with stages the best].")
+@click.option("--zero", type=click.IntRange(0, 3), help="ZeRO's stage of every parameter [the best for each].")
+@click.option(
+    "--capacity", type=click.FloatRange(min=0, min_open=True), help="Send tokens to experts: times an even share."
+)
 @click.option("--schedule", default="auto", show_default=True, help="Of stages: gpipe, 1f1b, interleaved, zb1p, zbv.")
 @click.option("--free-axes", is_flag=True, help="Let every axis split anything, whatever its name.")
 @click.option("--annotate", type=click.Path(path_type=Path), help="JSON: name to dims; also inputs[0], output:NAME.")
@@ -50,8 +54,8 @@ def plan(
 ) -> None:  # fmt: skip
     """Find the fastest sharding of MODEL on a mesh that fits in memory, and say why; no weights, no devices needed.
 
-    The names of axes say what they split: dp and fsdp the batch, tp all but the batch, sp and cp the sequence; other
-    names anything. pp cuts the model into stages.
+    The names of axes say what they split: dp and fsdp the batch, tp all but the batch, sp and cp the sequence (so do
+    ring and ulysses, which say how attention copes); other names anything. pp cuts the model into stages.
     """
     from .sharding.planner import (  # torch with it: only where it is needed
         Request,
@@ -116,8 +120,6 @@ def _whole(
     say: Any,
 ) -> ShardingPlan:  # fmt: skip
     """A plan with the program that runs; a type of transformers is the small model that other commands run too."""
-    from dataclasses import replace
-
     from .models import load_model
     from .sharding.planned import plan_model
 
@@ -125,9 +127,8 @@ def _whole(
     kind = dtype or ("bfloat16" if model.startswith("hf:") else None)
     module, args, kwargs = load_model(model, batch=batch, seq=seq, dtype=kind, layers=layers)
     check(hasattr(module, "parameters"), lambda: f"plan: {model} is no nn.Module")
-    kept = replace(request, remat="none") if request.remat == "auto" else request
     return plan_model(
-        module, args, kwargs, mesh=mesh, target=target, request=kept, annotations=request.annotations, name=model,  # type: ignore[arg-type]
+        module, args, kwargs, mesh=mesh, target=target, request=request, annotations=request.annotations, name=model,  # type: ignore[arg-type]
         progress=say,
     )  # fmt: skip
 

@@ -35,7 +35,7 @@ from .annotate import Annotations, annotations_of
 from .checkpoint import DTensors
 from .materialize import Files, drawn, region
 from .plan_file import ShardingPlan, fingerprint_of, read_plan
-from .planned import lay_out_plan
+from .planned import lay_out_plan, microbatch
 from .planner import parameters_of
 from .spmd import Spmd, lay_out
 
@@ -58,6 +58,7 @@ def distribute(
     init: Init = None,
     run: How = "compiled",
     seconds: float = 300.0,
+    loss: Callable[..., torch.Tensor] | None = None,
 ) -> Distributed:
     """This process's part of a model, ready to train or to infer. Every process of the world has to call it.
 
@@ -76,6 +77,7 @@ def distribute(
         run: "compiled" (kernels as ``tessel.compile`` makes them) or "interpreted" (each operator by its
             reference, slow, for checks).
         seconds: that a rank waits for the others in one collective before it gives up.
+        loss: of a plan with microbatches: ``loss(result, target)`` of one of them; such a model runs by ``.step``.
 
     Raises:
         TesselError: torch.distributed is not initialised, the world is not the mesh, an annotation does not
@@ -87,9 +89,15 @@ def distribute(
         plan = read_plan(plan)
     if isinstance(plan, ShardingPlan):
         plan.check_model(fingerprint_of(parameters_of(model)), dist.get_world_size() if dist.is_initialized() else None)
-        step = capture_step(model, args, kwargs, train=bool(plan.data["settings"]["train"]))
-        spmd = lay_out_plan(plan, step)
-        return Distributed(model, spmd, ProcessGroups(spmd.mesh, seconds), run, weights, init)
+        small, cut = microbatch(args, kwargs, plan.data["settings"]["microbatches"])
+        spmd = lay_out_plan(plan, capture_step(model, *small, train=bool(plan.data["settings"]["train"])))
+        by = ProcessGroups(spmd.mesh, seconds)
+        if spmd.microbatches > 1:
+            from .accumulate import Accumulating  # which is a Distributed
+
+            return Accumulating(model, spmd, by, run, weights, init, cut=cut, loss=loss)
+        check(loss is None, lambda: "distribute: a loss is for plans with microbatches, and for stages")
+        return Distributed(model, spmd, by, run, weights, init)
     if plan is not None:
         raise TesselError(
             f"distribute: a plan is what tessel.plan gives, the name of a plan file, or an Spmd, not {plan!r}"
@@ -129,10 +137,12 @@ class Distributed(torch.nn.Module):
         self._dtensors = DTensors(mesh, rank, held.type)
         forward, backward = spmd.forward, spmd.backward
         by.prepare(_groups(spmd))
-        by.agree([(what, p.collectives()) for what, p in zip(("forward", "backward"), spmd.programs())])
+        by.agree([(what, p.collectives()) for what, p, _ in spmd.phases()])
         if any(n.op.random for n in forward.graph.nodes):
             by.check_random_state()
-        self._forward = rank_runner(spmd.step.forward, forward, by, run, "inference" if backward is None else "forward")
+        self._plain = rank_runner(spmd.step.forward, forward, by, run, "inference" if backward is None else "forward")
+        self._gather = None if spmd.gather is None else rank_runner(spmd.step.forward, spmd.gather, by, run, "gather")
+        self._forward: Run = lambda inputs: self._plain(self._whole(inputs))
         self._backward: Run | None = None
         if backward is not None and spmd.step.backward is not None:
             self._backward = self._run_backward(spmd.step.backward, backward, run)
@@ -210,17 +220,28 @@ class Distributed(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result on these arguments."""
-        given = tensors_of(args, kwargs)
+        step, inputs = self.spmd.step, self._arguments(tensors_of(args, kwargs))
+        if self._backward is None or not torch.is_grad_enabled():
+            results = list(self._forward(list(inputs)))[: step.results]
+        else:
+            results = list(_Step.apply(self._forward, self._backward, step.results, step.differentiable, *inputs))
+        leaves = [results[x.number] if isinstance(x, Output) else x for x in step.leaves]
+        return pytree.tree_unflatten(leaves, step.tree)
+
+    def _arguments(
+        self, given: Sequence[torch.Tensor], known: Sequence[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        """What the forward takes: parameters and buffers (``known`` ones at their places), shares of the caller's."""
         step, program = self.spmd.step, self.spmd.forward
-        held = {**dict(self.module.named_parameters(remove_duplicate=False))}
-        held.update(self.module.named_buffers(remove_duplicate=False))  # type: ignore[arg-type]
+        held: dict[str, torch.Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
+        held.update(self.module.named_buffers(remove_duplicate=False))
         inputs: list[torch.Tensor] = []
         for i, (node, sharding) in enumerate(zip(program.graph.inputs, program.inputs, strict=True)):
             name, role = str(node.attrs["name"]), node.attrs["role"]
             if role == "constant":
                 continue
             if name in held and role != "input":
-                inputs.append(held[name])
+                inputs.append(held[name] if known is None else known[len(inputs)])
                 continue
             check(i in step.positions, lambda n=name: f"input {n} of the graph is no argument of the model")  # type: ignore[misc]
             x = given[step.positions[i]]
@@ -232,12 +253,19 @@ class Distributed(torch.nn.Module):
                 ),
             )
             inputs.append(x if sharding is None else share(x, sharding, self.spmd.mesh, self.by.rank).contiguous())
-        if self._backward is None or not torch.is_grad_enabled():
-            results = list(self._forward(list(inputs)))[: step.results]
-        else:
-            results = list(_Step.apply(self._forward, self._backward, step.results, step.differentiable, *inputs))
-        leaves = [results[x.number] if isinstance(x, Output) else x for x in step.leaves]
-        return pytree.tree_unflatten(leaves, step.tree)
+        return inputs
+
+    def _whole(self, inputs: list[Any]) -> list[Any]:
+        """What the forward takes, with parameters that are kept apart between steps as it uses them."""
+        program = self.spmd.gather
+        if self._gather is None or program is None:
+            return inputs
+        names = [str(n.attrs["name"]) for n in self.spmd.forward.graph.inputs if n.attrs["role"] != "constant"]
+        at = [names.index(str(n.attrs["name"])) for n in program.graph.inputs]
+        out = list(inputs)
+        for i, x in zip(at, self._gather([inputs[i] for i in at]), strict=True):
+            out[i] = x
+        return out
 
     @property
     def sent(self) -> int:

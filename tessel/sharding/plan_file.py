@@ -265,7 +265,7 @@ def _check_consistent(plan: ShardingPlan) -> None:
         Sharding.parse(t["sharding"]).check(t["shape"], mesh, name)
     if "program" in data:
         check("inputs" in data and "aliases" in data, lambda: "a plan with a program has inputs and aliases")
-        sent = sum(c["bytes"] for c in data["program"]["collectives"])
+        sent = sum(c["bytes"] * c.get("times", 1) for c in data["program"]["collectives"])
         said = data["program"]["bytes"]
         check(sent == said, lambda: f"program: the collectives add up to {sent} bytes, bytes says {said}")
         for c in data["program"]["collectives"]:

@@ -9,6 +9,7 @@ else than the plan says, are refused.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,9 +17,10 @@ from math import prod
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from ..errors import TesselError, check
-from ..frontend.joint import Step, capture_step
+from ..frontend.joint import Step, capture_step, tensors_of
 from ..ir.node import Graph, Node, Value
 from ..ir.sharding import Sharding
 from ..ir.text import value_names
@@ -26,14 +28,17 @@ from ..ir.types import DTYPE_NAMES, TensorType
 from ..ops.dims import Shape
 from ..passes._factors import Split, through
 from ..passes._layouts import Seed
+from ..solve.shard_choice import Split as Asked
+from ..solve.shard_choice import role_of
 from ..solve.units import VIEWS, Unit, Use, place_of, units_of, view_back
 from ..targets.mesh import Mesh
 from .annotate import Annotations, annotations_of
 from .plan_file import ShardingPlan
 from .planner import Captured, Request, aliases_of, make_plan, parameters_of
-from .spmd import Spmd, lay_out_prepared, prepared_step
+from .remat import recomputed
+from .spmd import Spmd, lay_out_prepared, prepared_step, tokens_apart
 
-__all__ = ["lay_out_plan", "plan_model"]
+__all__ = ["lay_out_plan", "microbatch", "plan_model"]
 
 
 def plan_model(
@@ -53,19 +58,18 @@ def plan_model(
     Raises:
         TesselError: torch cannot capture the model as one graph, an annotation does not fit, or nothing fits.
     """
-    check(
-        request.remat == "none" and request.microbatches == 1,
-        lambda: "a plan that runs keeps every activation and takes its batch at once: remat 'none', 1 microbatch",
-    )
     started = time.perf_counter()
-    step = prepared_step(capture_step(model, args, kwargs, train=request.train))
+    k = request.microbatches
+    check(k == 1 or request.train, lambda: f"{k} microbatches are for training: their gradients add up")
+    small, _ = microbatch(args, kwargs, k)
+    step = _ready(capture_step(model, *small, train=request.train), mesh)
     graph = _results_only(step)
     first = next((n.type for n in graph.inputs if n.attrs["role"] == "input"), None)
     rows, inner = (first.shape[i] if first is not None and len(first.shape) > i else None for i in (0, 1))
     captured = Captured(
         name or type(model).__name__, graph, tuple(parameters_of(model)), 0, 0,
-        rows if isinstance(rows, int) else None, inner if isinstance(inner, int) else None,
-        time.perf_counter() - started, aliases=aliases_of(model), positions=step.positions,
+        rows * k if isinstance(rows, int) else None, inner if isinstance(inner, int) else None,
+        time.perf_counter() - started, _notes(graph, k), aliases_of(model), step.positions,
     )  # fmt: skip
     said = annotations if annotations is not None else annotations_of(model)
     asked = replace(request, annotations=said, runs=True)
@@ -76,6 +80,38 @@ def plan_model(
     spmd = _laid(ShardingPlan(data), step)
     data["program"] = _program(spmd)
     return ShardingPlan(data)
+
+
+def microbatch(
+    args: Sequence[Any], kwargs: Mapping[str, Any] | None, parts: int
+) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], list[bool]]:
+    """The arguments of one microbatch out of ``parts``, and which of the tensors among them are cut.
+
+    Those are cut that have as many rows as the first.
+
+    Raises:
+        TesselError: the rows do not divide.
+    """
+    tensors = tensors_of(args, kwargs or {})
+    rows = tensors[0].shape[0] if tensors and tensors[0].dim() else 0
+    cut = [parts > 1 and bool(x.dim()) and x.shape[0] == rows for x in tensors]
+    fits = parts == 1 or (rows > 0 and rows % parts == 0)
+    check(fits, lambda: f"a batch of {rows} rows does not divide into {parts} microbatches")
+    pieces = iter([x[: rows // parts] if own else x for x, own in zip(tensors, cut, strict=True)])
+    leaves, tree = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
+    return pytree.tree_unflatten([next(pieces) if isinstance(x, torch.Tensor) else x for x in leaves], tree), cut
+
+
+def _notes(graph: Graph, microbatches: int) -> tuple[str, ...]:
+    if microbatches == 1 or not any(n.op.random for n in graph.nodes):
+        return ()
+    return ("random operators draw for each microbatch: not what one device draws for the whole batch",)
+
+
+def _ready(step: Step, mesh: Mesh) -> Step:
+    """A captured step as it is laid out: with tokens apart where an axis of the mesh is there to split sequences."""
+    step = prepared_step(step)
+    return tokens_apart(step) if any(role_of(a).only == "sequence" for a in mesh) else step
 
 
 def _results_only(step: Step) -> Graph:
@@ -100,7 +136,7 @@ def lay_out_plan(plan: ShardingPlan, step: Step) -> Spmd:
     trains = bool(plan.data["settings"]["train"])
     if trains != (step.backward is not None):
         raise TesselError(f"the plan is for {'training' if trains else 'inference'}, the model is run for the other")
-    spmd = _laid(plan, prepared_step(step))
+    spmd = _laid(plan, _ready(step, Mesh(plan.mesh)))
     own = _program(spmd)
     for i, (said, found) in enumerate(zip(program["collectives"], own["collectives"])):
         keys = [k for k in ("phase", "kind", "axes", "bytes", "tensor") if said[k] != found[k]]
@@ -130,6 +166,7 @@ def _laid(plan: ShardingPlan, step: Step) -> Spmd:
         raise TesselError(f"the plan has {len(nodes)} nodes, the model's graph {len(units)}; make the plan again")
     splits: dict[Node, Split] = {}
     axes: dict[str, set[str]] = {}
+    travels: dict[str, frozenset[str]] = {}
     held: dict[Value, Sharding] = {}
     said = _given(plan, graph)
     for node, unit in zip(nodes, units, strict=True):
@@ -139,6 +176,8 @@ def _laid(plan: ShardingPlan, step: Step) -> Spmd:
             raise TesselError(f"the plan's node is {node['name']} where the model's graph has {own}; make it again")
         splits[unit.node] = _split(node, unit, mesh)
         axes.setdefault(unit.node.loc.module, set()).update(node["splits"])
+        travelling = frozenset(a for a in node["splits"] if _asked(node, unit, a).both)
+        travels[unit.node.loc.module] = travels.get(unit.node.loc.module, frozenset()) | travelling
         for tensor, text, v in zip(unit.results, node["makes"], _tensors(unit.node), strict=True):
             layout = Sharding.parse(text.partition(" ")[0])
             if not layout.partial and " " not in text:
@@ -153,7 +192,31 @@ def _laid(plan: ShardingPlan, step: Step) -> Spmd:
             lies = through(view, held[view.args[0]], mesh)
             if lies is not None:
                 held[view.out] = lies
-    return lay_out_prepared(step, mesh, said, splits=splits, limits=limits, held=held)
+    step, copies = recomputed(step, units, [node["keep"] for node in nodes])
+    splits.update((copy, splits[own]) for copy, own in copies.items() if own in splits)
+    kept, at_once = _levels(plan, graph)
+    return lay_out_prepared(
+        step, mesh, said, splits=splits, limits=limits, held=held, travels=travels,
+        capacity=plan.data["settings"].get("capacity", math.inf), kept=kept,
+        microbatches=plan.data["settings"]["microbatches"], at_once=at_once,
+    )  # fmt: skip
+
+
+def _levels(plan: ShardingPlan, graph: Graph) -> tuple[dict[str, Sharding], list[str]]:
+    """Parameters whose gradients and state are kept apart though they are used whole all step long (ZeRO's stages 1
+    and 2), and those whose gradients are finished in each microbatch (2 and 3)."""
+    kept, at_once = {}, []
+    for node in graph.inputs:
+        name = str(node.attrs["name"])
+        known = (
+            plan.data["tensors"].get(plan.data["aliases"].get(name, name)) if node.attrs["role"] == "param" else None
+        )
+        levels = set((known or {}).get("level", {}).values())
+        if known is not None and "state" in known and levels & {1, 2}:
+            kept[name] = Sharding.parse(known["state"])
+        if levels and min(levels) >= 2:
+            at_once.append(name)
+    return kept, at_once
 
 
 def _tensors(node: Node) -> list[Value]:
@@ -179,14 +242,22 @@ def _split(node: Mapping[str, Any], unit: Unit, mesh: Mesh) -> Split:
     """The split of a node, from ``{"dp": "m", "tp": "m/8"}``: for each factor its axes, the outer parts first."""
     found: dict[str, list[tuple[int, str]]] = {}
     for axis in mesh:
-        text = node["splits"].get(axis)
-        if text is None:
-            continue
-        factor, _, major = text.partition("/")
-        if factor not in unit.dims.factors or not (major or "1").isdecimal():
-            raise TesselError(f"{node['name']}: {axis} splits {text!r}; {unit.op} has '{unit.dims}'")
-        found.setdefault(factor, []).append((int(major or 1), axis))
+        for own in _asked(node, unit, axis).factors if axis in node["splits"] else ():
+            found.setdefault(own.factor, []).append((own.major, axis))
     return {f: tuple(a for _, a in sorted(axes, key=lambda x: x[0])) for f, axes in found.items()}
+
+
+def _asked(node: Mapping[str, Any], unit: Unit, axis: str) -> Asked:
+    """What an axis splits of a node.
+
+    Raises:
+        TesselError: the node has no such factor.
+    """
+    text = node["splits"][axis]
+    split = Asked.parse(text)
+    if split is None or not all(s.factor in unit.dims.factors for s in split.factors):
+        raise TesselError(f"{node['name']}: {axis} splits {text!r}; {unit.op} has '{unit.dims}'")
+    return split
 
 
 def _inputs(graph: Graph, nodes: Sequence[Mapping[str, Any]], mesh: Mesh) -> dict[str, Any]:
@@ -223,6 +294,7 @@ def _program(spmd: Spmd) -> dict[str, Any]:
     rows = [
         {
             "phase": phase,
+            **({"times": spmd.microbatches} if spmd.microbatches > 1 and phase in ("forward", "backward") else {}),
             "kind": c.kind,
             "axes": list(c.axes),
             "bytes": c.bytes,
@@ -230,7 +302,7 @@ def _program(spmd: Spmd) -> dict[str, Any]:
             "where": c.loc.short[:1000],
             "why": c.why[:2000],
         }
-        for phase, program in zip(("forward", "backward"), spmd.programs())
+        for phase, program, _ in spmd.phases()
         for c in program.collectives()
     ]
     return {"bytes": spmd.bytes, "collectives": rows}

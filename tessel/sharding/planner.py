@@ -8,6 +8,7 @@ dtypes must be those of the captured ones, counted on, or everything is captured
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,7 @@ from .pipeline import AXIS, microbatch_choices
 from .pipeline_search import StageSearch, search_stages
 from .pipeline_sections import sections_of
 from .plan_file import ShardingPlan, fingerprint_of
+from .uneven import left_whole
 
 __all__ = ["Captured", "Request", "capture_model", "check_request", "make_plan", "make_staged_plan", "microbatches_for"]
 
@@ -64,6 +66,9 @@ class Request:
         pinned: parameter's name, ``*`` for any part, to the sharding it must have.
         annotations: what the user said of parameters, inputs and results of modules.
         runs: only what can be laid out and run as it is planned.
+        zero: the level that every parameter has which can be kept apart (ZeRO's stages); the best by default.
+        capacity: times the even share of tokens that a device may send to the experts of another one; without it tokens
+            are not sent.
     """
 
     train: bool = False
@@ -77,6 +82,8 @@ class Request:
     pinned: Mapping[str, Sharding] = field(default_factory=dict)
     annotations: Annotations = field(default_factory=Annotations)
     runs: bool = False
+    zero: int | None = None
+    capacity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -294,6 +301,9 @@ def check_request(mesh: Mesh, target: str, request: Request) -> tuple[Target, tu
         raise TesselError(f"unknown schedule {request.schedule!r}; {did_you_mean(request.schedule, SCHEDULES)}")
     limit = request.memory if request.memory is not None else record.level("memory").capacity_bytes
     check(limit > 0, lambda: f"memory: expected a positive number of bytes, got {limit}")
+    share = request.capacity
+    check(share is None or 0 < share < math.inf, lambda: f"capacity: expected a positive number, got {share}")
+    check(request.zero in (None, 0, 1, 2, 3), lambda: f"zero: expected a stage from 0 to 3, got {request.zero}")
     for pattern, sharding in request.pinned.items():
         for axis in sharding.axes:
             check(axis in mesh, lambda p=pattern, a=axis: f"annotation {p!r}: {a!r} is no axis of the mesh {mesh}")  # type: ignore[misc]
@@ -317,10 +327,12 @@ def make_plan(
     problem = problem_of(captured, pins)
     _check_pinned(request.pinned, captured)
     pricer = Pricer(record, axes, setting)
+    whole = left_whole(problem.kinds, axes, setting)
     answer, held = _search(problem, pricer, limit, progress)
     if not answer.fits:
         raise TesselError(shortage(answer, pricer, limit, mesh, held))
     entries = entries_of(answer, pricer, problem.chain, problem.shift, captured.held)
+    entries.notes += whole
     sections = entries.sections(transient=held)
     return _document(captured, mesh, target, request, pricer, axes, limit, answer, entries, sections, started)
 
@@ -374,10 +386,10 @@ def make_staged_plan(
 
 
 def _setting(request: Request, microbatches: int, pins: Pins) -> Setting:
-    levels = (0, 3) if request.runs else (0, 1, 2, 3)
     return Setting(
         request.train, request.optimizer, microbatches, request.remat if request.train else "none",
-        levels=levels, roles=request.roles, pinned=tuple(request.pinned.items()), pins=pins, runs=request.runs,
+        levels=(0, 1, 2, 3) if request.zero is None else (request.zero,), roles=request.roles,
+        pinned=tuple(request.pinned.items()), pins=pins, runs=request.runs, capacity=request.capacity,
     )  # fmt: skip
 
 
@@ -414,6 +426,7 @@ def _document(
             "global_batch": captured.global_batch,
             "seq": captured.seq,
             "memory_limit": limit,
+            **({} if request.capacity is None else {"capacity": request.capacity}),
             "batch_axes": split_axes(answer, pricer, "batch"),
             "sequence_axes": split_axes(answer, pricer, "sequence"),
         },

@@ -7,8 +7,10 @@ sharding of its parameter, so that what data parallelism adds up, or scatters, f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..errors import TesselError, did_you_mean
 from ..frontend.importer import Imported
@@ -19,6 +21,7 @@ from ..ir.types import TensorType
 from ..ops import OPS
 from ..passes._draws import draw_apart
 from ..passes._factors import Split
+from ..passes._layouts import Layouts
 from ..passes._reshard import Price
 from ..passes._tokens import apart, splits_inside
 from ..passes.partition import Collective, Program, partition
@@ -36,21 +39,35 @@ class Spmd:
         step: as captured; the graphs of ``forward`` and ``backward`` have gone through ``BEFORE_SHARD``.
         mesh: the devices.
         forward, backward: the programs; no backward without gradients.
+        microbatches: how often forward and backward run in a step.
+        kept: parameters that lie otherwise between steps than ``forward`` takes them, their gradients with them.
+        gather: brings ``kept`` to how it is used, once a step.
+        reduce: finishes gradients that ``backward`` leaves as sums of microbatches, once a step.
     """
 
     step: Step
     mesh: Mesh
     forward: Program
     backward: Program | None
+    microbatches: int = 1
+    kept: Mapping[str, Sharding] = field(default_factory=dict)
+    gather: Program | None = None
+    reduce: Program | None = None
+
+    def phases(self) -> list[tuple[str, Program, int]]:
+        """The programs of a step in order, with a name and how often each runs."""
+        own = [("gather", self.gather, 1), ("forward", self.forward, self.microbatches)]
+        own += [("backward", self.backward, self.microbatches), ("reduce", self.reduce, 1)]
+        return [(name, p, times) for name, p, times in own if p is not None]
 
     def collectives(self) -> list[Collective]:
-        """Those of one step, forward first."""
+        """Those of each program, in the order of a step."""
         return [c for p in self.programs() for c in p.collectives()]
 
     @property
     def bytes(self) -> int:
         """What one device sends in one step."""
-        return sum(c.bytes for c in self.collectives())
+        return sum(times * p.bytes for _, p, times in self.phases())
 
     def explain(self, name: str) -> str:
         """Why a parameter, a buffer or an input lies as it does, and what is moved for it or where it is used.
@@ -84,13 +101,13 @@ class Spmd:
         return "\n".join(lines) if lines else f"{name}: nothing is moved"
 
     def programs(self) -> tuple[Program, ...]:
-        """The forward and, with gradients, the backward."""
-        return (self.forward,) if self.backward is None else (self.forward, self.backward)
+        """The forward and, with gradients, the backward; with them what runs once a step before and after."""
+        return tuple(p for _, p, _ in self.phases())
 
     def inputs(self) -> dict[str, Sharding]:
         """How every parameter, buffer and input of the model arrives, by name."""
         pairs = zip(self.forward.graph.inputs, self.forward.inputs, strict=True)
-        return {str(n.attrs["name"]): s for n, s in pairs if s is not None}
+        return {str(n.attrs["name"]): s for n, s in pairs if s is not None} | dict(self.kept)
 
 
 def prepared(imported: Imported) -> Graph:
@@ -124,7 +141,7 @@ def lay_out(
     step = prepared_step(step)
     said = seeds(annotations, step.forward.graph, mesh, step.positions)
     if splits is None and splits_inside(said, mesh):
-        step = _tokens_apart(step)
+        step = tokens_apart(step)
         said = seeds(annotations, step.forward.graph, mesh, step.positions)
     return lay_out_prepared(step, mesh, said, whole_results=whole_results, splits=splits, price=price, ring=ring)
 
@@ -137,8 +154,8 @@ def prepared_step(step: Step) -> Step:
     return _saved_in_full_rank(replace(step, backward=replace(step.backward, graph=prepared(step.backward))))
 
 
-def _tokens_apart(step: Step) -> Step:
-    """The step with batch and sequence apart in its linear layers."""
+def tokens_apart(step: Step) -> Step:
+    """A prepared step with batch and sequence apart in its linear layers."""
     forward = replace(step.forward, graph=apart(step.forward.graph))
     if step.backward is None:
         return replace(step, forward=forward)
@@ -158,11 +175,19 @@ def lay_out_prepared(
     held: Mapping[Value, Sharding] | None = None,
     price: Price | None = None,
     ring: Collection[str] = (),
+    travels: Mapping[str, frozenset[str]] | None = None,
+    capacity: float = math.inf,
+    kept: Mapping[str, Sharding] | None = None,
+    microbatches: int = 1,
+    at_once: Collection[str] = (),
 ) -> Spmd:
     """``lay_out`` of a step from ``prepared_step``, from what is known of its values.
 
     ``results`` says how results leave, by their number; ``limits`` are those of ``partition``, for the backward: its
-    nodes carry the modules of the forward's. ``held`` are the forward's, for what it saves.
+    nodes carry the modules of the forward's. ``held`` are the forward's, for what it saves. ``price``, ``ring``,
+    ``travels`` and ``capacity``: see ``partition``. ``kept`` are parameters that lie so between steps, with their
+    gradients, and are brought to how they are used once a step. Of several microbatches only the gradients ``at_once``
+    are finished in each; the others are sums until the last one is done.
     """
     graph = step.forward.graph
     layouts = propagate(graph, mesh, said)
@@ -171,7 +196,8 @@ def lay_out_prepared(
         own = enumerate(graph.outputs[: step.results])
         wanted = {i: Sharding.replicated(o.type.rank) for i, o in own if _is_tensor(o)}
     wanted |= results or {}
-    forward = partition(graph, mesh, layouts, outputs=wanted, splits=splits, held=held, price=price, ring=ring)
+    how: dict[str, Any] = {"splits": splits, "price": price, "ring": ring, "travels": travels, "capacity": capacity}
+    forward = partition(graph, mesh, layouts, outputs=wanted, held=held, **how)
     if step.backward is None:
         return Spmd(step, mesh, forward, None)
     back = step.backward.graph
@@ -191,14 +217,35 @@ def lay_out_prepared(
         saved = graph.outputs[step.results + i]
         used = forward.layouts.of[saved] if saved in forward.layouts.stored else sharding
         found.append(Seed(node.out, used, f"{name}, as the forward left it", 0, sharding))
+    params = [n for n in graph.inputs if n.attrs["role"] != "constant"]
+    kept = {str(n.attrs["name"]): s for n in params if (s := (kept or {}).get(str(n.attrs["name"]))) is not None}
     grads = {
-        i: forward.layouts.arrives(n.out)
-        for i, n in enumerate(n for n in graph.inputs if n.attrs["role"] != "constant")
+        i: kept.get(str(n.attrs["name"]), forward.layouts.arrives(n.out))
+        for i, n in enumerate(params)
         if i < len(back.outputs) and _is_tensor(back.outputs[i])
     }
+    later = {i for i in grads if microbatches > 1 and params[i].attrs["name"] not in at_once}
     spread = propagate(back, mesh, found)
-    backward = partition(back, mesh, spread, outputs=grads, splits=splits, limits=limits, price=price, ring=ring)
-    return Spmd(step, mesh, forward, backward)
+    backward = partition(back, mesh, spread, outputs=grads, unfinished=later, limits=limits, **how)
+    arrive = {str(n.attrs["name"]): (n.out, s) for n, s in zip(graph.inputs, forward.inputs, strict=True)}
+    gathers = [(name, arrive[name][0], lies, arrive[name][1]) for name, lies in kept.items()]
+    sums = [(str(params[i].attrs["name"]), back.outputs[i], backward.outputs[i], grads[i]) for i in sorted(later)]
+    more = {"gather": _moving("gather", mesh, gathers), "reduce": _moving("reduce", mesh, sums)}
+    return Spmd(step, mesh, forward, backward, microbatches, kept, **more)
+
+
+def _moving(what: str, mesh: Mesh, tensors: Sequence[tuple[str, Any, Any, Any]]) -> Program | None:
+    """A program that brings tensors (name, value, as it lies, as it is to lie) from one sharding to another."""
+    some = [(name, v, before, after) for name, v, before, after in tensors if before != after]
+    if not some:
+        return None
+    nodes = [make_input(name, TensorType(v.shape, v.dtype, None, v.type.device), "param", v.node.loc)
+             for name, v, _, _ in some]  # fmt: skip
+    layouts = Layouts(mesh)
+    for node, (_, _, before, after) in zip(nodes, some, strict=True):
+        layouts.of[node.out], layouts.stored[node.out] = after, before
+    graph = Builder(nodes).finish([n.out for n in nodes], (), what)
+    return partition(graph, mesh, layouts, outputs={i: after for i, (_, _, _, after) in enumerate(some)})
 
 
 def _saved_in_full_rank(step: Step) -> Step:
@@ -256,4 +303,4 @@ def _is_tensor(x: object) -> bool:
     return isinstance(x, Value) and isinstance(x.type, TensorType)
 
 
-__all__ = ["Spmd", "lay_out", "lay_out_prepared", "prepared", "prepared_step"]
+__all__ = ["Spmd", "lay_out", "lay_out_prepared", "prepared", "prepared_step", "tokens_apart"]

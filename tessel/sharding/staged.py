@@ -228,9 +228,9 @@ def distribute_model(
         plan = read_plan(plan)
     found = plan if isinstance(plan, ShardingPlan) and "pipeline" in plan.data else None
     if found is None and (plan is not None or mesh is None or AXIS not in mesh):
-        check(loss is None, lambda: "distribute: a loss is for stages")
         check(pipeline is None, lambda: "distribute: pipeline is for a mesh with stages (pp)")
-        return distribute(model, plan, mesh=mesh, **asked)
+        check(loss is None or plan is not None, lambda: "distribute: a loss is for stages, or a plan with microbatches")
+        return distribute(model, plan, mesh=mesh, loss=loss, **asked)
     if found is not None:
         found.check_model(
             fingerprint_of(parameters_of(model)), dist.get_world_size() if dist.is_initialized() else None

@@ -83,11 +83,12 @@ class Setting:
         microbatches: how often forward and backward run in a step; the graph's batch is one of them.
         remat: which modes of ``memory.MODES`` a block may have; ``auto`` all.
         in_flight: how many microbatches' activations are held at once, on a pipeline's stage.
-        levels: which levels a parameter may have.
+        levels: which levels a parameter may have that can be kept apart; others have none.
         roles: whether an axis's name says what it may split, see ``Role``.
         pinned: pairs (name of parameters, ``*`` for any part of it; the sharding that they must be kept in).
         pins: what the user asked of tensors.
-        runs: only what ``passes/partition.py`` can lay out: no rings, no layouts that a sharding cannot say.
+        runs: only what ``passes/partition.py`` can lay out: no layouts that a sharding cannot say.
+        capacity: times the even share of tokens that a device may send to another one's experts; None never sends them.
     """
 
     train: bool = False
@@ -100,6 +101,7 @@ class Setting:
     pinned: tuple[tuple[str, Sharding], ...] = ()
     pins: Pins = NO_PINS
     runs: bool = False
+    capacity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,14 @@ class Role:
         only: the only part of the model that it splits; any if empty. A sequence axis splits heads too, in attention.
         never: a part that it does not split.
         gathers: whether parameters may be kept apart along it and gathered for use.
+        attention: what becomes of sequences that it splits where they meet: keys go round a ``ring``, or it changes to
+            ``heads`` (Ulysses); the cheaper if empty.
     """
 
     only: str = ""
     never: str = ""
     gathers: bool = True
+    attention: str = ""
 
     def allows(self, unit: Unit, part: str) -> bool:
         """Whether the axis may split a factor of ``unit`` that is ``part`` of the model: batch, sequence or neither."""
@@ -126,7 +131,9 @@ class Role:
 _ROLES = {
     **dict.fromkeys(("dp", "ddp", "data", "fsdp", "hsdp", "zero", "replica"), Role(only="batch")),
     **dict.fromkeys(("tp", "tensor", "mp"), Role(never="batch", gathers=False)),
-    **dict.fromkeys(("sp", "cp", "seq", "sequence", "context", "ulysses", "ring"), Role(only="sequence")),
+    **dict.fromkeys(("sp", "cp", "seq", "sequence", "context"), Role(only="sequence")),
+    "ring": Role(only="sequence", attention="ring"),
+    "ulysses": Role(only="sequence", attention="heads"),
 }
 
 
@@ -134,21 +141,47 @@ def role_of(axis: str) -> Role:
     """The role of an axis by its name, digits at the end aside; other names may split anything.
 
     >>> role_of("dp").only, role_of("tp2").gathers, role_of("x")
-    ('batch', False, Role(only='', never='', gathers=True))
+    ('batch', False, Role(only='', never='', gathers=True, attention=''))
     """
     return _ROLES.get(axis.rstrip("0123456789_"), Role())
 
 
+_HOW = {"ring": "t", "sent": "e", "states": "states"}
+
+
 @dataclass(frozen=True)
 class Split:
-    """What one axis does to a unit: splits ``factor`` in parts that lie ``major`` elements inside it."""
+    """What one axis does to a unit: splits ``factor`` in parts that lie ``major`` elements inside it.
+
+    ``both`` is another factor that it splits as well, while what belongs together travels: ``s`` of attention and
+    ``t``, its keys (a ring), ``t`` of experts and ``e`` (tokens are sent to the devices of their experts). ``states``
+    is no factor: of ``t``, the tokens of linear attention, what each share makes is gathered.
+    """
 
     factor: str
     major: int = 1
-    ring: bool = False
+    both: str = ""
 
     def __str__(self) -> str:
-        return self.factor + (f"/{self.major}" if self.major > 1 else "") + ("(ring)" if self.ring else "")
+        how = next((f"({word})" for word, both in _HOW.items() if both == self.both), "")
+        return self.factor + (f"/{self.major}" if self.major > 1 else "") + how
+
+    @classmethod
+    def parse(cls, text: str) -> Split | None:
+        """What ``str`` gave; None for anything else.
+
+        >>> Split.parse("m/8"), str(Split.parse("s(ring)"))
+        (Split(factor='m', major=8, both=''), 's(ring)')
+        """
+        match = re.fullmatch(r"([^\W\d_]\w*)(?:/(\d{1,18}))?(?:\((ring|sent|states)\))?", text)
+        if match is None:
+            return None
+        return cls(match[1], int(match[2] or 1), _HOW.get(match[3] or "", ""))
+
+    @property
+    def factors(self) -> tuple[Split, ...]:
+        """The splits of one factor each."""
+        return (Split(self.factor, self.major), *((Split(self.both),) if self.both in ("t", "e") else ()))
 
 
 @dataclass(frozen=True)

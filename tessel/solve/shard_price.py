@@ -3,8 +3,10 @@
 Every mesh axis splits one factor of the unit's dims string, or none. What follows is read off the string: an operand
 that has the factor is split, one that has not is the same everywhere and its gradient partial; a result that has it is
 split, one that lost it is partial. Data, tensor, sequence, vocabulary and expert parallelism are such choices; with a
-parameter's level (``memory.py``) ZeRO and FSDP are too; Ulysses is a change of layout between two of them. Ring
-attention is the one way that needs a word of its own: queries and keys are split over the same axis, and keys travel.
+parameter's level (``memory.py``) ZeRO and FSDP are too; Ulysses is a change of layout between two of them. Two ways
+need a word of their own, since one axis splits two factors: ring attention, where queries and keys are split and keys
+travel, and experts on the devices of an axis that splits the tokens too, where tokens travel. Tokens of linear
+attention are split though one follows from the other: what a share of them makes of the state is gathered.
 
 Time of work is a roofline: the longer of arithmetic and memory traffic at the rates that the device reaches in
 practice. A parameter's communication hides behind the work that uses it (the gather of the next one runs during this
@@ -18,18 +20,20 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 
+from ..errors import TesselError
+from ..ir.node import Value
 from ..ir.sharding import Sharding
 from ..ir.types import DTYPE_NAMES
-from ..ops.dims import Factor, Shape
+from ..ops.dims import Factor, Shape, window_of
 from ..targets import Target, calibration_of
 from .comm import Atom, Layouts, MeshAxis, P, R, State, Step, V, bytes_sent
 from .memory import is_cheap, param_bytes
 from .shard_choice import Choice, Role, Setting, Split, Weight, agrees, matches, may_lie, role_of
+from .shard_inner import SUMS, Inner
 from .units import Param, Tensor, Unit, Use, numel, place_of, view_back
 
 __all__ = ["Pricer", "shard_dim", "weight_sharding"]
 
-_SUMS = ("sum", "mean")
 _NEVER = ("scan",)  # the state that one piece hands to the next is no collective
 _BACKWARD = {"attention": 2.5, "linear_cross_entropy": 3.0}  # products of the backward ÷ those of the forward; else 2
 _BUCKET = 4 * 2**20  # parameters below this travel with others: no latency of their own. DDP's first bucket is 1 MiB,
@@ -95,12 +99,43 @@ class Pricer:
             return out
         role = role_of(axis.name) if self.setting.roles else Role()
         for name, factor in unit.dims.factors.items():
-            if _may_split(factor) and unit.sizes[name] > 1:
+            if (_may_split(factor) or window_of(unit.node, unit.dims, name)) and unit.sizes[name] > 1:
                 out += [Split(name, m) for m in unit.majors[name] if role.allows(unit, unit.roles.get((name, m), ""))]
-        ring = unit.op == "attention" and not unit.node.attrs.get("window") and not self.setting.runs
-        if ring and role.allows(unit, "sequence"):
-            out += [Split("s", 1, ring=True)]
+        if self._may_ring(unit) and role.allows(unit, "sequence"):
+            out.append(Split("s", 1, "t"))
+        if unit.op == "experts" and self.setting.capacity is not None and not role.only:
+            out.append(Split("t", 1, "e"))
+        if unit.op == "linear_attention" and not any(isinstance(a, Value) for a in unit.node.args[4:5]):
+            out += [Split("t", 1, "states")] if role.allows(unit, unit.roles.get(("t", 1), "")) else []
+        if unit.op == "attention" and role.attention:
+            return self._of_form(unit, axis, role.attention, out)
         return out
+
+    def _may_ring(self, unit: Unit) -> bool:
+        """Whether keys may travel: as many as queries, no sink, which counts once, and no mask that has a gradient."""
+        if unit.op != "attention" or not _may_split(unit.dims.factors["t"]) or unit.sizes["s"] != unit.sizes["t"]:
+            return False
+        masks = unit.uses[3:]
+        return not (self.setting.train and any(u.source and u.type.dtype.is_floating_point for u in masks))
+
+    def _of_form(self, unit: Unit, axis: MeshAxis, form: str, splits: Sequence[Split | None]) -> list[Split | None]:
+        """The splits of an attention by an axis whose name asks for rings, or for heads.
+
+        Raises:
+            TesselError: the attention has no such form; the numbers are named.
+        """
+        heads = {f.name for term in unit.dims.operands[0][1:2] for f in term}
+        found = [s for s in splits if s is not None and (s.both == "t" if form == "ring" else s.factor in heads)]
+        of = {s.factor: unit.sizes[s.factor] for s in found}
+        if not any(n % axis.size == 0 for n in of.values()):
+            what = (" x ".join(str(unit.sizes[h]) for h in sorted(heads)) or "1") + " heads"
+            what = f"{unit.sizes['s']} queries and {unit.sizes['t']} keys" if form == "ring" else what
+            raise TesselError(
+                f"{unit.name} (attention, {unit.node.loc.short}): {what} do not divide over {axis.name}={axis.size}"
+                + ("" if found or form == "heads" else ", or a sink or a mask with a gradient does not go round")
+                + "; call the axis sp to let the search choose the form"
+            )
+        return list(found)
 
     def _choice(self, unit: Unit, splits: tuple[Split | None, ...]) -> Choice | None:
         pieces: dict[Split, int] = {}
@@ -110,6 +145,15 @@ class Pricer:
         for s, n in pieces.items():
             later = [m for m in unit.majors[s.factor] if m > s.major]
             if (min(later) if later else unit.sizes[s.factor]) // s.major % n:
+                return None
+        twice = [s for s in splits if s is not None and s.both]
+        if twice:  # keys travel over all the axes that split them; tokens may be split further, experts not
+            clash = {twice[0].both, twice[0].factor if twice[0].both == "t" else ""}
+            if len(twice) > 1 or any(s is not None and not s.both and s.factor in clash for s in splits):
+                return None
+        for s, n in pieces.items():
+            halo = window_of(unit.node, unit.dims, s.factor)
+            if halo is not None and not halo.fits(n):
                 return None
         needs: list[State | None] = []
         for use, shape in zip(unit.uses, unit.dims.operands, strict=True):
@@ -127,7 +171,7 @@ class Pricer:
         if not self._asked_inputs(unit, splits, pieces) or (self.setting.runs and not _sayable(unit, pieces)):
             return None
         forward, backward = self._work(unit, splits)
-        inner = tuple(self._inner(unit, splits))
+        inner = tuple(Inner(unit, splits, self.axes, self.setting).steps())
         exposed = sum(s.seconds for s in inner if s.kind != "permute")
         for back, work in ((False, forward), (True, backward)):  # what a ring moves hides behind its work
             exposed += max(0.0, sum(s.seconds for s in inner if s.kind == "permute" and s.backward == back) - work)
@@ -173,10 +217,11 @@ class Pricer:
                 continue
             dims: list[list[str]] = [[] for _ in range(asked.rank)]
             for axis, split in zip(self.axes, splits):
-                at = place_of(shape, split.factor, unit.sizes) if split is not None else None
-                if split is None or at is None:
+                places = ((place_of(shape, s.factor, unit.sizes), s) for s in _factors(split))
+                at, own = next(((at, s) for at, s in places if at is not None), (None, split))
+                if own is None or at is None:
                     continue
-                found = view_back(use.views, (at[0], at[1] * split.major), pieces[split])
+                found = view_back(use.views, (at[0], at[1] * own.major), pieces[own])
                 if found is None:
                     return False
                 if not isinstance(found, bool):
@@ -225,7 +270,7 @@ class Pricer:
         at = place_of(shape, split.factor, unit.sizes)
         if at is None:
             factor = unit.dims.factors[split.factor]
-            return P if factor.kind == "reduce" and factor.combine in _SUMS else R
+            return P if factor.kind == "reduce" and factor.combine in SUMS else R
         place = (at[0], at[1] * split.major)
         return next(i for i, a in enumerate(tensor.atoms) if (a.dim, a.major) == place)
 
@@ -264,30 +309,6 @@ class Pricer:
         for t in unit.results:
             yield 0.0 if _in_registers(t) else float(t.nbytes)
 
-    def _inner(self, unit: Unit, splits: Sequence[Split | None]) -> Iterator[Step]:
-        """Collectives inside a unit: partial results that no sum merges, keys that travel."""
-        for axis, split in zip(self.axes, splits):
-            if split is None:
-                continue
-            factor = unit.dims.factors[split.factor]
-            if split.ring:
-                keys = unit.uses[1:3]
-                whole = sum(int(u.source.type.nbytes if u.source else u.type.nbytes) for u in keys)
-                parts = prod(a.size for a, s in zip(self.axes, splits) if s and a is not axis and s.factor in "bhg")
-                size = whole / parts / axis.size
-                for back in (False, True) if self.setting.train else (False,):
-                    hops = (axis.size - 1) * (2 if back else 1)  # keys, and backward their gradients too
-                    yield Step("permute", axis.name, size, hops * size, hops * axis.seconds("permute", size), back)
-            elif factor.kind == "reduce" and factor.combine not in _SUMS:
-                for tensor, shape in zip(unit.results, unit.dims.results, strict=True):
-                    if place_of(shape, split.factor, unit.sizes) is not None:
-                        continue
-                    own = {f.name for term in shape for f in term}
-                    parts = prod(a.size for a, s in zip(self.axes, splits) if s and s.factor in own)
-                    size = tensor.nbytes / parts
-                    sent = bytes_sent("all-reduce", size, axis.size)
-                    yield Step("all-reduce", axis.name, size, sent, axis.seconds("all-reduce", size))
-
     # ---------------------------------------------------------------- parameters
 
     def _with_weights(self, unit: Unit, choice: Choice) -> list[Choice]:
@@ -317,9 +338,13 @@ class Pricer:
         first = param.users[0] is unit
         levels = [level for level in self.setting.levels if train or level in (0, 3)]
         if k == 1:
-            levels = [level for level in levels if level != 1]  # level 2 holds less and sends the same
-        per_axis = [levels if c == V and a.size > 1 and self._gathers(a) else [0] for a, c in zip(self.axes, state)]
-        for picked in product(*per_axis):
+            levels = [level for level in levels if level != 1] or [2]  # level 2 holds less and sends the same
+        asked = self.setting.pins.apart(param.name) is not None  # the user may want what saves no communication apart
+        copies = (c == V or (asked and c == R) for c in state)
+        may = [copy and a.size > 1 and self._gathers(a) for a, copy in zip(self.axes, copies)]
+        if 0 not in levels and not (levels and self._can_shard(param, state, [levels[0] if m else 0 for m in may])):
+            levels = [0]
+        for picked in product(*(levels if m else [0] for m in may)):
             if any(picked) and not self._can_shard(param, state, picked):
                 continue
             stored = weight_sharding(param, state, picked, self.axes, 3)
@@ -361,7 +386,7 @@ class Pricer:
             for _ in range(times):
                 yield Step(kind, axis.name, size, bytes_sent(kind, size, axis.size), axis.seconds(kind, size), back)
 
-        full = [(a, level) for a, level in copies if level == 3]
+        full = [(a, level) for a, c, level in zip(self.axes, state, levels) if c < 0 and a.size > 1 and level == 3]
         for i, (axis, _) in enumerate(full):
             size = nbytes / prod(a.size for a, _ in full[:i])
             yield from step("all-gather", axis, size, False, k)
@@ -431,10 +456,8 @@ def _may_split(factor: Factor) -> bool:
 
 
 def _factors(split: Split | None) -> tuple[Split, ...]:
-    """The factors that a split divides: of ring attention's both queries and keys."""
-    if split is None:
-        return ()
-    return (Split("s"), Split("t")) if split.ring else (split,)
+    """The factors that a split divides."""
+    return split.factors if split is not None else ()
 
 
 def _fuses(unit: Unit) -> bool:

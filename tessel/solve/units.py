@@ -175,14 +175,17 @@ def place_of(shape: Shape, name: str, sizes: dict[str, int]) -> Place | None:
     return None
 
 
-def _factor_at(shape: Shape, place: Place, sizes: dict[str, int]) -> tuple[str, int] | None:
-    """The factor that a part of a dimension falls in, and its part of the factor."""
+def _factor_at(shape: Shape, place: Place, sizes: dict[str, int], whole: bool = False) -> tuple[str, int] | None:
+    """The factor that a part of a dimension falls in, and its part of the factor.
+
+    ``whole``: also one that cannot be split as it is (tokens of linear attention, whose states are gathered).
+    """
     d, major = place
     outside = 1
     for factor in shape[d]:
         size = sizes[factor.name]
         if outside <= major < outside * size and major % outside == 0 and size % (major // outside) == 0:
-            return (factor.name, major // outside) if factor.kind != "whole" else None
+            return (factor.name, major // outside) if whole or factor.kind != "whole" else None
         outside *= size
     return None
 
@@ -237,7 +240,7 @@ def _majors(unit: Unit) -> tuple[dict[str, tuple[int, ...]], dict[tuple[str, int
             here: Place | None = place
             for node in use.views:
                 here = _through(node, here, forward=True)[0] if here else None
-            found = _factor_at(shape, here, unit.sizes) if here else None
+            found = _factor_at(shape, here, unit.sizes, unit.op == "linear_attention") if here else None
             if found:
                 out[found[0]].add(found[1])
                 if place in known:
