@@ -308,6 +308,21 @@ def packed_layers() -> Iterator[Case]:
         lut = real(2**bits) if "t" in more else None
         operands = (real(5, k), words, real(6, groups), zero, real(6) if "b" in more else None, lut)
         yield "packed_linear", operands, {"bits": bits}
+        if more in ("b", "z"):
+            yield "packed_linear", operands, {"bits": bits, "inputs": 8}
+    stack, scale, zero = ints(2**31, 3, 8, 2, low=-(2**31)).to(torch.int32), real(3, 8, 2), ints(16, 3, 8, 2).double()
+    yield "unpacked", (stack, scale, zero), {"bits": 4, "k": 16, "dtype": torch.float64}
+    yield "unpacked", (stack, scale, None, real(16)), {"bits": 4, "k": 16, "dtype": torch.float64}
+    down = ints(2**31, 3, 6, 1, low=-(2**31)).to(torch.int32), real(3, 6, 1)
+    routed = ints(3, 5, 2), real(5, 2)
+    yield "packed_experts", (real(5, 16), stack, scale, zero, None, None, *down, None, None, None, *routed), {"bits": 4}
+    biased = (real(5, 16), stack, scale, None, real(3, 8), real(16), *down, None, real(3, 6), real(16), *routed)
+    yield "packed_experts", biased, {"bits": 4, "act": "limited", "interleaved": True, "alpha": 1.7, "limit": 7.0}
+    two_of_four = torch.tensor([3, 5, 6, 9, 10, 12])[ints(6, 6, 2, 8)] << torch.arange(0, 32, 4)
+    mask = two_of_four.sum(-1)
+    mask = torch.where(mask >= 2**31, mask - 2**32, mask).to(torch.int32)
+    yield "sparse_linear", (real(5, 44), real(6, 22), mask), {}
+    yield "sparse_linear", (real(5, 64), real(6, 32), mask, real(6)), {}
 
 
 def packed_caches() -> Iterator[Case]:
@@ -327,6 +342,8 @@ def libraries() -> Iterator[Case]:
     yield "linear_scan", (real(3, 7, 5), real(3, 7, 5)), {"dim": 1}
     yield "linear_scan", (real(6), real(6)), {"dim": -1}
     yield "linear_scan", (real(3, 7, 5), real(3, 7, 5)), {"dim": 1, "reverse": True}
+    for fold in ("sum", "prod", "amax", "amin", "logsumexp"):
+        yield "running", (real(3, 7, 5),), {"dim": 1, "fold": fold}
     scanned = (real(2, 7, 3), positive(2, 7, 3), -positive(3, 5), real(2, 7, 5), real(2, 7, 5))
     yield "selective_scan", scanned, {}
     yield "selective_scan_backward", (real(2, 7, 3), *scanned), {}

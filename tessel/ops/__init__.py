@@ -27,10 +27,12 @@ from .loss import LOSS
 from .matmul import MATMUL
 from .norm import NORM
 from .packed import PACKED
+from .packed_stacks import PACKED_STACKS
 from .random import RANDOM
 from .reduce import REDUCE
 from .scan import SCAN
 from .selective import SELECTIVE
+from .sparse import SPARSE
 from .view import VIEW
 
 OPS = table(
@@ -54,6 +56,8 @@ OPS = table(
     BACKWARD.values(),
     EXPERTS.values(),
     PACKED.values(),
+    PACKED_STACKS.values(),
+    SPARSE.values(),
     CACHE.values(),
     RANDOM.values(),
     EFFECT.values(),

@@ -3,7 +3,8 @@
     out[m, n] = sum over k of x[m, k] * (code[n, k] - zero[n, g]) * scale[n, g] + bias[n],    g = k // group
 
 A word holds ``32 // bits`` codes, lowest bits first, as checkpoints of the compressed-tensors layout have them. What is
-not an integer format multiplies ``table[code]`` instead of ``code - zero``.
+not an integer format multiplies ``table[code]`` instead of ``code - zero``. With ``inputs=8`` x is rounded to as many
+bits first, a scale a row, so that whole numbers may be multiplied.
 """
 
 from __future__ import annotations
@@ -21,7 +22,20 @@ from .dims import Piece
 from .emit import Emit, wide_dtype
 from .fold import need_float
 
-__all__ = ["PACKED", "dequantized", "has_kernel", "open_packed", "packed_linear_ref"]
+__all__ = [
+    "KERNEL_DTYPES",
+    "PACKED",
+    "by_integers",
+    "dequantized",
+    "emit_weight",
+    "has_kernel",
+    "open_packed",
+    "packed_linear_ref",
+    "rounded_rows",
+]
+
+_MOST = 2**17
+"""Values along k from which on a sum of products of 8 bits may leave 32 bits."""
 
 
 def dequantized(
@@ -51,6 +65,8 @@ def packed_linear_ref(
     bias: Tensor | None = None,
     table: Tensor | None = None,
     bits: int = 4,
+    inputs: int = 0,
+    exponent: int = 0,
 ) -> Tensor:
     """The layer by its definition.
 
@@ -62,15 +78,46 @@ def packed_linear_ref(
         bias: [n] in x's dtype, or None.
         table: [2 ** bits] float32: what the codes stand for; None: integers.
         bits: of a code, 1 to 8.
+        inputs: bits that x is rounded to, a scale a row, symmetric; 0: it is taken as it is.
+        exponent: bits of the exponent of a table that is all small floats, whose codes are their bits; 0: any table.
     """
-    weight = dequantized(words, scale, zero, table, bits, x.shape[1], x.dtype)
-    return torch.nn.functional.linear(x, weight, bias)
+    if not inputs:
+        weight = dequantized(words, scale, zero, table, bits, x.shape[1], x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
+    codes, row_scale = rounded_rows(x, inputs)
+    weight = dequantized(words, scale, zero, table, bits, x.shape[1], codes.dtype)
+    out = torch.nn.functional.linear(codes, weight) * row_scale
+    return (out if bias is None else out + bias).to(x.dtype)
 
 
-def _infer(x: Any, words: Any, scale: Any, zero: Any = None, bias: Any = None, table: Any = None, bits: int = 4) -> Any:
+def rounded_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of x ``[m, k]``, half to even, and the scales ``[m, 1]`` of its rows, NaN for one that holds NaN or
+    infinity; float32 for halves.
+
+    >>> rounded_rows(torch.tensor([[0.5, -2.54]]), 8)
+    (tensor([[  25., -127.]]), tensor([[0.0200]]))
+    """
+    wide, top = x.to(wide_dtype(x.dtype)), 2 ** (bits - 1) - 1
+    scale = wide.abs().amax(-1, keepdim=True) / top
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (wide / scale).round().clamp(-top, top), torch.where(scale < torch.inf, scale, torch.nan)
+
+
+def _infer(
+    x: Any,
+    words: Any,
+    scale: Any,
+    zero: Any = None,
+    bias: Any = None,
+    table: Any = None,
+    bits: int = 4,
+    inputs: int = 0,
+    exponent: int = 0,
+) -> Any:
     need_float("packed_linear", x)
     need_tensor("packed_linear", words, scale)
     check(1 <= bits <= 8, lambda: f"packed_linear: codes of {bits} bits; 1 to 8 are possible")
+    check(inputs in (0, *range(2, 9)), lambda: f"packed_linear: inputs of {inputs} bits; 2 to 8, or 0, are possible")
     fits = x.rank == words.rank == scale.rank == 2 and words.dtype == torch.int32
     check(fits, lambda: f"packed_linear: {x}, {words} and {scale} are not of the ranks and dtypes it takes")
     k, per, groups = x.shape[1], 32 // bits, scale.shape[1]
@@ -87,12 +134,12 @@ def _infer(x: Any, words: Any, scale: Any, zero: Any = None, bias: Any = None, t
 
 
 def _dims(node: Node) -> str:
-    """Groups are what k may be split by, where words hold whole groups."""
+    """Groups are what k may be split by, where words hold whole groups and x is not rounded by its row."""
     x, words, scale, zero, bias, lut = _all(node)
     k, groups, count = x.shape[1], scale.shape[1], words.shape[1]
     known = all(isinstance(n, int) for n in (k, groups, count))
     even = known and count % groups == 0 and (k // groups) % (32 // node.attrs.get("bits", 4)) == 0
-    if even and groups > 1:
+    if even and not node.attrs.get("inputs") and groups > 1:
         given = ["m (g+ i*)", "n (g+ w*)", "n g+", "n g+" if zero is not None else ""]
     else:
         given = ["m i*", "n w*", "n g*", "n g*" if zero is not None else ""]
@@ -105,7 +152,8 @@ def _all(node: Node) -> list[Any]:
     return types + [None] * (6 - len(types))
 
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+"""Of inputs for which the CPU has kernels."""
 
 
 def _split(node: Node, factor: str, start: Any, size: Any) -> Piece:
@@ -120,20 +168,40 @@ def _flops(node: Node) -> Dim:
 
 
 def has_kernel(node: Node) -> bool:
-    """Whether the CPU has a kernel for this layer: whole words of four or eight bits a row, integers."""
-    x, _, scale, _, _, lut = _all(node)
-    bits = node.attrs.get("bits", 4)
+    """Whether the CPU has a kernel for this layer."""
+    x, _, scale, *_ = _all(node)
     k, groups = x.shape[1], scale.shape[1]
     known = isinstance(k, int) and isinstance(groups, int) and k > 0
-    return known and lut is None and bits in (4, 8) and k % (32 // bits) == 0 and x.dtype in _KERNEL_DTYPES
+    return known and x.dtype in KERNEL_DTYPES and node.attrs.get("inputs", 0) in (0, 8)
+
+
+def by_integers(node: Node) -> bool:
+    """Whether whole numbers are multiplied, where the CPU has instructions for them: both sides are integers of 8 bits
+    or less, their sums fit into 32 bits, and groups hold whole words of four."""
+    x, _, scale, _, _, lut = _all(node)
+    k, groups = x.shape[1], scale.shape[1]
+    return node.attrs.get("inputs") == 8 and lut is None and k < _MOST and (groups == 1 or k // groups % 4 == 0)
 
 
 def open_packed(builder: Builder, node: Node) -> tuple[Value, ...]:
     """The layer in simple operators; a product that fuses them unpacks the weight where it multiplies."""
     x, words, scale, zero, bias, lut = [*node.args] + [None] * (6 - len(node.args))
-    e, bits = Emit(builder), node.attrs.get("bits", 4)
-    k, (n, groups), per = x.shape[1], scale.shape, 32 // bits
-    wide = wide_dtype(x.dtype)
+    e, wide = Emit(builder), wide_dtype(x.dtype)
+    weight = emit_weight(e, words, scale, zero, lut, node.attrs.get("bits", 4), x.shape[1], x.dtype)
+    turned = e("permute", weight, dims=(1, 0))
+    if not node.attrs.get("inputs"):
+        out = e("matmul", x, turned)
+        return (out if bias is None else e("add", out, bias),)
+    rows, row_scale = _rounded(e, x, node.attrs["inputs"], wide)
+    out = e("mul", e.wide(e("matmul", e.cast(rows, x.dtype), turned)), row_scale)
+    return (e.cast(out if bias is None else e("add", out, e.cast(bias, wide)), x.dtype),)
+
+
+def emit_weight(
+    e: Emit, words: Value, scale: Value, zero: Value | None, lut: Value | None, bits: int, k: Dim, dtype: torch.dtype
+) -> Value:
+    """``dequantized`` in simple operators."""
+    (n, groups), per, wide = scale.shape, 32 // bits, wide_dtype(dtype)
     shifts = e("iota", shape=(per,), start=0, step=bits, dtype=torch.int32)
     apart = e("shift_right", e.reshape(words, (n, words.shape[1], 1)), shifts)
     codes = e.reshape(e("bitwise_and", apart, 2**bits - 1), (n, words.shape[1] * per))
@@ -145,9 +213,18 @@ def open_packed(builder: Builder, node: Node) -> tuple[Value, ...]:
         numbers = e("sub", e.cast(grouped, wide), offset)
     else:
         numbers = _looked_up(e, lut, grouped, wide)
-    weight = e.cast(e("mul", numbers, e.reshape(e.cast(scale, wide), (n, groups, 1))), x.dtype)
-    out = e("matmul", x, e("permute", e.reshape(weight, (n, k)), dims=(1, 0)))
-    return (out if bias is None else e("add", out, bias),)
+    weight = e.cast(e("mul", numbers, e.reshape(e.cast(scale, wide), (n, groups, 1))), dtype)
+    return e.reshape(weight, (n, k))
+
+
+def _rounded(e: Emit, x: Value, bits: int, wide: torch.dtype) -> tuple[Value, Value]:
+    """``rounded_rows`` in simple operators; codes of up to 8 bits are whole numbers in bfloat16 too."""
+    top, held = 2 ** (bits - 1) - 1, e.cast(x, wide)
+    scale = e("div", e("amax", e("abs", held), dims=(1,), keepdim=True), float(top))
+    scale = e("where", e("eq", scale, 0.0), 1.0, scale)
+    codes = e("round", e("div", held, scale))
+    codes = e("minimum", e("maximum", codes, float(-top)), float(top))
+    return codes, e("where", e("lt", scale, float("inf")), scale, float("nan"))
 
 
 def _looked_up(e: Emit, lut: Value, codes: Value, wide: torch.dtype) -> Value:
@@ -165,6 +242,7 @@ PACKED = table(
         flops=_flops,
         split=_split,
         cost=1000,
-        doc="packed_linear(x [m, k], words [n, k * bits / 32], scale [n, g], zero|None, bias|None, table|None, bits=)",
+        doc="packed_linear(x [m, k], words [n, k * bits / 32], scale [n, g], zero|None, bias|None, table|None, bits=, "
+        "inputs=, exponent=)",
     ),
 )

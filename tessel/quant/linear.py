@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ..frontend.packed_op import packed_linear
 from ..ops.packed import dequantized
-from .formats import Format, Quantized, quantize, rounded  # noqa: F401  (quantize: of the example)
+from .formats import WHOLE_ROW, Format, Quantized, quantize, rounded  # noqa: F401  (quantize: of the example)
 from .transforms import rotate
 
-__all__ = ["QuantLinear", "divided", "pack", "table_of", "unpack"]
+__all__ = ["QuantLinear", "divided", "pack", "stored", "table_of", "unpack"]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -83,6 +83,18 @@ def _by_rows(x: Tensor, n: int, rows: int) -> Tensor:
     return x.expand(n, -1).float().contiguous()
 
 
+def stored(weight: Quantized, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """A weight ``[n, k]`` as ``QuantLinear`` stores it: words, scales, zeros, table."""
+    n, bits, rows = weight.codes.shape[0], weight.format.bits, weight.format.rows
+    zero, lut = weight.zero, table_of(weight.format)
+    return (
+        pack(_codes(weight), bits).to(device),
+        _by_rows(weight.scale, n, rows).to(device),
+        None if zero is None else _by_rows(zero, n, rows).to(device),
+        None if lut is None else lut.to(device),
+    )
+
+
 class QuantLinear(nn.Module):
     """``x W^T + b`` with W in few bits, and x too if the scheme says so.
 
@@ -132,13 +144,9 @@ class QuantLinear(nn.Module):
         """
         n, k = weight.codes.shape
         own: Any = layer
-        made = cls(k, n, weight.format, activation, own.weight.dtype)
-        bits, rows, device = weight.format.bits, weight.format.rows, own.weight.device
-        made.register_buffer("words", pack(_codes(weight), bits).to(device))
-        made.register_buffer("scale", _by_rows(weight.scale, n, rows).to(device))
-        made.register_buffer("zero", None if weight.zero is None else _by_rows(weight.zero, n, rows).to(device))
-        lut = table_of(weight.format)
-        made.register_buffer("table", None if lut is None else lut.to(device), persistent=False)
+        made, device = cls(k, n, weight.format, activation, own.weight.dtype), own.weight.device
+        for name, part in zip(("words", "scale", "zero", "table"), stored(weight, device), strict=True):
+            made.register_buffer(name, part, persistent=name != "table")
         made.register_buffer("divisor", None if divisor is None else divisor.to(device, own.weight.dtype))
         made.register_buffer("sign", None if sign is None else sign.to(device, own.weight.dtype))
         bias = getattr(own, "bias", None)
@@ -159,17 +167,23 @@ class QuantLinear(nn.Module):
 
     def inputs(self, x: Tensor) -> Tensor:
         """What the weight is multiplied by: x divided, rotated and rounded as the scheme says."""
+        x = self._met(x)
+        return x if self.activation is None else rounded(x, self.activation)
+
+    def _met(self, x: Tensor) -> Tensor:
         if self.divisor is not None:
             x = x / self.divisor
-        if self.sign is not None:
-            x = rotate(x, self.sign)
-        return x if self.activation is None else rounded(x, self.activation)
+        return x if self.sign is None else rotate(x, self.sign)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., k]`` -> ``[..., n]``."""
-        rows = self.inputs(x).reshape(-1, self.in_features)
+        f, a = self.format, self.activation
+        # integers of a row are rounded by the product itself, which then is one of whole numbers
+        bits = a.bits if a is not None and a.kind == "int" and a.group == WHOLE_ROW and a.symmetric else 0
+        rows = (self._met(x) if bits else self.inputs(x)).reshape(-1, self.in_features)
         bias = None if self.bias is None else self.bias.to(rows.dtype)
-        out = packed_linear(rows, self.words, self.scale, self.zero, bias, self.table, self.format.bits)
+        exponent = f.exponent if f.kind == "float" else 0
+        out = packed_linear(rows, self.words, self.scale, self.zero, bias, self.table, f.bits, bits, exponent)
         return out.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import TesselError
 from ..ir.node import Node
+from ..ops.packed import by_integers
 from ..targets import Target
 from . import experts_cpu, loss_cpu, packed_cpu, scan_cpu
 from .fused_gpu import GpuExperts, GpuLoss
@@ -28,7 +29,7 @@ __all__ = ["WHOLE", "whole"]
 _NAMES = ("linear_cross_entropy", "experts", "selective_scan")
 WHOLE = frozenset(f"{name}{suffix}" for name in _NAMES for suffix in ("", "_backward")) - {
     "selective_scan"  # opened, and fused by the fuse pass
-} | {"linear_cross_entropy_gradients", "scaled_gradients", *LINEAR, "packed_linear"}
+} | {"linear_cross_entropy_gradients", "scaled_gradients", *LINEAR, "packed_linear", "packed_experts", "sparse_linear"}
 _WHAT = {
     "linear_cross_entropy": "Tessel's kernel: logits are never written",
     "experts": "Tessel's kernel: all experts of a layer at once",
@@ -67,7 +68,7 @@ def whole(
     """
     if node.op.name in LINEAR:
         return linear(node, how, target, folder)
-    if node.op.name == "packed_linear":
+    if node.op.name in ("packed_linear", "packed_experts", "sparse_linear"):
         return _packed(node, how, target)
     if node.op.name == "scaled_gradients":
         return loss_cpu.scaled, "in place, where the backward runs once"
@@ -104,11 +105,26 @@ def _on_cpu(kind: str, dtype: torch.dtype, turned: bool) -> tuple[Callable[..., 
 
 
 def _packed(node: Node, how: str, target: Target) -> tuple[Callable[..., Any] | None, str]:
-    dtype = node.operands[0].dtype
-    if how != "native" or (dtype == torch.bfloat16 and "avx512_bf16" not in target.features):
+    dtype, attrs, name = node.operands[0].dtype, node.attrs, node.op.name
+    able = packed_cpu.multiplies_int8(target.features)
+    integers = name == "packed_linear" and able and by_integers(node)
+    half = dtype == torch.bfloat16 and "avx512_bf16" not in target.features
+    if how != "native" or (half and not integers):
         return None, f"its reference in torch: {str(dtype).removeprefix('torch.')} has no kernel here"
+    table = name != "sparse_linear" and len(node.args) > 5 and node.args[5] is not None
     try:
-        packed_cpu.prepare(dtype, node.attrs["bits"])
+        if name == "sparse_linear":
+            packed_cpu.prepare_sparse(dtype)
+            return packed_cpu.forward_sparse, "Tessel's kernel: zeros are put in where columns are read"
+        packed_cpu.prepare(dtype, attrs["bits"], integers, table, attrs.get("exponent", 0))
     except TesselError as e:
         return None, f"its reference in torch: {e}"
-    return packed_cpu.forward, "Tessel's kernel: codes become numbers in registers"
+    if name == "packed_experts":
+        return packed_cpu.forward_experts, "Tessel's kernels, an expert after another, of those that tokens ask for"
+    if integers:
+        return packed_cpu.forward_integers, "Tessel's kernel: inputs rounded a row, products of whole numbers"
+    why = "Tessel's kernel: codes become numbers in registers"
+    if attrs.get("inputs"):
+        slow = "this CPU has no product of 8-bit integers" if not able else "not both sides are integers of whole words"
+        why += f"; inputs are rounded and multiplied as floats: {slow}"
+    return packed_cpu.forward, why

@@ -1,0 +1,144 @@
+"""Experts' matrices, which lie in stacks ``[experts, n, k]`` of one parameter, in few bits.
+
+The module that holds them keeps its code: a stack takes the place of the parameter, whose name gives the matrices
+unpacked. Where a compiler sees that a layer of experts reads them, it multiplies with them as they are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..frontend.packed_op import unpacked
+from .formats import Format, Quantized
+from .linear import stored
+from .report import LayerReport
+from .sqnr import sqnr
+
+__all__ = ["Stack", "put_stacks", "quantize_stacks", "quantized_stack", "stacked"]
+
+
+class Stack(nn.Module):
+    """Matrices in few bits; called without arguments, it gives them ``[e, n, k]``, or turned ``[e, k, n]``.
+
+    Attributes:
+        words, scale, zero, table: as of ``QuantLinear``, with the experts before.
+    """
+
+    words: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    table: Tensor | None
+
+    def __init__(self, matrices: list[Quantized], like: Tensor, turned: bool) -> None:
+        """Args: matrices ``[n, k]``; ``like``: of their dtype and device; turned: it gives ``[e, k, n]``."""
+        super().__init__()
+        self.k, self.dtype, self.turned = matrices[0].codes.shape[1], like.dtype, turned
+        self.format = matrices[0].format
+        parts = [stored(m, like.device) for m in matrices]
+        for i, name in enumerate(("words", "scale", "zero")):
+            held = [p[i] for p in parts]
+            self.register_buffer(name, None if held[0] is None else torch.stack(held))  # type: ignore[arg-type]
+        self.register_buffer("table", parts[0][3], persistent=False)
+
+    def forward(self) -> Tensor:
+        f = self.format
+        exponent = f.exponent if f.kind == "float" else 0
+        made = unpacked(self.words, self.scale, self.zero, self.table, f.bits, self.k, self.dtype, exponent)
+        return made.transpose(1, 2) if self.turned else made
+
+    def extra_repr(self) -> str:
+        shape = " x ".join(map(str, (*self.words.shape[:2], self.k)))
+        return f"{shape}, {self.format.kind} of {self.format.bits} bits{', turned' * self.turned}"
+
+
+def stacked(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter, bool]]:
+    """Parameters that are stacks of experts' matrices, by name: the module, the parameter, and whether it is ``[e, k,
+    n]`` instead of ``[e, n, k]``.
+
+    Modules of experts are known by their class's name, or by what transformers marks them with.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        turned = getattr(module, "is_transposed", None)
+        if turned is None and not type(module).__name__.endswith("Experts"):
+            continue
+        for own, p in module.named_parameters(recurse=False):
+            if p.dim() == 3 and p.is_floating_point():
+                found[f"{name}.{own}" if name else own] = (module, p, bool(turned))
+    return found
+
+
+def put_stacks(module: nn.Module, stacks: dict[str, Stack]) -> None:
+    """Let stacks take the places of a module's parameters of these names."""
+    for name, stack in stacks.items():
+        del module._parameters[name]
+        module.add_module(_held(name), stack)
+    module.__class__ = _class_of(type(module), tuple(stacks))
+
+
+def quantize_stacks(
+    model: nn.Module,
+    format: Format,
+    words: str,
+    skipped: Callable[[str], bool],
+    round_one: Callable[[Tensor], Quantized],
+    note: str = "",
+) -> tuple[list[LayerReport], list[LayerReport]]:
+    """Put all stacks of a model into a format, in place; what became of them, and of those that stay whole.
+
+    Args:
+        words: the format's.
+        skipped: which names stay as they are.
+        round_one: rounds one matrix ``[n, k]``, float32.
+        note: what the method could not do here.
+    """
+    rows, whole = [], []
+    by_module: dict[int, tuple[nn.Module, dict[str, Stack]]] = {}
+    for name, (module, p, turned) in stacked(model).items():
+        if skipped(name):
+            continue
+        k, before = p.shape[1 if turned else 2], p.numel() * p.element_size()
+        shape = (p.shape[0], p.shape[2 if turned else 1], k)
+        if format.group > 0 and k % format.group:
+            why = f"left whole: groups of {format.group} do not divide k = {k}"
+            whole.append(LayerReport(name, shape, why, None, None, (), before, before))
+            continue
+        stack, got = quantized_stack(p, format, turned, round_one)
+        after = sum(t.numel() * t.element_size() for t in stack.buffers())
+        rows.append(LayerReport(name, shape, f"{words}; {shape[0]} experts", got, None, (), before, after, note))
+        by_module.setdefault(id(module), (module, {}))[1][name.rpartition(".")[2]] = stack
+    for module, stacks in by_module.values():
+        put_stacks(module, stacks)
+    return rows, whole
+
+
+def quantized_stack(
+    p: Tensor, format: Format, turned: bool, round_one: Callable[[Tensor], Quantized]
+) -> tuple[Stack, float]:
+    """A stack of a parameter's matrices, and their SQNR in dB; ``round_one`` rounds one, ``[n, k]`` in float32."""
+    matrices, want, got = [], [], []
+    for one in p.detach():
+        matrix = (one.t() if turned else one).float().cpu()
+        matrices.append(round_one(matrix))
+        want.append(matrix)
+        got.append(matrices[-1].dequantize())
+    return Stack(matrices, p, turned), sqnr(torch.stack(want), torch.stack(got))
+
+
+def _held(name: str) -> str:
+    return f"{name}_stack"
+
+
+@cache
+def _class_of(base: type, names: tuple[str, ...]) -> type:
+    """A class whose attributes of these names are what the stacks give."""
+
+    def given(name: str) -> Any:
+        return property(lambda self: getattr(self, _held(name))())
+
+    return type(base.__name__, (base,), {"__module__": base.__module__, **{name: given(name) for name in names}})
