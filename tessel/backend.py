@@ -18,7 +18,7 @@ from torch import fx
 from .config import Options
 from .driver import Session, compile_graph, resolve_target
 from .errors import TesselError, check
-from .frontend import recorded, scan_trace
+from .frontend import library_functions, recorded, scan_trace
 from .frontend.capture import GraphInfo, aot
 from .frontend.dynamo import current_compilation
 from .frontend.importer import Imported
@@ -118,6 +118,7 @@ def tessel(
         check(options is None, lambda: f"options given twice: {options!r} and {more!r}")
     session = Session(resolve_target(target), Options.of(given))
     scan_trace.register()  # for what is traced from now on
+    library_functions.register()
     return Backend(session)(gm, example_inputs)
 
 

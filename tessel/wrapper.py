@@ -20,7 +20,7 @@ from .capture_cache import Calling, first_call
 from .config import Options
 from .driver import Session
 from .errors import TesselError
-from .frontend import dynamo, scan_trace
+from .frontend import dynamo, library_functions, scan_trace
 from .frontend.collector import fewer_collections
 from .report import Report
 
@@ -92,6 +92,8 @@ class _Compiling:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
+        library_functions.register()
+        library_functions.seen_notes()  # of a trace that failed
         undo = self.patch()
         try:
             with self.listening:

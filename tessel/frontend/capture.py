@@ -23,6 +23,7 @@ from .early_gradients import make_early
 from .experts import join_experts
 from .flex import join_flex
 from .importer import Imported, import_graph
+from .library_functions import exporting, seen_notes
 from .locs import qualified_name
 from .loops import complete_examples, keep_first_factors
 from .losses import join_losses
@@ -84,7 +85,7 @@ def aot(
         fold_states(gm)
         keep_first_factors(gm)
     keep_composites(gm)
-    notes = [*join_flex(gm)[1], *join_attention(gm)[1], *join_experts(gm)[1], *join_losses(gm)[1]]
+    notes = [*seen_notes(), *join_flex(gm)[1], *join_attention(gm)[1], *join_experts(gm)[1], *join_losses(gm)[1]]
     names = _input_names(gm)
 
     def compiler(kind: str) -> Callable[..., Any]:
@@ -199,7 +200,8 @@ def export_program(
     """
     module = model if isinstance(model, torch.nn.Module) else _Function(model)
     try:
-        program = torch.export.export(module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic, strict=False)
+        with exporting():
+            program = torch.export.export(module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic, strict=False)
         join_attention(program.graph_module)
         _drop_checks(program.graph_module)
         join_experts(program.graph_module, train=False)

@@ -38,6 +38,7 @@ __all__ = [
     "disable_dynamo",
     "dynamo_source",
     "export_decompositions",
+    "for_tessel",
     "free_unbacked",
     "guarded_equalities",
     "input_index",
@@ -73,6 +74,12 @@ def compiling_backend() -> Any:
         found = inner
         inner = getattr(found, "_torchdynamo_orig_backend", None) or getattr(found, "compiler_fn", None)
     return found
+
+
+@torch._dynamo.assume_constant_result
+def for_tessel() -> bool:
+    """Whether what is being traced goes to Tessel; a constant to Dynamo."""
+    return str(getattr(compiling_backend(), "__module__", "")).split(".")[0] == __name__.split(".")[0]
 
 
 def without_modes() -> AbstractContextManager[Any]:

@@ -19,7 +19,7 @@ import torch.utils._pytree as pytree
 from torch._higher_order_ops.scan import scan
 
 from . import scan_op  # noqa: F401  its operators are traced
-from .compat import compiling_backend
+from .compat import for_tessel
 
 __all__ = ["register"]
 
@@ -33,18 +33,12 @@ _by_torch = types.FunctionType(
 _by_torch.__kwdefaults__ = _original.__kwdefaults__
 
 
-@torch._dynamo.assume_constant_result
-def _for_tessel() -> bool:
-    """Whether what is being traced goes to Tessel."""
-    return str(getattr(compiling_backend(), "__module__", "")).split(".")[0] == __name__.split(".")[0]
-
-
 def _traced(
     combine_fn: Callable[..., Any], xs: Any, dim: int, reverse: bool = False, combine_mode: str = "pointwise"
 ) -> Any:
     """What Dynamo traces in place of ``associative_scan``."""
     leaves, spec = pytree.tree_flatten(xs)
-    plain = _for_tessel() and type(dim) is int and type(reverse) is bool and len(leaves) > 0
+    plain = for_tessel() and type(dim) is int and type(reverse) is bool and len(leaves) > 0
     plain = plain and all(isinstance(x, torch.Tensor) for x in leaves)
     plain = plain and all(-x.ndim <= dim < x.ndim and x.shape[dim] > 0 for x in leaves)
     if not plain:
