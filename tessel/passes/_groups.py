@@ -14,6 +14,7 @@ from ._scans import scan_axis
 
 MAX_NODES = 48  # of one kernel; longer chains gain nothing and cost registers
 MAX_TENSORS = 24  # tensors a kernel reads and writes
+SMALL_TABLE = 256  # numbers: one of every code of eight bits
 MAX_INLINE_COST = 4 * CHEAP  # of values computed where they are read, per element
 FEW_QUERIES = 16  # a head's, for which attention unpacks keys and values itself: one tile of queries on a GPU
 FREE = frozenset({"view", "generate"})
@@ -190,11 +191,21 @@ def _only_at(group: Group, node: Node, values: list[Value], places: set[int]) ->
     return not any(v in read for v in values)
 
 
+def _small_table(node: Node) -> bool:
+    """Whether numbers are looked up in a table that stays in the nearest cache, as those of 4-bit codes are."""
+    x = node.args[0]
+    if node.op.name != "index_select" or x.type.rank != 1:
+        return False
+    (size,) = x.type.shape
+    return isinstance(size, int) and size <= SMALL_TABLE
+
+
 def inline_problem(producer: Group, consumer: Group) -> str | None:
     """Why a producer's values cannot be computed where the consumer reads them."""
     if producer.family != "pointwise":
         return f"its value is read at other places, and a {producer.family} is not computed twice"
-    if any(n.op.kind == "index" for n in producer.nodes) and consumer.family == "matmul":
+    gathers = any(n.op.kind == "index" and not _small_table(n) for n in producer.nodes)
+    if gathers and consumer.family == "matmul":
         return "a gather is not repeated inside a matrix product"
     cost = sum(n.op.cost for n in producer.nodes)
     if cost > MAX_INLINE_COST or any(n.op.cost > CHEAP for n in producer.nodes):

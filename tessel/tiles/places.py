@@ -16,7 +16,7 @@ from ..ir.node import Node, Value
 from ..ir.types import Dim, TensorType, contiguous_strides, simplify_dim
 from ..ops.view import groups
 from .index import Cond, Index, constant, delinearize, floordiv, linearize, mod, scale, value
-from .kernel import Check, Operand, Ref
+from .kernel import Check, Compute, Operand, Ref
 
 if TYPE_CHECKING:
     from .lower import Lowering
@@ -146,8 +146,22 @@ def _lookup(low: Lowering, node: Node, index: Operand, v: Value, size: Dim, mask
         moved = low.compute("add", (index, size), dtype, dtype)
         index = low.compute("where", (negative, moved, index), dtype, dtype)
     assert isinstance(index, Ref)
+    if _masked(low, index, size):
+        return value(index.number, size)
     low.stmts.append(Check(index, size, mask, f"index out of range in self ({node.op.name} at {node.loc})"))
     return value(index.number, size)
+
+
+def _masked(low: Lowering, index: Ref, size: Dim) -> bool:
+    """Whether an index is some bits of a word, of which ``size`` has all: nothing is left to check."""
+    made = {s.out: s for s in low.stmts if isinstance(s, Compute)}
+    at = made.get(index.number)
+    while at is not None and at.op == "cast" and isinstance(at.args[0], Ref):
+        if at.dtype not in (torch.int32, torch.int64):  # a narrower one could turn bits into a sign
+            return False
+        at = made.get(at.args[0].number)
+    bits = at.args[1] if at is not None and at.op == "bitwise_and" else None
+    return isinstance(bits, int) and isinstance(size, int) and 0 <= bits < size
 
 
 def _embedding(low: Lowering, node: Node, coords: Coords, mask: Mask) -> Wants:
