@@ -52,14 +52,10 @@ def linear_source(part: str, dtype: torch.dtype, target: Target, keys: int, kind
         kind: the switches ``channels``, ``decay``, ``delta``, ``start``, ``last_grad`` and ``keep``.
 
     Raises:
-        TesselError: no such kernel: keys too wide, or the backward of a factor for every key channel.
+        TesselError: no such kernel: keys too wide.
     """
     switches = {**dict.fromkeys(("channels", "decay", "delta", "start", "last_grad", "keep"), False), **kind}
     check(keys <= MOST_KEYS, lambda: f"linear_attention: keys of {keys}; the kernel has registers for {MOST_KEYS}")
-    check(
-        part == "forward" or not switches["channels"],
-        lambda: "linear_attention_backward: no kernel for a factor for every key channel",
-    )
     params = [(name, dtype) for name in "qkv"]
     params += [("decay", _F32)] * switches["decay"] + [("beta", _F32)] * switches["delta"]
     if part == "forward":
@@ -74,7 +70,8 @@ def linear_source(part: str, dtype: torch.dtype, target: Target, keys: int, kind
     name = f"linear_attention_{part}"
     args = (*(f"{p}_ptr" for p, _ in (*params, *outs)), *_SIZES)
     module = environment().get_template("linear_attention.triton.j2").module
-    text = str(getattr(module, part)({"name": name, "args": args, "half": _HALF[dtype], **switches}))
+    macro = "backward_channels" if part == "backward" and switches["channels"] else part
+    text = str(getattr(module, macro)({"name": name, "args": args, "half": _HALF[dtype], **switches}))
     code = "\n".join(line.rstrip() for line in text.split("\n") if line.strip()) + "\n"
     size = TensorType((symbol("numel"),), dtype)
     record = tuple(Param(p, size.with_(dtype=d), i >= len(params), i) for i, (p, d) in enumerate((*params, *outs)))

@@ -14,7 +14,7 @@ from ..codegen.fused_linear import MOST_KEYS
 from ..errors import TesselError
 from ..ir.node import Node, Value
 from ..targets import Target
-from .linear_cpu import LinearKernels
+from .linear_cpu import WIDENED, LinearKernels
 from .linear_gpu import GpuLinear
 
 __all__ = ["LINEAR", "linear"]
@@ -38,11 +38,16 @@ def linear(node: Node, how: str, target: Target, folder: Path) -> tuple[Callable
     if how == "native":
         kernels, why = LinearKernels(), _missing(node.op.name, q.dtype, channels, beta is not None)
     else:
-        kernels, why = _on_gpu(target, folder), _not_on_gpu(how, q, channels and backward)
+        kernels, why = _on_gpu(target, folder), _not_on_gpu(how, q)
     if why:
         return None, f"its reference in torch, token by token: {why}"
     kept = "states are not written" if how == "native" or not backward else "states are written once a chunk"
-    return (kernels.backward if backward else kernels.forward), f"Tessel's kernel: chunk by chunk, {kept}"
+    through = f", {_word(q.dtype)} through {_word(WIDENED[q.dtype])}" if how == "native" and q.dtype in WIDENED else ""
+    return (kernels.backward if backward else kernels.forward), f"Tessel's kernel: chunk by chunk, {kept}{through}"
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @cache
@@ -50,23 +55,23 @@ def _on_gpu(target: Target, folder: Path) -> GpuLinear:
     return GpuLinear(target, folder)
 
 
-def _not_on_gpu(how: str, q: Value, channels_backward: bool) -> str:
+def _not_on_gpu(how: str, q: Value) -> str:
     """Why there is no Triton kernel; nothing if there is."""
     if how == "torch":
         return "nothing compiles for this place"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"{str(q.dtype).removeprefix('torch.')} has no kernel here"
+        return f"{_word(q.dtype)} has no kernel here, whose states are float32"
     keys = q.shape[3]
     if not isinstance(keys, int) or keys > MOST_KEYS:
         return f"keys of {keys}: the kernel has registers for {MOST_KEYS}"
-    return "the backward of a factor for every key channel has no kernel here" if channels_backward else ""
+    return ""
 
 
 @cache
 def _missing(name: str, dtype: torch.dtype, channels: bool, delta: bool) -> str:
     """Why there is no C++ kernel; nothing if there is."""
-    if dtype not in NAMES:
-        return f"{str(dtype).removeprefix('torch.')} has no kernel here"
+    if dtype not in NAMES and dtype not in WIDENED:
+        return f"{_word(dtype)} has no kernel here, whose states are float32"
     try:
         LinearKernels.prepare(name, dtype, channels, delta)
     except TesselError as e:

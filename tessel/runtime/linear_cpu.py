@@ -13,14 +13,17 @@ from ..codegen.cpp_linear import NAMES, headers, linear_unit
 from ..errors import check
 from .native import build, stop
 
-__all__ = ["LinearKernels"]
+__all__ = ["WIDENED", "LinearKernels"]
+
+WIDENED = {torch.float16: torch.float32}  # dtypes that another kernel computes, and which
 
 _CHUNK = 16  # steps, as the template has it
 _STRETCH_FLOATS = 1 << 17  # of states made again at once: half a megabyte, what the second cache holds
 
 
 class LinearKernels:
-    """The kernels: called as the references of the operators are, with f32 or bf16 and f32 beside them.
+    """The kernels: called as the references of the operators are, with f32 or bf16 and f32 beside them; f16 is widened
+    to f32 and what comes out is rounded.
 
     Each kind (dtype, factors, delta rule) is compiled when it is first called.
 
@@ -31,7 +34,7 @@ class LinearKernels:
     @staticmethod
     def prepare(name: str, dtype: torch.dtype, channels: bool, delta: bool) -> None:
         """Compile a kernel before it is called; see ``linear_unit``."""
-        _compiled(name, dtype, channels, delta)
+        _compiled(name, WIDENED.get(dtype, dtype), channels, delta)
 
     def forward(
         self,
@@ -43,6 +46,9 @@ class LinearKernels:
         start: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``linear_attention_ref``."""
+        if q.dtype in WIDENED:
+            o, last = self.forward(*(x.to(WIDENED[q.dtype]) for x in (q, k, v)), decay, beta, start)
+            return o.to(q.dtype), last
         b, h, steps, keys = q.shape
         values = v.shape[3]
         o = torch.empty(v.shape, dtype=v.dtype)
@@ -68,6 +74,10 @@ class LinearKernels:
         start: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """See ``linear_attention_backward_ref``."""
+        if q.dtype in WIDENED:
+            wide = [x.to(WIDENED[q.dtype]) for x in (grad, q, k, v)]
+            dq, dk, dv, *rest = self.backward(wide[0], grad_last, *wide[1:], decay, beta, start)
+            return *(x.to(q.dtype) for x in (dq, dk, dv)), *rest
         b, h, steps, keys = q.shape
         values = v.shape[3]
         shapes = [x.shape if x is not None else (0,) for x in (q, k, v, decay, beta, start)]

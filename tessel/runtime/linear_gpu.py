@@ -84,7 +84,7 @@ class GpuLinear:
         blocks = _blocks(kernel, v)
         dq, dk = (torch.empty((blocks, b, h, steps, keys), device=device) for _ in range(2))
         dv = torch.empty(v.shape, dtype=v.dtype, device=device)
-        parts = [none if x is None else torch.empty((blocks, b, h, steps), device=device) for x in (beta, decay)]
+        parts = [none if x is None else torch.empty((blocks, *x.shape), device=device) for x in (beta, decay)]
         down = [none if start is None else torch.empty_like(start, memory_format=torch.contiguous_format)]
         given = [x.contiguous() for x in (q, k, v, decay, beta) if x is not None]
         given += [states, grad.contiguous(), *([] if grad_last is None else [grad_last.contiguous()])]
