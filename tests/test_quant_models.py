@@ -18,10 +18,12 @@ from tessel.quant.formats import integers, quantize, rounded
 from tessel.quant.hessian import rows_gain
 from tessel.quant.linear import QuantLinear
 from tessel.quant.scheme import NAMES, scheme
+from tessel.quant.sparse import SparseLinear
+from tessel.quant.stacks import stacked
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-SCHEMES = [n for n in NAMES if scheme(n).weight is not None]
+SCHEMES = [n for n in NAMES if scheme(n).weight is not None or scheme(n).sparse]  # caches have tests of their own
 # Groups of 128 reach over the 64 columns that most layers of these models have.
 SCHEMES = [f"{n}-g32" if n in ("w4a16", "w4a8", "w3a16", "w2a16") else n for n in SCHEMES] + [
     "w4a16-g32-asym",
@@ -38,14 +40,17 @@ CASES = [
 def reference(model: nn.Module, small: nn.Module) -> nn.Module:
     """The model with dequantized weights in plain layers, whose inputs are rounded where the scheme says so."""
     made = copy.deepcopy(model)
+    for name, (_, p, _) in stacked(made).items():
+        owner, _, own = name.rpartition(".")
+        p.data = getattr(small.get_submodule(owner), own).detach().clone()
     for name, m in small.named_modules():
-        if not isinstance(m, QuantLinear):
+        if not isinstance(m, QuantLinear | SparseLinear):
             continue
         layer = nn.Linear(m.in_features, m.out_features, bias=m.bias is not None)
         layer.weight.data = m.weight.data
         if m.bias is not None:
             layer.bias.data = m.bias.data
-        if (f := m.activation) is not None:
+        if (f := getattr(m, "activation", None)) is not None:
             layer.register_forward_pre_hook(lambda _, args, f=f: (rounded(args[0], f),))
         parent, _, last = name.rpartition(".")
         setattr(made.get_submodule(parent), last, layer)
@@ -57,8 +62,8 @@ def test_compiled_is_the_dequantized_model(name: str, scheme_name: str) -> None:
     torch._dynamo.reset()
     model, inputs = tiny(name)
     small = tessel.quantize(model.eval(), scheme_name)
-    assert any(isinstance(m, QuantLinear) for m in small.modules())
-    assert not any(isinstance(m, QuantLinear) for m in model.modules()), "the model itself was changed"
+    assert any(isinstance(m, QuantLinear | SparseLinear) for m in small.modules())
+    assert not any(isinstance(m, QuantLinear | SparseLinear) for m in model.modules()), "the model itself was changed"
     plain = reference(model, small)
     with torch.no_grad():
         want, got = plain(**inputs)[0], tessel.compile(small, target="cpu")(**inputs)[0]
