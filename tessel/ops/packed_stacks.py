@@ -8,6 +8,7 @@ Codes, scales, zeros and tables are those of ``packed_linear``, the layer is tha
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -150,10 +151,23 @@ def open_unpacked(builder: Builder, node: Node) -> tuple[Value, ...]:
     """The matrices in simple operators."""
     words, scale, zero, lut = (list(node.args) + [None] * 2)[:4]
     e, (experts, n, _) = Emit(builder), scale.shape
-    flat = [None if t is None else e.reshape(t, (experts * n, t.shape[2])) for t in (words, scale, zero)]
+    flat = partial(_rows, e, experts, n)
     attrs = node.attrs
-    made = emit_weight(e, *flat, lut, attrs["bits"], attrs["k"], attrs["dtype"])  # type: ignore[arg-type]
+    made = emit_weight(
+        e,
+        flat(words),
+        flat(scale),
+        None if zero is None else flat(zero),
+        lut,
+        attrs["bits"],
+        attrs["k"],
+        attrs["dtype"],
+    )
     return (e.reshape(made, (experts, n, attrs["k"])),)
+
+
+def _rows(e: Emit, experts: Dim, n: Dim, x: Value) -> Value:
+    return e.reshape(x, (experts * n, x.shape[2]))
 
 
 def join_packed(builder: Builder, node: Node) -> tuple[Value, ...] | None:

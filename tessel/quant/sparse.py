@@ -34,7 +34,7 @@ def kept_of(importance: Tensor) -> Tensor:
     tensor([[False,  True, False,  True]])
     """
     four = importance.unflatten(-1, (-1, 4))
-    order = four.sort(-1, descending=True, stable=True).indices[..., :2]
+    order = four.sort(dim=-1, descending=True, stable=True).indices[..., :2]
     return torch.zeros_like(four, dtype=torch.bool).scatter_(-1, order, True).flatten(-2)
 
 

@@ -135,7 +135,7 @@ def _held(name: str) -> str:
 
 
 @cache
-def _class_of(base: type, names: tuple[str, ...]) -> type:
+def _class_of(base: Any, names: tuple[str, ...]) -> type:
     """A class whose attributes of these names are what the stacks give."""
 
     def given(name: str) -> Any:

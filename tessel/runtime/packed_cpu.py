@@ -104,7 +104,7 @@ def forward_integers(
 
 def forward_experts(*args: Any, **attrs: Any) -> tuple[Tensor, Tensor]:
     """See ``packed_experts_ref``."""
-    return packed_experts_ref(*args, **attrs, linear=forward)
+    return packed_experts_ref(*args, **{**attrs, "linear": forward})
 
 
 def forward_sparse(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
