@@ -96,6 +96,22 @@ def test_no_compiler_is_said(nothing_built: Path, monkeypatch: pytest.MonkeyPatc
     assert not kernels and "no-such-compiler --fast: not found" in said and "$CXX" in said
 
 
+def test_who_builds_the_same_waits_for_the_first(
+    nothing_built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of one program start together: one compiles, the others load what it made."""
+    slow = tmp_path / "slow"
+    log, real = tmp_path / "log", native.find_compiler(None).command[0]
+    slow.write_text(f'#!/bin/sh\n[ "$1" = --version ] || {{ echo "$$" >> {log}; sleep 0.5; }}\nexec {real} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
+    text = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }'
+    command = f"from tessel.runtime.native import build; print(build({text!r}, {{}})[0].answer())"
+    started = [subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE) for _ in range(3)]
+    assert [p.communicate()[0].strip() for p in started] == [b"42"] * 3
+    assert len(log.read_text().split()) == 1
+
+
 @pytest.fixture
 def disk(nothing_built: Path) -> Iterator[Callable[[str], Path]]:
     """Puts a file system of its own, with the given mount options, under the cache directory."""

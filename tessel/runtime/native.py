@@ -20,13 +20,19 @@ import struct
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None  # type: ignore[assignment]
 
 from ..codegen.cpp import CppSource
 from ..config import cache_dir, cxx
@@ -108,7 +114,8 @@ def build(text: str, headers: Mapping[str, str]) -> tuple[ctypes.CDLL, Path]:
     folder = _own_folder()
     path = _cached(folder, key)
     if path is None:
-        path = _compile_into(folder, compiler, flags, text, headers, key)
+        with _alone(folder, key):
+            path = _cached(folder, key) or _compile_into(folder, compiler, flags, text, headers, key)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as e:
@@ -146,6 +153,19 @@ def _cached(folder: Path, key: str) -> Path | None:
         except OSError:  # another process removed it, or it cannot be read: built again
             continue
     return None
+
+
+@contextmanager
+def _alone(folder: Path, key: str) -> Iterator[None]:
+    """One process at a time builds a key: the ranks of a program, which start together, compile it once.
+
+    The lock goes with the process that holds it. Where there are no locks, everybody compiles.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):  # no room for a file, or a file system without locks
+            if fcntl is not None:
+                fcntl.flock(stack.enter_context((folder / f"lock-{key[0]}").open("w")), fcntl.LOCK_EX)
+        yield
 
 
 def _compile_into(
