@@ -51,7 +51,7 @@ from tessel.sharding.staged import Staged, distribute_model
 from tessel.targets.mesh import Link
 
 WORLDS = (2, 4, 8)
-BATCH, SEQ, MICROBATCHES = 8, 16, 2
+BATCH, SEQ, MICROBATCHES = 16, 16, 2
 CAPACITY = {2: 0.95, 4: 1.5}  # of the even share: so many tokens of a rank may go to the experts of another
 SECONDS = 300.0  # that a rank waits for others
 
@@ -137,6 +137,11 @@ class Row:
     def microbatches(self) -> int:
         """Stage 1 of ZeRO is stage 2 where a batch is taken at once."""
         return MICROBATCHES if self.how in ("zero-1", "pp") else 1
+
+    @property
+    def run(self) -> Any:
+        """In one row of each model and world the kernels are compiled; the others interpret the same programs."""
+        return "compiled" if self.how == "tp" else "interpreted"
 
     @property
     def layers(self) -> int:
@@ -441,11 +446,11 @@ def run_row(row: Row, rank: int, folder: Path) -> dict[str, Any]:
     placed: Distributed
     if row.microbatches > 1:
         by = ProcessGroups(mesh, SECONDS)
-        placed = Accumulating(of.module, spmd, by, "interpreted", None, None, cut=[True], loss=loss)
+        placed = Accumulating(of.module, spmd, by, row.run, None, None, cut=[True], loss=loss)
         with counting() as sent:
             result, _ = placed.step(**of.kwargs, target=torch.zeros(BATCH))
     else:
-        placed = distribute(of.module, spmd, run="interpreted", seconds=SECONDS)
+        placed = distribute(of.module, spmd, run=row.run, seconds=SECONDS)
         with counting() as sent:
             result = placed(**of.kwargs)
             loss(result).backward()
@@ -465,7 +470,7 @@ def run_stages(row: Row, rank: int, folder: Path) -> dict[str, Any]:
     with mock.patch.object(parts, "capture_parts", lambda *_, **__: found):
         placed = distribute_model(
             of.module, mesh=mesh, kwargs=of.kwargs, pipeline=cut_of(row), loss=loss,
-            annotations=annotations(row, of.module), run="interpreted", seconds=SECONDS,
+            annotations=annotations(row, of.module), run=row.run, seconds=SECONDS,
         )  # fmt: skip
     assert isinstance(placed, Staged)
     target = torch.zeros(BATCH)
