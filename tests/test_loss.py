@@ -18,8 +18,9 @@ from tessel.ops.loss import (
 )
 from tessel.runtime import loss_cpu as kernels
 
-# Relative to the largest element: sums of a few hundred products, and what rounding a result adds.
-BOUND = {torch.float32: 5e-6, torch.bfloat16: 1.2e-2}
+# Of the terms that are added up: what rounding sums of some hundred in f32 does, and rounding operands and results.
+SUMS = 2e-6
+BOUND = {torch.float32: 0.0, torch.bfloat16: 3 * 2**-8}
 
 
 def dtypes() -> list[torch.dtype]:
@@ -39,40 +40,68 @@ def eager(
     return F.cross_entropy(logits, target, ignore_index=ignore, label_smoothing=smoothing, reduction="none")
 
 
-def near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, what: str) -> None:
+Sizes = list[torch.Tensor]
+
+
+def sizes(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Any, target: torch.Tensor, ignore: int,
+    smoothing: float, cap: float,
+) -> tuple[Sizes, Sizes]:  # fmt: skip
+    """Of the losses and the gradients of x, weight and bias: the sums of their terms' absolute values, and these with
+    what rounding the logits does to each term. All in float64."""
+    logits = x @ weight.t() + (0 if bias is None else bias)
+    terms = x.abs() @ weight.abs().t() + (0 if bias is None else bias.abs())
+    slope = torch.ones_like(logits)
+    if cap:
+        logits, slope = torch.tanh(logits / cap) * cap, 1 - torch.tanh(logits / cap) ** 2
+    counted = target != ignore
+    d = torch.softmax(logits, 1) + smoothing / logits.shape[1]
+    d = d.scatter_add(1, torch.where(counted, target, 0)[:, None], torch.ones_like(d[:, :1]))
+    d = d * (grad.abs() * counted)[:, None]
+    top = terms.amax(1, keepdim=True)
+    loss = (logits.logsumexp(1).abs() + logits.abs().amax(1)) * counted
+    both = []
+    for base, each in ((loss, d * slope), (loss + top[:, 0] * counted, d * (1 + 2 * top))):
+        both.append([base, each @ weight.abs(), each.t() @ x.abs(), each.sum(0)])
+    return both[0], both[1]
+
+
+def near(
+    got: torch.Tensor, want: torch.Tensor, plain: torch.Tensor, rounded: torch.Tensor, dtype: torch.dtype, what: str
+) -> None:
     assert got.shape == want.shape, what
-    scale = want.abs().max().clamp(min=0.05) if want.numel() else 1.0
-    error = (got.double() - want).abs().max() / scale if want.numel() else torch.tensor(0.0)
-    assert error <= BOUND[dtype], f"{what}: {error}"
+    far = (got.double() - want).abs()
+    assert (far <= BOUND[dtype] * plain + SUMS * rounded).all(), f"{what}: {float((far / rounded).max())}"
 
 
 def compare(dtype: torch.dtype, operands: list[Any], ignore: int, s: float, cap: float) -> None:
-    """Kernel and reference against autograd in float64, elementwise."""
-    wide = [None if t is None else t.double().requires_grad_() for t in operands[:3]]
+    """Kernel and reference against autograd in float64, elementwise, by the sizes of the terms."""
     target = operands[3]
-    want = eager(*wide, target, ignore, s, cap)  # type: ignore[arg-type]
-    grad = torch.randn(want.shape)
-    grads = torch.autograd.grad(want, [t for t in wide if t is not None], grad.double())
-    for forward, backward in (
-        (kernels.forward, kernels.backward),
-        (linear_cross_entropy_ref, linear_cross_entropy_backward_ref),
+    grad = torch.randn(target.shape)
+    more = {"ignore_index": ignore, "label_smoothing": s, "softcap": cap}
+
+    def judge(by: Any, slope: torch.Tensor, results: Any, own: torch.dtype) -> None:
+        """``own``: what the losses are rounded to. References round logits to the dtype as well."""
+        wide = [None if t is None else t.double().requires_grad_() for t in operands[:3]]
+        want = eager(*wide, target, ignore, s, cap)  # type: ignore[arg-type]
+        grads = torch.autograd.grad(want, [t for t in wide if t is not None], slope.double())
+        exact = [None if t is None else t.detach() for t in wide]
+        plain, rounded = sizes(slope.double(), *exact, target, ignore, s, cap)  # type: ignore[arg-type]
+        plain = plain if by is kernels else rounded
+        loss, *made = results
+        near(loss, want.detach(), plain[0], rounded[0], own, "loss")
+        for i, (g, w) in enumerate(zip((g for g in made if g.numel()), grads, strict=False), start=1):
+            near(g, w, plain[i], rounded[i], dtype, ("", "dx", "dweight", "dbias")[i])
+
+    for by, forward, backward, gradients in (
+        (kernels, kernels.forward, kernels.backward, kernels.gradients),
+        (None, linear_cross_entropy_ref, linear_cross_entropy_backward_ref, linear_cross_entropy_gradients_ref),
     ):
-        loss, lse = forward(*operands, ignore_index=ignore, label_smoothing=s, softcap=cap)
-        near(loss, want.detach(), torch.float32 if forward == kernels.forward else dtype, "loss")
-        more = {"ignore_index": ignore, "label_smoothing": s, "softcap": cap}
-        got = [g for g in backward(grad, *operands, lse, **more) if g.numel()]
-        for name, g, w in zip(("dx", "dweight", "dbias"), got, grads, strict=False):
-            near(g, w, dtype, name)
-    if s and cap:
-        return  # no kernel of both at once
-    wide = [None if t is None else t.double().requires_grad_() for t in operands[:3]]
-    want = eager(*wide, target, ignore, s, cap)  # type: ignore[arg-type]
-    grads = torch.autograd.grad(want.sum(), [t for t in wide if t is not None])
-    for gradients in (kernels.gradients, linear_cross_entropy_gradients_ref):
-        loss, *made = gradients(*operands, ignore_index=ignore, label_smoothing=s, softcap=cap)
-        near(loss, want.detach(), torch.float32 if gradients == kernels.gradients else dtype, "loss")
-        for name, g, w in zip(("dx", "dweight", "dbias"), (g for g in made if g.numel()), grads, strict=False):
-            near(g, w, dtype, f"{name}, with the loss")
+        own = torch.float32 if by is kernels else dtype
+        loss, lse = forward(*operands, **more)
+        judge(by, grad, (loss, *backward(grad, *operands, lse, **more)), own)
+        if not (s and cap):  # no kernel of both at once
+            judge(by, torch.ones_like(grad), gradients(*operands, **more), own)
 
 
 @pytest.mark.parametrize("dtype", dtypes(), ids=str)
