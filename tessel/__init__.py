@@ -252,7 +252,8 @@ def quantize(
     Args:
         model: its layers, inputs and outputs keep their shapes and dtypes.
         scheme: "w8a16", "w4a16-g64", "w8a8", "fp8", "mxfp4", "nf4", ...; see ``tessel.quant.scheme``. With a budget,
-            of its weight format only whether it is symmetric counts.
+            of its weight format only whether it is symmetric counts. "kv4", alone or as in "w4a16-kv4", is about the
+            cache of a language model of transformers, which then makes a ``tessel.quant.kv.QuantCache``.
         calibration: what the model is called with, one item a call: a tensor, a tuple of arguments or a mapping.
         method: "rtn", "mse", "gptq" or "turboboa" (how codes are chosen), after "smoothquant", "awq" or "hadamard"
             (what is done to the weight before), joined by +.

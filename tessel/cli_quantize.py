@@ -27,7 +27,7 @@ _RUNS = 15  # of each model, interleaved
 @click.command()
 @model_options
 @click.option(
-    "--scheme", help="w8a16, w4a16-g64, w8a8, fp8, mxfp4, nf4, ...; with --budget, what becomes of the inputs."
+    "--scheme", help="w8a16, w4a16-g64, w8a8, fp8, mxfp4, nf4, kv4, ...; with --budget, what becomes of the inputs."
 )
 @click.option("--budget", help="Bits and group by layer for 4.25bits (a weight), 30GiB, 20dB or, with --target, 250us.")
 @click.option(

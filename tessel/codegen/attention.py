@@ -13,7 +13,7 @@ from ..errors import TesselError
 from ..ir.types import product
 from ..tiles.default import batch_axes, head_pieces, next_power, plain_dot
 from ..tiles.hidden import hidden
-from ..tiles.kernel import ACC, DK, DQ, DSCORE, DV, LSE, Kernel, Operand, Ref, refs
+from ..tiles.kernel import ACC, DK, DQ, DSCORE, DV, LSE, Kernel, Load, Operand, Ref, refs
 from ..tiles.slope import NoSlope, slope
 from .contract import BOTH, Side, around, batch_index, dot, emitter, operand, part
 from .dialect import compute_dtype, literal, narrow, rounded, size_text, triton_dtype
@@ -251,6 +251,7 @@ def forward(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str, 
         "batch_index": batch_index(kernel, "tiles_m", interpret),
         "before": before + s_before,
         "skip": w.skip("n"),
+        "one_stage": not interpret and not (_loaded(kernel, "k") and _loaded(kernel, "v")),
         "key_part": key_loop,
         "scores": scores,
         "score": s_loop,
@@ -357,6 +358,7 @@ def backward(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str,
         "held": own,
         "each_head": each_head + s_before,
         "skip": w.skip(step),
+        "one_stage": False,
         "loop_operands": loop,
         "scores": chain(tiles["q"], tiles["k"]),
         "back": chain(tiles["grad"], tiles["v"]),
@@ -370,6 +372,13 @@ def backward(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dict[str,
         "scaled": d_key if keys else sums("dq", "d", half("inner"), tiles["k"]),
         "body": body,
     }
+
+
+def _loaded(kernel: Kernel, part: str) -> bool:
+    """Whether an operand is read as it is wanted."""
+    provided = kernel.provides[part]
+    number = provided.number if isinstance(provided, Ref) else None
+    return any(isinstance(s, Load) and s.out == number for s in kernel.parts[part])
 
 
 def _slope(e: Emitter, dtype: torch.dtype) -> str:

@@ -201,7 +201,7 @@ def _value(stmts: Iterable[Stmt], wanted: Ref, place: Mapping[str, int]) -> obje
         if isinstance(s, IndexOf):
             known[s.out] = _at(s.index, place)
         elif isinstance(s, Compute) and s.op in ("add", "mul", "cast"):
-            args = [known.get(a.number) if isinstance(a, Ref) else a for a in s.args]
+            args: list[Any] = [known.get(a.number) if isinstance(a, Ref) else a for a in s.args]
             if None not in args:
                 known[s.out] = args[0] if s.op == "cast" else sum(args) if s.op == "add" else args[0] * args[1]
     return known.get(wanted.number)

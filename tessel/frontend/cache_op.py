@@ -39,6 +39,7 @@ def _quantize(x: Tensor, bits: int, tokens: int, along: str, group: int) -> tupl
     """Codes count from the stored, rounded minimum in steps of the stored, rounded scale: what rounding these to
     float16 costs is a slightly wider range, not an error of its own."""
     check(bool(torch.isfinite(x).all()), lambda: f"quantize_cache: {_bad(x)} of {x.numel()} values are NaN or infinite")
+    x = x.detach()
     b, h, n, d = x.shape
     per, top = 32 // bits, 2**bits - 1
     check(along in ALONG, lambda: f"quantize_cache: along={along!r}: {' or '.join(ALONG)}")

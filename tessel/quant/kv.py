@@ -57,18 +57,20 @@ class Packed:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """``[batch, heads, tokens, width]``."""
+        for t in (self.scale, self.low):  # what a compiler that keeps sizes as symbols cannot know
+            torch._check(t.shape[2] == self.words.shape[2])
         return dequantize_cache(self.words, self.scale, self.low, self.bits, self.width, self.along, dtype)
 
     def and_then(self, more: Packed) -> Packed:
         """These tokens, then others."""
         mine, theirs = (self.words, self.scale, self.low), (more.words, more.scale, more.low)
-        both = [torch.cat(pair, 2) for pair in zip(mine, theirs, strict=True)]
-        return Packed(*both, self.bits, self.width, self.along)
+        words, scale, low = (torch.cat(pair, 2) for pair in zip(mine, theirs, strict=True))
+        return Packed(words, scale, low, self.bits, self.width, self.along)
 
     def of_batch(self, index: Tensor) -> Packed:
         """Rows of the batch in another order."""
-        rows = [t.index_select(0, index) for t in (self.words, self.scale, self.low)]
-        return Packed(*rows, self.bits, self.width, self.along)
+        words, scale, low = (t.index_select(0, index) for t in (self.words, self.scale, self.low))
+        return Packed(words, scale, low, self.bits, self.width, self.along)
 
 
 def pack_keys(x: Tensor, format: Format) -> Packed:
@@ -77,14 +79,16 @@ def pack_keys(x: Tensor, format: Format) -> Packed:
     Raises:
         TesselError: NaN, infinity, values beyond float16, or tokens that are no whole blocks.
     """
-    return Packed(*quantize_cache(x, format.bits, format.group, "channels", 1), format.bits, x.shape[3], "channels")
+    words, scale, low = quantize_cache(x, format.bits, format.group, "channels", 1)
+    return Packed(words, scale, low, format.bits, x.shape[3], "channels")
 
 
 def pack_values(x: Tensor, format: Format, tokens: int) -> Packed:
     """Values ``[batch, heads, n, width]``: a scale a token for each ``format.group`` channels (for all of them, where
     these do not divide the width), in blocks of ``tokens``."""
     group = format.group if x.shape[3] % format.group == 0 else x.shape[3]
-    return Packed(*quantize_cache(x, format.bits, tokens, "tokens", group), format.bits, x.shape[3], "tokens")
+    words, scale, low = quantize_cache(x, format.bits, tokens, "tokens", group)
+    return Packed(words, scale, low, format.bits, x.shape[3], "tokens")
 
 
 class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -99,6 +103,8 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         TesselError: a format that caches have not.
     """
 
+    keys: Any  # the recent tokens; None before the first
+    values: Any
     is_sliding = False
     is_croppable = False  # of packed tokens, whole blocks at most could be put back
 
@@ -127,9 +133,11 @@ class QuantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        torch._check(self.keys.shape[2] == self.values.shape[2])  # see ``Packed.dequantize``
         whole = [torch.cat(pair, 2) for pair in ((self.keys, key_states), (self.values, value_states))]
         seen = whole
         if self.packed is not None:
+            torch._check(self.packed[0].words.shape[2] == self.packed[1].words.shape[2])
             seen = [torch.cat((p.dequantize(self.dtype), x), 2) for p, x in zip(self.packed, whole, strict=True)]
         block = self.key_format.group
         blocks = (whole[0].shape[2] - self.recent) // block
@@ -231,6 +239,8 @@ class QuantCache(DynamicCache):  # type: ignore[misc]
     Raises:
         TesselError: the scheme says nothing of caches, or no layer of the model has one that can be quantized.
     """
+
+    layers: list[Any]
 
     def __init__(self, config: Any, scheme: Scheme) -> None:
         keys, values = scheme.keys, scheme.values

@@ -9,14 +9,11 @@ from torch import nn
 from ..errors import check
 from .scheme import Scheme
 
-__all__ = ["cache_words", "with_cache"]
+__all__ = ["cache_for", "cache_words", "give_cache"]
 
 
-def with_cache(model: nn.Module, scheme: Scheme) -> str:
-    """Make a language model of transformers use a ``QuantCache`` wherever it would make a cache of its own.
-
-    Returns:
-        What its cache is now, in words for a report.
+def cache_for(model: nn.Module, scheme: Scheme) -> str:
+    """What the cache of a language model of transformers is by a scheme, in words for a report.
 
     Raises:
         TesselError: the model is none that generates text, or has no cache that could be quantized.
@@ -31,10 +28,14 @@ def with_cache(model: nn.Module, scheme: Scheme) -> str:
     )
     from .kv import QuantCache  # needs transformers
 
-    made = QuantCache(config, scheme)
-    model.register_forward_pre_hook(_GiveCache(config, scheme), with_kwargs=True)
-    left = f"; layers {', '.join(map(str, made.whole))} keep theirs whole" if made.whole else ""
+    whole = QuantCache(config, scheme).whole
+    left = f"; layers {', '.join(map(str, whole))} keep theirs whole" if whole else ""
     return cache_words(scheme) + left
+
+
+def give_cache(model: nn.Module, scheme: Scheme) -> None:
+    """Make a model that ``cache_for`` takes use a ``QuantCache`` wherever it would make a cache of its own."""
+    model.register_forward_pre_hook(_GiveCache(model.config, scheme), with_kwargs=True)
 
 
 def cache_words(scheme: Scheme) -> str:

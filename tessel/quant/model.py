@@ -26,6 +26,7 @@ from .bits import Spent, spend
 from .calibrate import Seen, look
 from .formats import WHOLE_ROW, WHOLE_TENSOR, Format, Quantized, quantize
 from .hessian import gptq, rows_gain, turboboa
+from .kv_model import cache_for, give_cache
 from .linear import QuantLinear, divided
 from .report import LayerReport, QuantReport, Speed, time_text
 from .resume import Work, run_of
@@ -75,6 +76,21 @@ def quantize_model(
     )
     given = "w4a16" if scheme_name is None else scheme_name
     chosen = scheme(given) if isinstance(given, str) else given
+    if chosen.keys is not None or chosen.values is not None:
+        rest = replace(chosen, keys=None, values=None, recent=0)
+        words = cache_for(model, chosen)
+        if rest.weight is None and not rest.sparse and budget is None:
+            check(method == "rtn", lambda: f"quantize: method {method!r} is about weights, scheme {chosen.name!r} not")
+            model = model if inplace else copy.deepcopy(model)
+            model.quantization = QuantReport(chosen.name, method, whole=_rest(model, ()))  # type: ignore[assignment]
+        else:
+            model = quantize_model(
+                model, rest, calibration, method=method, skip=skip, inplace=inplace, progress=progress, budget=budget,
+                widths=widths, shards=shards, target=target, rows=rows, work=work,
+            )  # fmt: skip
+        give_cache(model, chosen)
+        model.quantization.cache = words  # type: ignore[union-attr]
+        return model
     steps = _steps(method)
     _check_scheme(chosen, steps)
     device = None if target is None else get_target(target)
@@ -174,10 +190,6 @@ def _steps(method: str) -> tuple[str, ...]:
 
 def _check_scheme(s: Scheme, steps: Sequence[str]) -> None:
     check(s.weight is not None or s.sparse, lambda: f"quantize: scheme {s.name!r} says nothing of weights")
-    check(
-        s.keys is None and s.values is None,
-        lambda: f"quantize: of scheme {s.name!r}, caches of keys and values cannot be lowered yet",
-    )
     if s.sparse:
         few = s.weight is not None or s.activation is not None
         check(not few, lambda: f"quantize: of scheme {s.name!r}, 2:4 weights are stored whole; name 2:4 alone")

@@ -105,6 +105,7 @@ class QuantReport:
 
     Attributes:
         target: that speed is predicted for; empty if none was named.
+        cache: what the cache of keys and values became; empty if it is as it was.
         resumed: layers that an earlier run had finished.
     """
 
@@ -116,6 +117,7 @@ class QuantReport:
     target: str = ""
     measured: Measured | None = None
     resumed: int = 0
+    cache: str = ""
 
     @property
     def before(self) -> int:
@@ -174,6 +176,8 @@ class QuantReport:
         return text.getvalue()
 
     def _lines(self) -> Iterator[str]:
+        if self.cache:
+            yield f"cache: {self.cache}"
         if (speed := self.speed) is not None:
             first = next(x.speed for x in (*self.layers, *self.whole) if x.speed is not None)
             before, after = speed
