@@ -140,8 +140,8 @@ class Row:
 
     @property
     def run(self) -> Any:
-        """In one row of each model and world the kernels are compiled; the others interpret the same programs."""
-        return "compiled" if self.how == "tp" else "interpreted"
+        """A row of each model has its kernels compiled; the others interpret the same programs."""
+        return "compiled" if self.how == "tp" and self.mesh.devices == 2 else "interpreted"
 
     @property
     def layers(self) -> int:

@@ -22,6 +22,7 @@ from tessel.ir.sharding import Sharding
 from tessel.ir.types import TensorType
 from tessel.ops import OPS
 from tessel.ops.collective import payload
+from tessel.passes._factors import follow, rule_of, through
 from tessel.passes.partition import Program, partition
 from tessel.passes.shard import Seed, propagate
 from tessel.runtime.collectives import InProcess
@@ -219,6 +220,16 @@ def test_explain_goes_back_to_the_users_line() -> None:
     assert "forward: all_reduce over tp, 234881024 bytes: add at" in moved
     with pytest.raises(TesselError, match=r"nothing is called 'dwn'; did you mean 'down'\?"):
         spmd.explain("dwn")
+
+
+def test_what_is_cut_out_of_a_split_dimension_is_no_piece_of_each_share() -> None:
+    """The first token lies on the first rank alone: a slice does not follow how its operand lies, a transpose does."""
+    builder = Builder([x := make_input("x", TensorType((8, 16), torch.float32))])
+    first = builder.node(OPS["slice"], x.out, dim=1, start=0, size=1, step=1)
+    turned = builder.node(OPS["permute"], x.out, dims=(1, 0))
+    lies, mesh = Sharding.parse("{·,sp}"), Mesh({"sp": 2})
+    assert follow(rule_of(first), lies, mesh) is None
+    assert through(turned, lies, mesh) == Sharding.parse("{sp,·}")
 
 
 def test_a_full_rematerialization_is_said() -> None:
