@@ -314,8 +314,8 @@ def annotations(row: Row, module: torch.nn.Module) -> tessel.Annotations:
                 continue
         if any(kept):
             said.shard(n, tuple(kept))
-    if row.how == "tp+sp":
-        said.output(family.layers, (data, "tp", None))
+    if row.how in ("tp", "tp+sp"):  # the stream between blocks is whole on every device, or its tokens are split
+        said.output(family.layers, (data, "tp" if row.how == "tp+sp" else None, None))
     if sequence is not None and row.name == "vit":
         said.output(family.layers, (data, sequence, None))
     return said
@@ -400,8 +400,9 @@ def counting() -> Iterator[Counter[str]]:
 
 @dataclass
 class Errors:
-    """The largest distance from float64, of this run and of one device's, as parts of the largest value."""
+    """The largest distance from float64, of this run and of one device's, as parts of ``scale``, the largest value."""
 
+    scale: float
     ours: float = 0.0
     single: float = 0.0
 
@@ -412,7 +413,12 @@ class Errors:
         ours, theirs = (float((x.double() - want).abs().max()) if x.numel() else 0.0 for x in (got, single))
         allowed = 8 * max(theirs, 4 * torch.finfo(single.dtype).eps * top)
         assert ours <= allowed, f"{what}: {ours:.3g} from float64, one device {theirs:.3g}, the largest value {top:.3g}"
-        self.ours, self.single = max(self.ours, ours / (top or 1.0)), max(self.single, theirs / (top or 1.0))
+        self.ours, self.single = max(self.ours, ours / self.scale), max(self.single, theirs / self.scale)
+
+
+def errors_of(of: Made) -> tuple[Errors, Errors]:
+    """None yet, of results and of gradients."""
+    return tuple(Errors(max(float(x.abs().max()) for x in xs)) for xs in (of.exact, of.gradients.values()))  # type: ignore[return-value]
 
 
 def compare(
@@ -454,7 +460,7 @@ def run_row(row: Row, rank: int, folder: Path) -> dict[str, Any]:
         with counting() as sent:
             result = placed(**of.kwargs)
             loss(result).backward()
-    out, grad = Errors(), Errors()
+    out, grad = errors_of(of)
     for want, single, got in zip(of.exact, of.results, tensors(result), strict=True):
         out.add("results", want, single, got.detach(), float(want.abs().max()))
     compare(grad, of, dict(placed.module.named_parameters()), placed.shardings, mesh, rank)
@@ -479,7 +485,7 @@ def run_stages(row: Row, rank: int, folder: Path) -> dict[str, Any]:
     before = placed.sent
     with counting() as sent:
         got = placed.step(**of.kwargs, target=target)
-    out, grad = Errors(), Errors()
+    out, grad = errors_of(of)
     if got is not None:
         for want, single, x in zip(of.exact, of.results, tensors(got[0]), strict=True):
             out.add("results", want, single, x.detach(), float(want.abs().max()))
