@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 4 tests/dist_rows.py FOLDER llama:tp mixtral:ep      # no rows: all there are
 
-Every row is planned once, by one of the ranks, and read from its file by all. Then it runs on this world's gloo
-groups: results and gradients are compared with float64, and the bytes that are handed to torch.distributed in a step
-with those of the plan. Rank 0 writes what came of each row to ``FOLDER/rows.jsonl``.
+Every model is traced once, and every row planned once, by one of the ranks; all read both from files. Then the row
+runs on this world's gloo groups: results and gradients are compared with float64, and the bytes that are handed to
+torch.distributed in a step with those of the plan (of the layout, where annotations alone make one). Rank 0 writes
+what came of each row to ``FOLDER/rows.jsonl``.
 """
 
 from __future__ import annotations
@@ -540,9 +541,8 @@ def main(folder: Path, wanted: Sequence[str]) -> None:
     store = dist.PrefixStore("rows", default_store())
     everyone, long = list(range(world)), timedelta(minutes=10)
     rows = [r for r in rows_of(world) if not wanted or r.key in wanted]
-    captures = {r.capture: r for r in rows if not (folder / r.capture).exists()}
-    for i, row in enumerate(captures.values()):
-        if i % world == rank:
+    for i, row in enumerate({r.capture: r for r in rows}.values()):
+        if i % world == rank and not (folder / row.capture).exists():
             alone(row.capture, folder, lambda row=row: write_graphs(capture(row), folder / row.capture))
     store.set(f"captured {rank}", "")
     store.wait([f"captured {r}" for r in everyone], long)
