@@ -20,7 +20,8 @@ from torch import Tensor
 from ..errors import check
 from ..ir.node import Builder, Node, Op, Value
 from ..ir.types import dim_equal
-from .common import need_tensor, result, table
+from .common import arg_types, need_tensor, result, table
+from .dims import Piece
 from .emit import Emit, wide_dtype
 
 __all__ = ["ALONG", "CACHE", "dequantize_cache_ref", "place_in_word"]
@@ -104,6 +105,12 @@ def _dims(node: Node) -> str:
     return "b h g w* (c i*), b h g c p*, b h g c p* -> b h (g t*) (c i*)"
 
 
+def _split(node: Node, factor: str, start: Any, size: Any) -> Piece:
+    """Some of the groups of channels."""
+    groups = arg_types(node)[1].shape[3]
+    return Piece({"width": size * (node.attrs["width"] // groups)}) if factor == "c" else Piece()
+
+
 def _opened(builder: Builder, node: Node) -> tuple[Value, ...]:
     words, scale, low = node.args
     bits, width, along, dtype = (node.attrs[n] for n in ("bits", "width", "along", "dtype"))
@@ -135,6 +142,7 @@ CACHE = table(
         ref=dequantize_cache_ref,
         infer=_infer,
         decompose=_opened,
+        split=_split,
         cost=8,
         doc="dequantize_cache(words [b, h, g, w, t | d], scale [b, h, g, c, p], low, bits=, width=, along=, dtype=)",
     ),
