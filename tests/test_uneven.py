@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from ranks import annotations, same_as_one_device
-from test_forms import Model, fast, planned, same_gradients
+from test_forms import captured, fast, made, planned, same_gradients
 from torch import nn
 
 from tessel.errors import TesselError
 from tessel.frontend.joint import capture_step
 from tessel.sharding.spmd import lay_out
+from tessel.sharding.verify import verify_program
 from tessel.targets.mesh import Mesh
 
 
@@ -44,21 +45,20 @@ def test_an_odd_vocabulary_stays_whole_and_says_so() -> None:
 
 def test_an_odd_sequence_is_refused() -> None:
     with pytest.raises(TesselError, match="sp=2 is there to split the sequence, and 17 does not divide by 2"):
-        planned(Model(), [torch.randint(24, (2, 17))], fast({"sp": 2}))
+        planned(Vocabulary(24), [torch.randint(24, (2, 17))], fast({"sp": 2}))
     with pytest.raises(TesselError, match="dp=4 is there to split the batch, and 6 does not divide by 4"):
-        planned(Model(), [torch.randint(24, (6, 8))], fast({"dp": 4}))
+        planned(Vocabulary(24), [torch.randint(24, (6, 8))], fast({"dp": 4}))
 
 
 def test_heads_that_do_not_divide_stay_whole() -> None:
     """Six heads over four devices: attention is whole, or gathered where the layers around it are split."""
-    torch.manual_seed(0)
-    model, ids = Model(6, 6, 24), torch.randint(24, (2, 8))
+    model, ids = made(6, 6, 24), torch.randint(24, (2, 8))
     plan, spmd = planned(model, [ids], fast({"tp": 4}))
     assert "attention: 6 heads do not divide over tp=4 and stay whole" in " ".join(plan.data["provenance"]["notes"])
     same_gradients(spmd, model, [ids])
     with torch.device("meta"):
         lines = annotations([("shard", "*.attention.q.weight", ("tp", None))])
-    said = lay_out(capture_step(model, (ids,), train=True), Mesh({"tp": 4}), lines)
+    said = lay_out(captured(model, (ids,), train=True), Mesh({"tp": 4}), lines)
     same_as_one_device(said, model, [ids])
 
 
@@ -94,6 +94,7 @@ def test_convolutions_read_the_edges_beside_them(
     step = capture_step(model, (x,), train=False)
     spmd = lay_out(step, Mesh(mesh), annotations([("shard", "inputs[0]", dims)]), whole_results=False)
     assert Counter(c.kind for c in spmd.collectives()) == Counter(collective_permute=permutes)
+    assert verify_program(spmd.forward).proved
     same_as_one_device(spmd, model, [x])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from math import prod
 from typing import Any
 
 from ..ir.node import Builder, Node, Value, map_values
@@ -10,6 +12,7 @@ from ..ir.sharding import Sharding
 from ..ops.collective import COLLECTIVE
 from ..passes._exchange import EXCHANGING, exchange_of, write_exchange
 from ..passes._factors import Rule, Split, layout, project, rule_of
+from ..passes._rank import Local
 from .verify_operations import Operations
 from .verify_shares import Fault, Held
 
@@ -17,7 +20,7 @@ __all__ = ["Exchanges"]
 
 
 class Exchanges(Operations):
-    """Rings and merges (``passes/_exchange.py``), place by place."""
+    """Rings, merges and what travels (``passes/_exchange.py``), place by place."""
 
     def exchanged(self, nodes: Sequence[Node], queues: Sequence[Iterator[Node]]) -> bool:
         """Take an operation whose ranks exchange pieces while they compute it, if that begins here.
@@ -28,11 +31,13 @@ class Exchanges(Operations):
         if self.at == len(self.steps):
             return False
         whole, seen = self.steps[self.at], [list(nodes)]
+        if whole in self.patterns:
+            return self.pattern(self.patterns[whole], nodes, queues)
         if whole.op.name not in EXCHANGING:
             return False
         cut = nodes[0].op.name == "slice" and self.held.get(nodes[0].operands[0])
         if cut:  # of a mask, of which each step of a ring takes a part
-            if cut.value not in whole.operands:
+            if cut.value not in whole.args[3 if whole.op.name == "attention" else 4 :][:1]:
                 return False
             seen.append([n for r, q in enumerate(queues) if (n := self.next(r, q)) is not None])
         first = seen[-1]
@@ -84,6 +89,60 @@ class Exchanges(Operations):
         self.report.opaque[f"{whole.op.name} ({ex.kind})"] += 1
         return True
 
+    @cached_property
+    def patterns(self) -> dict[Node, Local]:
+        """Operations that begin with something else than themselves, by how the program splits them."""
+        kinds = ("sent", "halo", "states")
+        found = (a for a in self.program.actions if isinstance(a, Local) and a.exchange is not None)
+        return {a.node: a for a in found if a.exchange is not None and a.exchange.kind in kinds}
+
+    @cached_property
+    def owner(self) -> dict[Node, int]:
+        """The rank that runs a node."""
+        return {n: rank for rank, graph in enumerate(self.ranks) for n in (*graph.inputs, *graph.nodes)}
+
+    def pattern(self, action: Local, nodes: Sequence[Node], queues: Sequence[Iterator[Node]]) -> bool:
+        """Take tokens that are sent, edges or states, if their first step is here: every step has to be the whole
+        pattern's, on operands that lie as the program says."""
+        whole, ex, rule = action.node, action.exchange, rule_of(action.node)
+        assert ex is not None
+        lies = {(self.owner[x.node], h.value, h.sharding): x for x, h in self.held.items()}
+        inside = [f for f, _ in ex.halos] if ex.kind == "halo" else ["t"] if ex.kind == "states" else []
+        apart = {f: axes for f, axes in action.split.items() if f not in inside}
+        expected, results = [], []
+        for rank in range(len(queues)):
+            found = iter([lies.get((rank, v, s)) for v, s in zip(rule.operands, action.reads, strict=True)])
+            args = [map_values(a, lambda v, found=found: next(found)) for a in whole.args]  # type: ignore[misc]
+            if any(isinstance(a, Value) and b is None for a, b in zip(whole.args, args, strict=True)):
+                return False  # an operand is still on its way
+            for f, axes in apart.items() if whole.op.split else ():
+                size = rule.sizes[f] // prod(self.mesh[a] for a in axes)
+                piece = whole.op.split(whole, f, self.mesh.index(rank, axes) * size, size)  # type: ignore[misc]
+                for place, literal in piece.args.items():
+                    args[place] = literal
+            b = Builder()
+            attrs = dict(whole.attrs) | self.changed(whole, rule, apart, rank)
+            results.append(write_exchange(b, ex, whole, args, attrs, self.mesh, rank))
+            expected.append(b.nodes)
+        if any(not _same(own[0], n, {}) for own, n in zip(expected, nodes, strict=True)):
+            return False
+        self.settle_free()
+        for rank, (own, first, queue) in enumerate(zip(expected, nodes, queues, strict=True)):
+            actual = dict(zip(own[0].outs, first.outs, strict=True))
+            for i, want in enumerate(own[1:], 1):
+                n = next(queue, None)
+                if n is None or not _same(want, n, actual):
+                    where = self.title(n if n is not None else whole)
+                    raise Fault(f"{where}: rank {rank} is to run {want.op.name} here, step {i} of {ex.kind}")
+                actual.update(zip(want.outs, n.outs, strict=True))
+            for old, new, s in zip(rule.results, results[rank], action.results, strict=True):
+                self.held[actual[new]] = Held(old, s)
+        self.report.collectives += sum(n.op.name in COLLECTIVE for n in expected[0])
+        self.go_on()
+        self.report.operations += 1
+        self.report.opaque[f"{whole.op.name} ({ex.kind})"] += 1
+        return True
+
     def joint_split(self, rule: Rule, lies: Sequence[Sharding]) -> Split:
         """The mesh axes of every factor; one axis may split several."""
         found: Split = {}
@@ -92,6 +151,12 @@ class Exchanges(Operations):
                 for factor, some in project(term, axes, rule.sizes, self.mesh)[0].items():
                     found.setdefault(factor, some)
         return found
+
+
+def _same(want: Node, got: Node, actual: Mapping[Value, Value]) -> bool:
+    """Whether a node is what a pattern says, read on the rank's own values."""
+    args = tuple(_renamed(a, actual) for a in want.args)
+    return got.op == want.op and dict(got.attrs) == dict(want.attrs) and tuple(got.args) == args
 
 
 def _renamed(arg: Any, actual: Mapping[Value, Value]) -> Any:
