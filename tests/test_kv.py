@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import tessel
 from tessel.errors import TesselError
+from tessel.quant.files import load_quantized, save_quantized
 from tessel.quant.formats import integers, quantize
 from tessel.quant.kv import Packed, QuantCache, QuantCacheLayer, pack_keys, pack_values
 from tessel.quant.scheme import scheme
@@ -265,6 +267,20 @@ def test_quantize_gives_a_cache() -> None:
     assert only(ids, use_cache=False).past_key_values is None
     with pytest.raises(TesselError, match="about weights"):
         tessel.quantize(model, "kv4", method="gptq", calibration=[{"input_ids": ids}])
+
+
+def test_files_say_what_the_cache_is(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors.torch")
+    small = tessel.quantize(tiny("llama"), "w8a16-kv4")
+    save_quantized(small, tmp_path)
+    ids = torch.randint(1, 64, (1, 170))
+    read = load_quantized(tiny("llama"), tmp_path)
+    cache = read(ids).past_key_values
+    assert isinstance(cache, QuantCache) and cache.layers[0].packed[0].bits == 4 and cache.layers[0].recent == 128
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"key_bits": 4', '"key_bits": "many"'))
+    with pytest.raises(TesselError, match="tessel_cache"):
+        load_quantized(tiny("llama"), tmp_path)
 
 
 def test_compiled_steps_unpack_in_the_attention_kernel() -> None:

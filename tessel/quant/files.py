@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import TesselError, check
 from .files_sparse import SPARSE_PARTS, read_sparse, said_of_sparse, sparse_tensors
 from .formats import WHOLE_ROW, Format, Quantized, integers
+from .kv_model import CACHE_KEY, cache_for, give_cache, read_cache, said_of_cache
 from .linear import QuantLinear, pack, unpack
 from .sparse import SparseLinear
 from .stacks import Stack
@@ -74,6 +75,8 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     if sparse:
         said["sparsity_config"] = said_of_sparse(sparse, [*layers, *said["ignore"]])
         said["format"] = said["format"] if layers else "dense"
+    if (cache := said_of_cache(model)) is not None:
+        words[CACHE_KEY] = cache
     write_whole(folder / _MODEL, lambda path: files.save_file(tensors, path, metadata={"format": "pt"}))
     write_whole(folder / _CONFIG, lambda path: path.write_text(json.dumps(words, indent=1) + "\n", encoding="utf-8"))
     return folder
@@ -161,7 +164,8 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     files, folder = safetensors(), Path(folder)
     try:
-        said = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["quantization_config"]
+        words = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        said = words["quantization_config"]
         tensors: dict[str, Tensor] = files.load_file(folder / _MODEL)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise TesselError(f"load_quantized: {folder} holds no quantized model: {type(e).__name__}: {e}") from e
@@ -181,6 +185,9 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
         isinstance(version, str) and re.fullmatch(r"0\.\d+(\..*)?", version) is not None,
         lambda: f"load_quantized: {folder} is of version {version!r} of the layout; 0.* is what can be read",
     )
+    cache = None if words.get(CACHE_KEY) is None else read_cache(words[CACHE_KEY], str(folder))
+    if cache is not None:
+        cache_for(model, cache)  # refuses what has no cache before anything is replaced
     names = sorted({n.rpartition(".")[0] for n in tensors if n.endswith((".weight_packed", ".weight_scale"))})
     modules = dict(model.named_modules())
     for name in names:
@@ -207,6 +214,8 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     check(not wrong, lambda: f"load_quantized: {folder} does not fit the model; {'; '.join(wrong)}")
     if hasattr(model, "tie_weights"):
         model.tie_weights()  # type: ignore[operator]
+    if cache is not None:
+        give_cache(model, cache)
     return model
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ..errors import check
+from .formats import integers
 from .scheme import Scheme
 
-__all__ = ["cache_for", "cache_words", "give_cache"]
+__all__ = ["CACHE_KEY", "cache_for", "cache_words", "give_cache", "read_cache", "said_of_cache"]
+
+CACHE_KEY = "tessel_cache"
+"""Where ``config.json`` says what the cache is; the compressed-tensors layout has no words for these groups."""
 
 
 def cache_for(model: nn.Module, scheme: Scheme) -> str:
@@ -52,6 +57,35 @@ def cache_words(scheme: Scheme) -> str:
         f"keys int{keys.bits}, blocks of {keys.group} tokens; values int{values.bits}, groups of {values.group} "
         f"channels; {scheme.recent} recent tokens whole; {mean:g} bits a value"
     )
+
+
+def said_of_cache(model: nn.Module) -> dict[str, int] | None:
+    """What is written of the cache that ``give_cache`` gave a model; None if it did not."""
+    own = [h.scheme for h in model._forward_pre_hooks.values() if isinstance(h, _GiveCache)]
+    if not own or own[-1].keys is None or own[-1].values is None:
+        return None
+    keys, values = own[-1].keys, own[-1].values
+    return {
+        "key_bits": keys.bits, "tokens": keys.group, "value_bits": values.bits, "channels": values.group,
+        "recent": own[-1].recent,
+    }  # fmt: skip
+
+
+def read_cache(said: Any, where: str) -> Scheme:
+    """The scheme that ``said_of_cache`` wrote.
+
+    Raises:
+        TesselError: something else was written; ``where`` names the file.
+    """
+    names = ("key_bits", "tokens", "value_bits", "channels", "recent")
+    whole = isinstance(said, dict) and all(type(said.get(n)) is int and said[n] >= 0 for n in names)
+    check(whole, lambda: f"load_quantized: {where}: {CACHE_KEY} is {said!r}, not numbers for {', '.join(names)}")
+    key_bits, tokens, value_bits, channels, recent = (said[n] for n in names)
+    keys, values = (
+        replace(integers(bits, group, minimum=True), scale="f16")
+        for bits, group in ((key_bits, tokens), (value_bits, channels))
+    )
+    return Scheme(f"kv{key_bits}", keys=keys, values=values, recent=recent)
 
 
 class _GiveCache:
