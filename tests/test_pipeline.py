@@ -37,6 +37,7 @@ def test_trace_records_each_pass() -> None:
         ("decode", 3, 3),
         ("gradients", 3, 3),
         ("recurrences", 3, 3),
+        ("running", 3, 3),
         ("small_products", 3, 3),
         ("narrow_products", 3, 3),
         ("canonicalize", 3, 3),

@@ -24,7 +24,7 @@ from tessel.frontend.scan_op import linear_scan
 from tessel.ir.node import Builder, make_input
 from tessel.ir.types import Dim, TensorType, symbol
 from tessel.ops import OPS
-from tessel.ops.scan import linear_scan_ref
+from tessel.ops.scan import FOLDS, linear_scan_ref, running_ref
 from tessel.ops.selective import selective_scan_backward_ref
 from tessel.passes import decompose, fuse
 from tessel.runtime.scan_gpu import GpuSelective
@@ -175,6 +175,9 @@ def large() -> dict[str, Kernel]:
         "odd": selective_of(2, 33, 47, 5, torch.float32),
         "channels": kernel_of((4, 2048, 1024), 1),
         "few": kernel_of((3, 100003), 1, reverse=True),
+        "running sums": running_kernel((4096, 4096), 1, "sum"),
+        "running log-sums": running_kernel((3, 100003), 1, "logsumexp"),
+        "running extremes": running_kernel((4, 2048, 1024), 1, "amax", torch.bfloat16),
     }
 
 
@@ -262,3 +265,61 @@ def test_gradients_compile_offline(target: str) -> None:
         assert got.shared_bytes is not None
         assert got.shared_bytes <= source.smem_bytes <= record.limits.shared_bytes_per_block, what
         assert not got.spills, what
+
+
+# ---------------------------------------------------------------- running folds
+
+
+def running_kernel(shape: Sequence[Dim], dim: int, fold: str, dtype: torch.dtype = torch.float32) -> Kernel:
+    x = make_input("x", TensorType(tuple(shape), dtype))
+    builder = Builder((x,))
+    h = builder.add(OPS["running"], x.out, dim=dim, fold=fold)
+    (node,) = fuse.run(builder.finish((h,)), Options()).nodes
+    return lower(node)
+
+
+@pytest.mark.parametrize("knobs", [{"STEPS": 4}, {"SIDE": 64, "XB": 2}], ids=str)
+@pytest.mark.parametrize("fold", FOLDS)
+def test_running_folds(fold: str, knobs: dict[str, int]) -> None:
+    """Odd lengths, halves, whole numbers, and what is not finite, against float64."""
+    torch.manual_seed(0)
+    for shape, dim, dtype in (((3, 13, 5), 1, torch.float32), ((2, 70), 1, torch.bfloat16), ((70, 3), 0, torch.int32)):
+        if fold == "logsumexp" and not dtype.is_floating_point:
+            continue
+        x = (torch.randn(shape) * 2).to(dtype)
+        if dtype == torch.float32:
+            x[0, 4, 0], x[1, 2, 1], x[2, :3, 2], x[2, 5, 3] = torch.nan, torch.inf, -torch.inf, -torch.inf
+        out = poisoned(shape, dtype)
+        run(render(running_kernel(shape, dim, fold, dtype), INTERPRET, {**IN_ORDER, **knobs}), [x, out])
+        want = running_ref(x.double() if dtype.is_floating_point else x, dim, fold)
+        size = running_ref(x.double().abs().nan_to_num(0, 0, 0) + 1, dim, "prod" if fold == "prod" else "sum")
+        if dtype == torch.bfloat16:  # the interpreter truncates
+            assert ((out.double() - want).abs() <= 2**-7 * size).all()
+        else:
+            check(out, want, size, 4 * shape[dim])
+
+
+def test_running_folds_are_kernels() -> None:
+    """Fused with what is around them; an extreme whose places are read is left to torch."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 41)
+    mask = torch.rand(3, 41) > 0.5
+
+    def fn(x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        at = torch.cumsum(mask, -1) - 1
+        return at, x.cumprod(0), (x * 2).logcumsumexp(1), torch.cummax(x, 1).values, torch.cummin(x, 0)[0], x.cumsum(1)
+
+    got, report = by_triton(fn, x, mask)
+    for g, w in zip(got, fn(x.double(), mask), strict=True):
+        assert g.dtype in (torch.int64, torch.float32)
+        torch.testing.assert_close(g, w.to(g.dtype), rtol=1e-5, atol=1e-5)
+    assert {k.family for k in report.kernels} == {"scan"} and not [c for r in report.compilations for c in r.calls]
+    both, report = by_triton(lambda x: torch.cummax(x, 1), x)
+    assert torch.equal(both[1], torch.cummax(x, 1).indices)
+    assert "aten.cummax.default" in [c.operator for r in report.compilations for c in r.fallbacks]
+
+
+def test_running_folds_of_many_rows_go_side_by_side_too() -> None:
+    """The order of their sums is free: what lies side by side in memory is read side by side."""
+    assert tile(running_kernel((8192, 4096), 1, "sum"), get_target("h100")).knobs["SIDE"] > 1
+    assert tile(running_kernel((4096, 65536), 0, "sum"), get_target("h100")).knobs["SIDE"] == 1

@@ -367,7 +367,8 @@ def _statement(s: Stmt, names: _Names) -> tuple[_Node, list[tuple[str, int]]]:
     elif isinstance(s, Reduce):
         says, types = f"reduce.{s.op} {operand(s.arg, 'value')}", [s.dtype, s.arg_dtype]
     elif isinstance(s, Scan):
-        says, types = f"scan{' back' * s.reverse} {operand(s.a, 'factor')} {operand(s.b, 'addend')}", [s.dtype]
+        says = f"scan{s.fold and '.' + s.fold}{' back' * s.reverse} {operand(s.a, 'factor')} {operand(s.b, 'addend')}"
+        types = [s.dtype]
     elif isinstance(s, Check):
         high, mask = names.size(s.high, found), names.conds(s.mask, found, values, "if")
         says = f"check {operand(s.arg, 'value')}<{high} if {mask}"

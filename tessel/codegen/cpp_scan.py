@@ -134,6 +134,7 @@ class _Writer:
 
     def _scan(self, stmt: Scan, wide: bool) -> None:
         """The new state, which the next step finds where the old one was."""
+        check(not stmt.fold, lambda: f"{self.kernel.name}: a running {stmt.fold} has no C++ form")
         e = self.e
         check(
             not self.folds or len(e.blocks) > 2,

@@ -10,7 +10,8 @@
 Statements are written once for each of the steps before the next statement, so that no load waits for a step's result.
 Sums come in the order of steps, as in eager. With SIDE > 1 that many steps are a dimension of the tile, scanned by
 ``tl.associative_scan`` and continued from the tile before: for few recurrences of many steps. Its sums come in another
-order, and a product of factors that overflows gives NaN where one step after the other would not.
+order, and a product of factors that overflows gives NaN where one step after the other would not. A running fold
+(``Scan.fold``) goes either way too.
 """
 
 from __future__ import annotations
@@ -24,12 +25,24 @@ from ..ir.types import Dim, product
 from ..tiles.default import of_kind
 from ..tiles.index import scale, var
 from ..tiles.kernel import Axis, Carry, Check, Kernel, Load, Next, Reduce, Ref, Scan, Stmt, Store, axes_read, refs
-from .dialect import cast, compute_dtype, rounded, size_text, triton_dtype
+from .dialect import cast, compute_dtype, literal, rounded, size_text, triton_dtype
 from .expr import Emitter
 from .families import BOTH, Folds, R, X, divides, flat_axes, names_for
 from .names import NONE, Dims, Lane, used_indices
 
 __all__ = ["scan"]
+
+# The state and the value of a step as one, by the fold; of a recurrence that has none, a line.
+_JOINED = {
+    "": "{a} * {state} + {b}",
+    "sum": "{state} + {b}",
+    "prod": "{state} * {b}",
+    "amax": "tessel_maximum({state}, {b})",
+    "amin": "tessel_minimum({state}, {b})",
+    "logsumexp": "log_add({state}, {b})",
+}
+# The same of all steps of a tile up to each.
+_ASIDE = {"sum": "sums_on", "prod": "products_on", "amax": "maxima_on", "amin": "minima_on", "logsumexp": "log_sums_on"}
 
 
 @dataclass
@@ -85,7 +98,8 @@ class _Writer:
                 first.lines.append(f"{self._state(s)} = {text}")
             elif isinstance(s, Scan):
                 shape = "XB, 1" if self.side > 1 else ", ".join(self.shape)
-                start = f"tl.full([{shape}], 0.0, {triton_dtype(compute_dtype(s.dtype))})"
+                dtype = compute_dtype(s.dtype)
+                start = f"tl.full([{shape}], {literal(0, dtype, False)}, {triton_dtype(dtype)})"
                 first.lines.append(f"{self._state(s)} = {start}")
         for s in (s for s, moves in zip(body, moving) if moves):
             first.hoist(used_indices(self.kernel, s), BOTH)
@@ -169,7 +183,7 @@ class _Writer:
     def _advance(self, e: Emitter, stmt: Scan, later: str) -> None:
         """The next state; ``later`` tells whether there was one before, if that is not known."""
         (a, _, _), (b, _, _), state = e.values[stmt.a.number], e.values[stmt.b.number], self._state(stmt)
-        new = f"{a} * {state} + {b}"
+        new = _JOINED[stmt.fold].format(a=a, b=b, state=state)
         e.assign(stmt.out, "scan", f"tl.where({later}, {new}, {b})" if later else new, self.whole, stmt.dtype)
         e.lines.append(f"{state} = {e.values[stmt.out][0]}")
 
@@ -230,19 +244,30 @@ class _Writer:
                 self._emit(e, stmt)
                 continue
             dtype, state = triton_dtype(compute_dtype(stmt.dtype)), self._state(stmt)
+            text = self._up_to_each(e, stmt, masked)
+            e.assign(stmt.out, "scan", text, BOTH, stmt.dtype)
+            none = f"tl.full([1, 1], {literal(0, compute_dtype(stmt.dtype), False)}, {dtype})"
+            e.lines.append(f"{state} = fold_sum(tl.where(lane == SIDE - 1, {e.values[stmt.out][0]}, {none}))")
+        return [Block("0", size_text(self.step.extent), "SIDE", lines + e.take())]
+
+    def _up_to_each(self, e: Emitter, stmt: Scan, masked: bool) -> str:
+        """The steps of a tile scanned, and continued from the state before."""
+        state, here = self._state(stmt), self.names.fresh(f"here{stmt.out}")
+        if stmt.fold:  # what lies past the end comes after all that is there
+            text, dims, _ = e.values[stmt.b.number]
+            e.lines.append(f"{here} = {_ASIDE[stmt.fold]}({e.spread(text, dims, BOTH)})")
+            joined = _JOINED[stmt.fold].format(a="", b=here, state=state)
+        else:
             operands = []
             for ref, neutral in ((stmt.a, "1.0"), (stmt.b, "0.0")):
                 text, dims, _ = e.values[ref.number]
                 if masked:
                     text, dims = f"tl.where(s_ok, {text}, {neutral})", dims | R
                 operands.append(e.spread(text, dims, BOTH))
-            factor, here = (self.names.fresh(f"{n}{stmt.out}") for n in ("factor", "here"))
+            factor = self.names.fresh(f"factor{stmt.out}")
             e.lines.append(f"{factor}, {here} = scan_linear({', '.join(operands)})")
-            text = f"tl.where(tl.full([1, 1], t, INDEX) > 0, {factor} * {state} + {here}, {here})"
-            e.assign(stmt.out, "scan", text, BOTH, stmt.dtype)
-            last = f"tl.where(lane == SIDE - 1, {e.values[stmt.out][0]}, tl.full([1, 1], 0.0, {dtype}))"
-            e.lines.append(f"{state} = fold_sum({last})")
-        return [Block("0", size_text(self.step.extent), "SIDE", lines + e.take())]
+            joined = _JOINED[""].format(a=factor, b=here, state=state)
+        return f"tl.where(tl.full([1, 1], t, INDEX) > 0, {joined}, {here})"
 
 
 def _plain_load(s: Stmt) -> bool:

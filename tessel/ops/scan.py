@@ -1,8 +1,9 @@
-"""Linear recurrences along one dimension.
+"""Linear recurrences along one dimension, and running folds.
 
     h[0] = b[0],  h[t] = a[t] * h[t - 1] + b[t]
 
 ``reverse`` starts at the last step and goes down: h[t] = a[t] * h[t + 1] + b[t]. That is what gradients need.
+A running fold is a recurrence too: h[t] = fold(h[t - 1], x[t]).
 A chain of t steps, of which each other axis has one of its own: those split anywhere, the scanned one stays whole.
 Halves are computed in f32.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import check
+from ..errors import check, did_you_mean
 from ..ir.node import Node, Op
 from ..ir.types import TensorType, product
 from .common import HALVES, along, axis, equal_shapes, need_tensor, result, table
@@ -57,8 +58,36 @@ def linear_scan_doubling(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Te
     return b
 
 
+FOLDS = ("sum", "prod", "amax", "amin", "logsumexp")  # of a running fold
+
+
+def _infer_running(x: Any, dim: int, fold: str) -> tuple[TensorType, ...]:
+    need_tensor("running", x)
+    axis("running", dim, x.rank)
+    check(fold in FOLDS, lambda: f"running: no fold {fold!r}; {did_you_mean(fold, FOLDS)}")
+    fits = x.rank > 0 and (x.dtype.is_floating_point or (x.dtype != torch.bool and fold != "logsumexp"))
+    check(fits, lambda: f"running: no {fold} of {x} along a dim; cast it")
+    return (result(x.shape, x.dtype, x),)
+
+
+def running_ref(x: torch.Tensor, dim: int, fold: str) -> torch.Tensor:
+    """What all steps up to each make together, NaN from the first one on.
+
+    >>> running_ref(torch.tensor([1, 3, 2]), 0, "amax").tolist()
+    [1, 3, 3]
+    """
+    wide = x.float() if x.dtype in HALVES else x
+    if fold in ("amax", "amin"):
+        got = (torch.cummax if fold == "amax" else torch.cummin)(wide, dim).values
+    elif fold == "logsumexp":
+        got = torch.logcumsumexp(wide, dim)
+    else:
+        got = (torch.cumsum if fold == "sum" else torch.cumprod)(wide, dim, dtype=wide.dtype)
+    return got.to(x.dtype)
+
+
 def _dims(node: Node) -> str:
-    return along(node, (axis("linear_scan", node.attrs["dim"], node.type.rank),))
+    return along(node, (axis(node.op.name, node.attrs["dim"], node.type.rank),))
 
 
 SCAN = table(
@@ -72,6 +101,16 @@ SCAN = table(
         cost=2,
         doc="h[t] = a[t] * h[t - 1] + b[t] along ``dim``, h[0] = b[0]; reverse=: from the end",
     ),
+    Op(
+        "running",
+        "scan",
+        dims=_dims,
+        ref=running_ref,
+        infer=_infer_running,
+        flops=lambda node: product(node.type.shape),
+        cost=2,
+        doc="sum, prod, amax, amin or logsumexp (``fold``) of all steps up to each along ``dim``",
+    ),
 )
 
-__all__ = ["SCAN", "linear_scan_doubling", "linear_scan_ref"]
+__all__ = ["FOLDS", "SCAN", "linear_scan_doubling", "linear_scan_ref", "running_ref"]

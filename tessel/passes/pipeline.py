@@ -17,7 +17,19 @@ from ..ir.node import Graph
 from ..ir.text import print_graph
 from ..ir.verify import verify
 from ..ops import OPS
-from . import canonicalize, decode, decompose, gradients, inplace, layouts, masks, quantize, recurrences, small_products
+from . import (
+    canonicalize,
+    decode,
+    decompose,
+    gradients,
+    inplace,
+    layouts,
+    masks,
+    quantize,
+    recurrences,
+    running,
+    small_products,
+)
 
 Pass: TypeAlias = "Callable[[Graph, Options], Graph]"
 
@@ -67,6 +79,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("decode", lambda graph, options: decode.run(graph, options)),
     ("gradients", lambda graph, options: gradients.run(graph, options)),
     ("recurrences", lambda graph, options: recurrences.run(graph)),
+    ("running", lambda graph, options: running.run(graph)),
     ("small_products", lambda graph, options: small_products.run(graph)),
     ("narrow_products", lambda graph, options: small_products.run(graph, windows=False)),
     # opening composites leaves identities and doubles behind
@@ -81,7 +94,7 @@ BEFORE_SHARD: tuple[tuple[str, Pass], ...] = PASSES[:2] + PASSES[:1]
 
 # Passes whose results only the C++ templates, or only the Triton ones, have kernels for.
 CPU_ONLY = frozenset({"packed", "small_products", "layouts"})
-GPU_ONLY = frozenset({"unpack", "decode", "gradients", "narrow_products"})
+GPU_ONLY = frozenset({"unpack", "decode", "gradients", "running", "narrow_products"})
 
 
 def run_pipeline(

@@ -399,7 +399,7 @@ def _scan(problem: Problem, target: Target) -> list[Constraint]:
         Constraint(
             "in order",
             False,
-            lambda v: ((v["SIDE"] > 1) & (problem.x >= enough)) * 1,
+            lambda v: ((v["SIDE"] > 1) & ((problem.ordered or problem.across) and problem.x >= enough)) * 1,
             lambda v: 0,
             lambda v, n, m: f"{problem.x} recurrences keep the device busy one step after the other; SIDE changes sums",
         ),

@@ -144,7 +144,9 @@ class Reduce:
 class Scan:
     """``out = a * (out of the step before) + b`` along the axis of kind ``s``; the first step gives ``b``.
 
-    With ``reverse`` the steps go from the axis' end to its beginning; all scans of a kernel go the same way.
+    With a ``fold`` (``sum``, ``prod``, ``amax``, ``amin``, ``logsumexp``) it is that of ``b`` and the step before, and
+    ``a`` is ``b``. With ``reverse`` the steps go from the axis' end to its beginning; all scans of a kernel go the same
+    way.
     """
 
     out: int
@@ -152,6 +154,7 @@ class Scan:
     b: Ref
     dtype: torch.dtype
     reverse: bool = False
+    fold: str = ""
 
 
 @dataclass(frozen=True, slots=True)

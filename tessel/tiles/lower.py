@@ -210,8 +210,9 @@ class Lowering:
         for x in node.operands:
             arg = yield (x, mine, ())
             args.append(arg if isinstance(arg, Ref) else self.compute("copy", (arg,), x.dtype, x.dtype))
-        a, b = args
-        return self.new(lambda out: Scan(out, a, b, node.type.dtype, bool(node.attrs.get("reverse", False))))
+        a, b = args[0], args[-1]
+        reverse, fold = bool(node.attrs.get("reverse", False)), node.attrs.get("fold", "")
+        return self.new(lambda out: Scan(out, a, b, node.type.dtype, reverse, fold))
 
     # ------------------------------------------------------------------ results
 
