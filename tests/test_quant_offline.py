@@ -47,11 +47,11 @@ def test_odd_sizes_in_the_interpreter(name: str) -> None:
 
 
 def sources(target: Target) -> list[tuple[str, Source]]:
-    """Of every format: a product for one row, for a few, and for many."""
+    """Of every kind of format: a product for one row and for many."""
     found = []
-    for name, f in WAYS.items():
-        for rows in (1, 16, 1024):
-            for node in packed_kernels(1024, 1024, rows, BF16, f):
+    for name in ("w4a16", "w4a16-asym", "w8a16", "w3a16", "e4m3-row", "mxfp4"):
+        for rows in (1, 1024):
+            for node in packed_kernels(1024, 1024, rows, BF16, WAYS[name]):
                 kernel = dataclasses.replace(lower(node), name=f"k_{len(found)}")
                 found.append((f"{name}, {rows} rows", render(kernel, target)))
     return found

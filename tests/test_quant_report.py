@@ -116,13 +116,13 @@ def test_kurtosis_tells_outliers() -> None:
 
 @pytest.mark.parametrize("target", ["a100", "h100", "b200", "mi300x"])
 def test_decoding_is_bound_by_bytes(target: str) -> None:
-    """One row: fewer bits are faster, by no more than the bytes say; four bits than eight where unpacking is not what
-    takes the time."""
+    """One row: fewer bits save no more time than bytes. On an H100 they do save some; where unpacking takes longer than
+    bytes do, the prediction says that, and layers stay whole."""
     device = get_target(target)
     whole, eight, four = (seconds(8192, 8192, 1, BF16, f, device) for f in (None, integers(8), integers(4, 128)))
-    assert whole > max(eight, four)
-    assert eight > four or target in ("a100", "b200")
     assert whole / eight < 2.0 and whole / four < 16 / 4.25
+    if target == "h100":
+        assert whole > 1.5 * max(eight, four)
 
 
 def test_many_rows_are_bound_by_products() -> None:

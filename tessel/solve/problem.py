@@ -16,7 +16,16 @@ from ..ir.exprs import evaluate
 from ..ir.types import Dim, product
 from ..targets import Target
 from ..tiles.cost import stored_bytes
-from ..tiles.default import batch_axes, formula_values, head_widths, of_kind, plain_dot, reads_across, score_bytes
+from ..tiles.default import (
+    batch_axes,
+    formula_values,
+    head_widths,
+    of_kind,
+    plain_dot,
+    reads_across,
+    score_bytes,
+    staged_bytes,
+)
 from ..tiles.descriptors import descriptors
 from ..tiles.header import ATTENTION
 from ..tiles.kernel import Carry, Compute, Kernel, Load, Reduce, Scan, Stmt, Store, axes_read
@@ -59,6 +68,7 @@ class Problem:
         by_keys: the pass of attention's gradients that holds tiles of keys and streams queries.
         a_bytes, b_bytes: loaded for one element of a product's operands; less than one where words hold several.
         a_ops, b_ops: operators that unpack one element of an operand whose words hold several; 0 where none do.
+        staged: bytes that the loop holds for one element of an operand that is unpacked there; 0 where none is.
         a_along_k, b_along_k: whether an operand is contiguous along k, not along m or n.
         splits: whether k may be cut into parts that a second kernel adds up.
         described: operands, none to two, that tensor descriptors can load: they lie in memory as they are, 16-bit or
@@ -100,6 +110,7 @@ class Problem:
     b_bytes: float = 0
     a_ops: int = 0
     b_ops: int = 0
+    staged: int = 0
     a_along_k: bool = True
     b_along_k: bool = True
     described: int = 0
@@ -186,7 +197,8 @@ class Problem:
 
     def sizes(self) -> dict[str, Any]:
         """What the formulas of a header may name, beside the knobs."""
-        out: dict[str, Any] = {"itemsize": self.itemsize, "out_itemsize": self.out_itemsize, "widest": self.widest}
+        held = max(self.itemsize, self.staged)
+        out: dict[str, Any] = {"itemsize": held, "out_itemsize": self.out_itemsize, "widest": self.widest}
         if self.family in ATTENTION:
             out |= {"BD": self.d, "BE": self.e, "score_bytes": self.point_bytes, "by_keys": int(self.by_keys)}
         if self.family == "matmul":
@@ -209,6 +221,7 @@ def problem_of(kernel: Kernel, target: Target, hints: Mapping[str, int] | None =
     }
     if kernel.family == "matmul":
         own = _matmul(kernel, target, sizes)
+        base["itemsize"] = max(p.type.dtype.itemsize for p in ins)
     elif kernel.family in ATTENTION:
         own = _attention(kernel, target, sizes)
     else:
@@ -274,6 +287,7 @@ def _matmul(kernel: Kernel, target: Target, sizes: _Sizes) -> dict[str, Any]:
         "b_bytes": right.bytes,
         "a_along_k": left.unpacked or _along(kernel, "a") == "k",
         "b_along_k": right.unpacked or _along(kernel, "b") == "k",
+        "staged": staged_bytes(kernel),
         "a_ops": left.ops,
         "b_ops": right.ops,
         "aligned": _aligned(kernel, ("a", "b")),

@@ -14,7 +14,7 @@ from ..errors import TesselError
 from ..ir.types import Dim, product
 from .header import ATTENTION, load_header
 from .index import Index, delinearize, substitute, var
-from .kernel import Axis, Kernel, Load, Store, axes_read
+from .kernel import Axis, Compute, Kernel, Load, Store, axes_read
 
 LARGE = 2**17  # elements: numpy's cost a call is small beside the work, temporaries stay in cache
 UNKNOWN = 2**20  # a symbolic size counts as large
@@ -51,8 +51,20 @@ def formula_values(kernel: Kernel, knobs: Mapping[str, int], vendor: str) -> dic
         widths = {**head_widths(kernel), "score_bytes": score_bytes(kernel), "by_keys": by_keys}
     plain = kernel.family in ("matmul", *ATTENTION) and plain_dot(kernel, vendor)
     itemsize = operand_dtype(kernel).itemsize if kernel.family in ATTENTION else max(ins)
+    itemsize = max(itemsize, staged_bytes(kernel)) if kernel.family == "matmul" else itemsize
     sizes = {"itemsize": itemsize, "out_itemsize": max(outs), "widest": max(*ins, *outs, 4)}
     return {**knobs, **widths, **sizes, "plain": int(plain)}
+
+
+def staged_bytes(kernel: Kernel) -> int:
+    """Bytes that a product's loop holds for one element of an operand that is unpacked there: its word, its scale, its
+    zero and its number of a table are loaded for every element; 0 where nothing is unpacked."""
+    most = 0
+    for part in ("a", "b"):
+        stmts = kernel.parts[part]
+        if any(isinstance(s, Compute) and s.op == "shift_right" for s in stmts):
+            most = max(most, sum(s.dtype.itemsize for s in stmts if isinstance(s, Load)))
+    return most
 
 
 def of_kind(kernel: Kernel, kind: str) -> list[Axis]:
