@@ -78,7 +78,8 @@ def put_stacks(module: nn.Module, stacks: dict[str, Stack]) -> None:
     for name, stack in stacks.items():
         del module._parameters[name]
         module.add_module(_held(name), stack)
-    module.__class__ = _class_of(type(module), tuple(stacks))
+    kind: Any = type(module)
+    module.__class__ = _class_of(kind, tuple(stacks))
 
 
 def quantize_stacks(

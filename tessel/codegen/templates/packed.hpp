@@ -369,7 +369,8 @@ INLINE int linear(const Layer<T> a, i64 threads) {
       if (a.group % chunk == 0) return few_rows<KIND, BITS, T, 1>(a, threads);
       if (a.group * 2 == chunk) return few_rows<KIND, BITS, T, 2>(a, threads);
       if (a.group * 4 == chunk) return few_rows<KIND, BITS, T, 4>(a, threads);
-      if (a.group * 8 == chunk) return few_rows<KIND, BITS, T, 8>(a, threads);
+      if constexpr (BITS <= 4)
+        if (a.group * 8 == chunk) return few_rows<KIND, BITS, T, 8>(a, threads);
     }
   return by_columns(a, threads, [=](i64 n, i64 k0, i64 ks, u8* room, T* to) __attribute__((always_inline)) { unpacked<KIND, BITS>(a, n, k0, ks, room, to); });
 }
