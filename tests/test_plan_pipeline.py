@@ -5,12 +5,25 @@ from __future__ import annotations
 import json
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tessel.errors import TesselError
-from tessel.solve.pipeline import BACKWARD, FORWARD, SCHEDULES, Slot, bubble, cut, held, step_seconds, timeline
+from tessel.solve.pipeline import (
+    BACKWARD,
+    FORWARD,
+    SCHEDULES,
+    Slot,
+    bubble,
+    cut,
+    cut_two_laps,
+    fill,
+    held,
+    step_seconds,
+    timeline,
+)
 
 ORACLES = json.loads((Path(__file__).parent / "data/sharding_oracles.json").read_text())["bubble_p8_m32_v2"]
 
@@ -83,6 +96,29 @@ def test_cuts_equal_exhaustive_search() -> None:
         assert got is None or got.value == pytest.approx(min(found))
 
 
+def slowest_stage(cost: np.ndarray[Any, Any], spare: list[float], starts: tuple[int, ...]) -> float:
+    """Of stages that hold a part of either lap; a part that is empty takes nothing."""
+    p, ends = len(spare), (*starts[1:], cost.shape[2] - 1)
+    own = [0.0 if a == b else float(cost[i, a, b]) for i, (a, b) in enumerate(zip(starts, ends, strict=True))]
+    return max(own[s] + own[s + p] - spare[s] for s in range(p))
+
+
+def test_cuts_of_two_laps_against_exhaustive_search() -> None:
+    r = np.random.default_rng(3)
+    for _ in range(60):
+        p = int(r.integers(1, 4))
+        n = int(r.integers(2 * p, 2 * p + 4))
+        work, more = r.random((2 * p, n)) + 0.05, r.random(2 * p)
+        cost = np.full((2 * p, n + 1, n + 1), np.inf)
+        for a, b in combinations(range(n + 1), 2):
+            cost[:, a, b] = work[:, a:b].sum(axis=1) + more
+        spare = [float(x) for x in 0.2 * r.random(p)]
+        best = min(slowest_stage(cost, spare, (0, *inner)) for inner in combinations(range(1, n), 2 * p - 1))
+        bound, starts = cut_two_laps(cost, spare)
+        assert starts is not None and bound <= best + 1e-12
+        assert slowest_stage(cost, spare, starts) <= best * (1 + 1e-3)
+
+
 @pytest.mark.parametrize(("schedule", "chunks"), [("1f1b", 1), ("interleaved", 2), ("zb1p", 1), ("zbv", 2)])
 def test_a_step_of_equal_stages_has_the_bubble_of_the_formula(schedule: str, chunks: int) -> None:
     assert step_seconds(schedule, [2.0] * 8, 32, chunks) / 2 - 1 == pytest.approx(bubble(schedule, 8, 32, chunks))
@@ -96,6 +132,7 @@ def test_a_step_of_equal_stages_has_the_bubble_of_the_formula(schedule: str, chu
         (("interleaved", 4, 6, 2), "6 microbatches are no multiple of 4 stages"),
         (("interleaved", 4, 8), "1 chunk a stage"),
         (("zbv", 4, 4), "4 microbatches, fewer than 2 × 4"),
+        (("zb1p", 4, 9), "9 microbatches on 4 stages do not make 2 equal rounds"),
     ],
 )
 def test_impossible_schedules(args: tuple[object, ...], words: str) -> None:
@@ -127,3 +164,10 @@ def check_order(slots: list[Slot], parts: int) -> None:
     for (kind, part, i), s in at.items():
         before = [(FORWARD, part - 1, i)] if kind == FORWARD else [(FORWARD, part, i), (BACKWARD, part + 1, i)]
         assert all(at[n].end <= s.start for n in before if 0 <= n[1] < parts)
+
+
+def test_zero_bubble_waits_for_what_is_not_gradients_of_parameters() -> None:
+    """F + B − W of arXiv 2401.10241, table 2; and as much is held as by 1f1b's first stage."""
+    assert fill("zb1p") == pytest.approx(1 / 3) and fill("zb1p", weights=0.5) == 0
+    assert fill("zb1p", weights=0.25) == pytest.approx(0.5) and fill("1f1b") == 1
+    assert [held("zb1p", 4, 8, s) for s in range(4)] == [4] * 4

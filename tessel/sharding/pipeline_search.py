@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import TesselError, check
 from ..solve.comm import MeshAxis, State
 from ..solve.memory import param_bytes
-from ..solve.pipeline import Array, cut, fill, held, stage_of, step_seconds
+from ..solve.pipeline import Array, cut, cut_two_laps, fill, held, stage_of, step_seconds
 from ..solve.pipeline_search import Spans, spans_of
 from ..solve.shard_choice import Weight
 from ..solve.shard_price import Pricer
@@ -65,7 +65,7 @@ class StageSearch:
         check(bool(self.ways), lambda: f"{places} places where the model can be cut do not make {self.p} stages")
         self.users = self._shared_users()
         self.extra = self._extra()
-        self._spans: dict[float, list[Spans]] = {}
+        self._spans: dict[tuple[float, int], list[Spans]] = {}
 
     def _shared_users(self) -> dict[Param, list[int]]:
         """The places of the chain that use a parameter of several units."""
@@ -91,10 +91,14 @@ class StageSearch:
                 out[a, first + 1 :] += least
         return out
 
-    def spans(self, in_flight: float) -> list[Spans]:
-        if in_flight not in self._spans:
-            self._spans[in_flight] = spans_of(Search(self.kinds, self.order, self.pricer.in_flight(in_flight)))
-        return self._spans[in_flight]
+    def spans(self, way: Way, part: int) -> list[Spans]:
+        """What every stretch costs as a part, by the way to keep shared parameters."""
+        held_ = self.in_flight(way, part)
+        if (held_, way.chunks) not in self._spans:
+            search = Search(self.kinds, self.order, self.pricer.in_flight(held_))
+            length = max(1, len(self.order) // (self.p * way.chunks))
+            self._spans[held_, way.chunks] = spans_of(search, self.limit / way.chunks, length)
+        return self._spans[held_, way.chunks]
 
     def in_flight(self, way: Way, part: int) -> float:
         return held(way.schedule, self.p, self.m, stage_of(way.schedule, part, self.p), way.chunks)
@@ -104,7 +108,7 @@ class StageSearch:
         found = []
         for way in self.ways:
             progress(f"cutting {self.p} stages, {way}, {self.m} microbatches")
-            spans = [self.spans(self.in_flight(way, i)) for i in range(self.p * way.chunks)]
+            spans = [self.spans(way, i) for i in range(self.p * way.chunks)]
             pins = [[own[k] for own in spans] for k in range(len(spans[0]))]
             bound = min(self._bound(way, own) for own in pins)
             if bound < inf:
@@ -116,16 +120,33 @@ class StageSearch:
         return np.stack([s.bound((self.limit - spared) / way.chunks - self.extra) for s in spans])
 
     def _bound(self, way: Way, spans: Sequence[Spans]) -> float:
-        """Seconds that no cut beats: for one part a stage by the best cut, else by the mean of the stages."""
+        """Seconds that no cut beats.
+
+        For one part a stage by the best cut. For several by Lagrange, with the memory that they share: what all stages
+        work, and of laps the slowest.
+        """
         weight = fill(way.schedule, way.chunks) / self.m
         sends = self._least_messages(way)
         if way.chunks == 1:
             best = cut(self._cost(way, spans, 0.0), weight)
             return inf if best is None else best.value + sends
-        loosest = min(spans, key=lambda s: s.least[0, -1])
-        mean = float(loosest.bound(self.p * self.limit)[0, -1]) / self.p
-        fits = cut(self._cost(way, spans, 0.0)) is not None
-        return mean * (1 + weight * (self.p - 1)) + sends if fits else inf
+        if cut(np.stack([s.bound(self.limit - self.extra) for s in spans])) is None:
+            return inf
+        cost, spare = self._shared_cost(spans)
+        whole = cut(cost, 1.0)
+        total = 0.0 if whole is None else max(0.0, whole.value - sum(spare))
+        slowest = total / self.p
+        if _laps(way):
+            slowest = max(slowest, cut_two_laps(cost, spare)[0])
+        return (1 - weight) * slowest + weight * total + sends
+
+    def _shared_cost(self, spans: Sequence[Spans]) -> tuple[Array, list[float]]:
+        """Seconds and bytes of every stretch as every part, bytes at their usual price; what a stage's memory is worth.
+
+        No stage works less than its parts' costs less that worth.
+        """
+        cost = np.stack([s.priced + s.usual * self.extra for s in spans])
+        return cost, [spans[i].usual * self.limit for i in range(self.p)]  # the first p parts: one of each stage
 
     def _least_messages(self, way: Way) -> float:
         """The least seconds of the messages that a microbatch waits for, whatever is handed on."""
@@ -146,15 +167,21 @@ class StageSearch:
             if not fits:
                 return None
             best = min(fits, key=lambda c: c.value)
-            starts = best.starts
+            own = candidate.spans[next(i for i, c in enumerate(cuts) if c is best)]
+            begun = [best.starts]
             if way.chunks > 1:
-                own = candidate.spans[next(i for i, c in enumerate(cuts) if c is best)]
-                starts = self._even(way, starts, self._cost(way, own, spared))
-            found = self._parts(way, starts, progress)
-            if isinstance(found, Staged):
-                found.bound = candidate.bound
-                return found
-            spared += max(found, 0.005 * self.limit)
+                cost = self._cost(way, own, spared)
+                begun = [self._even(way, best.starts, cost)]
+                other = cut_two_laps(cost, [0.0] * self.p)[1] if _laps(way) else None
+                if other is not None and all(a < b for a, b in pairwise(other)):
+                    begun.append(self._even(way, other, cost))
+            found = [self._parts(way, starts, progress) for starts in dict.fromkeys(begun)]
+            made = [x for x in found if isinstance(x, Staged)]
+            if made:
+                out = min(made, key=lambda x: x.seconds)
+                out.bound = candidate.bound
+                return out
+            spared += max(0.005 * self.limit, min(x for x in found if not isinstance(x, Staged)))
         return None
 
     def _even(self, way: Way, starts: tuple[int, ...], cost: Array) -> tuple[int, ...]:
@@ -177,6 +204,12 @@ class StageSearch:
                     if value(moved) < best:
                         best, places = value(moved), moved
         return tuple(places[:-1])
+
+    def _share(self, out: Staged, part: int, count: int) -> float:
+        """The memory of a part: an even share of what the searched parts of its stage leave."""
+        own = [i for i in range(count) if out.stage(i) == out.stage(part)]
+        left = self.limit - sum(_held_by(out, i) for i in own if i < part)
+        return left / sum(i >= part for i in own)
 
     def _parts(self, way: Way, starts: tuple[int, ...], progress: Progress) -> Staged | float:
         """The parts of a cut searched one after the other, or the bytes that one of them is over."""
@@ -203,7 +236,7 @@ class StageSearch:
                 [self.kinds[k] for k in local], [local.index(k) for k in order], pricer, entry=entry,
                 shared={p: w.storage for p, w in shared.items() if p in own},
             )  # fmt: skip
-            limit = self.limit / way.chunks - sum(more.values())
+            limit = self._share(out, i, len(starts)) - sum(more.values())
             waiting = _waiting(way, out.stage(i), self.p)
             answer, transient = _within(search, pricer, limit, waiting, progress)
             out.took += answer.took
@@ -218,6 +251,16 @@ class StageSearch:
                     shared.setdefault(w.param, w)
         out.tied = [(p, tuple(own), shared[p]) for p, own in homes.items() if len({out.stage(i) for i in own}) > 1]
         return out
+
+
+def _held_by(out: Staged, part: int) -> float:
+    """Bytes of a part that has been searched."""
+    return out.answers[part].nbytes + sum(out.transients[part].values()) + sum(out.shared[part].values())
+
+
+def _laps(way: Way) -> bool:
+    """Whether every stage holds a part of either of two laps over the stages."""
+    return way.schedule == "interleaved" and way.chunks == 2
 
 
 def _within(
@@ -288,7 +331,7 @@ def search_stages(searches: Mapping[int, StageSearch], progress: Progress) -> tu
 def _shortage(searches: Mapping[int, StageSearch]) -> str:
     s = next(iter(searches.values()))
     n = len(s.order)
-    least = {w: min(float(x.least[0, n]) for x in s.spans(s.in_flight(w, 0))) for w in s.ways}
+    least = {w: min(float(x.least[0, n]) for x in s.spans(w, 0)) for w in s.ways}
     way, need = min(least.items(), key=lambda x: x[1])
     return (
         f"no cut into {s.p} stages fits {s.limit / 2**30:.4g} GiB a device: the whole model holds at least "

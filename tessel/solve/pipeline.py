@@ -22,7 +22,20 @@ import numpy as np
 
 from ..errors import TesselError, check, did_you_mean
 
-__all__ = ["APART", "SCHEDULES", "Cut", "Slot", "bubble", "cut", "fill", "held", "stage_of", "step_seconds", "timeline"]
+__all__ = [
+    "APART",
+    "SCHEDULES",
+    "Cut",
+    "Slot",
+    "bubble",
+    "cut",
+    "cut_two_laps",
+    "fill",
+    "held",
+    "stage_of",
+    "step_seconds",
+    "timeline",
+]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -163,6 +176,67 @@ def cut(cost: Array, weight: float = 0.0) -> Cut | None:
     return min(found, key=lambda c: c.value)
 
 
+def cut_two_laps(cost: Array, spare: Sequence[float], tolerance: float = 3e-4) -> tuple[float, tuple[int, ...] | None]:
+    """A cut whose slowest stage is fastest, where each of ``len(spare)`` stages holds a part of either of two laps.
+
+    For a limit on the stages and a place where the second lap begins, the longest second parts that first parts leave
+    room for are found stage by stage.
+
+    Args:
+        cost: as in ``cut``, of the parts of the first lap, then of the second; a stretch within another one costs no
+            more than it.
+        spare: what is taken off the two parts of each stage.
+        tolerance: by how much of it the slowest stage of the answer may be above the least.
+
+    Returns:
+        What no cut beats for its slowest stage, and where the parts of one begin that is within the tolerance of it; a
+        part of it may be empty.
+    """
+    n, stages = cost.shape[2] - 1, len(spare)
+    whole = cut(cost, 1.0)
+    if whole is None:
+        return inf, None
+    low, best, starts = max(0.0, (whole.value - sum(spare)) / stages), whole.value, None
+    for turn in range(1, n):
+        found = _two_laps(cost, spare, turn, best * (1 - tolerance))
+        if found is None:
+            continue
+        a, b = low, best * (1 - tolerance)
+        while b - a > tolerance * b / 2:
+            half = (a + b) / 2
+            fits = _two_laps(cost, spare, turn, half)
+            a, b, found = (half, b, found) if fits is None else (a, half, fits)
+        best, starts = b, found
+    return max(low, best * (1 - tolerance)), starts
+
+
+def _two_laps(cost: Array, spare: Sequence[float], turn: int, limit: float) -> tuple[int, ...] | None:
+    """Where parts begin, if no stage takes more than ``limit`` and the second lap begins at ``turn``."""
+    n, stages = cost.shape[2] - 1, len(spare)
+    reach = np.full(turn + 1, -1)  # where first parts end -> the furthest that second parts come
+    reach[0] = turn
+    steps = []
+    for s, own in enumerate(spare):
+        made, come = np.full(turn + 1, -1), np.full(turn + 1, -1)
+        for a in np.flatnonzero(reach >= 0):
+            left = limit + own - cost[s, a, a : turn + 1]
+            left[0] = limit + own  # an empty part
+            ends = np.concatenate(([0.0], cost[s + stages, reach[a], reach[a] + 1 :]))
+            far = np.where(left >= 0, reach[a] + np.searchsorted(ends, left, side="right") - 1, -1)
+            further = far > made[a:]
+            made[a:][further], come[a:][further] = far[further], a
+        steps.append((reach, come))
+        reach = made
+    if reach[turn] < n:
+        return None
+    first, second, at = [], [], turn
+    for before, come in reversed(steps):
+        at = int(come[at])
+        first.append(at)
+        second.append(int(before[at]))
+    return (*reversed(first), *reversed(second))
+
+
 def _cut(cost: Array, starts: tuple[int, ...], weight: float) -> Cut:
     ends = (*starts[1:], cost.shape[2] - 1)
     seconds = tuple(float(cost[i, a, b]) for i, (a, b) in enumerate(zip(starts, ends)))
@@ -229,7 +303,9 @@ def timeline(
     count = stages * chunks
     trains = any(b > 0 for _, b in seconds)
     apart = schedule in APART
-    most = [held(schedule, stages, microbatches, s, chunks) * chunks for s in range(stages)]
+    # of zb1p what waits for a backward is as in 1f1b; what waits for gradients of parameters waits for nobody
+    begun = "1f1b" if schedule == "zb1p" else schedule
+    most = [held(begun, stages, microbatches, s, chunks) * chunks for s in range(stages)]
     if schedule in ("gpipe", "interleaved"):  # their orders say it already
         most = [inf] * stages
     home = [stage_of(schedule, i, stages) for i in range(count)]
@@ -261,7 +337,7 @@ def timeline(
                 continue
             todo[s].remove(work)
             took = seconds[part][0] if kind == FORWARD else seconds[part][1] / (2 if apart else 1)
-            alive[s] += {FORWARD: 1, BACKWARD: 0 if apart else -1, WEIGHTS: -1}[kind]
+            alive[s] += {FORWARD: 1, BACKWARD: -1, WEIGHTS: 0}[kind]
             free[s] = done[work] = now + took
             out.append(Slot(now, free[s], s, part, i, kind))
             began = True

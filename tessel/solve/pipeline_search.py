@@ -8,6 +8,7 @@ the search of the stages that were cut then settles them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 
@@ -19,7 +20,8 @@ from .shard_tables import Tables
 
 __all__ = ["Spans", "spans_of"]
 
-_RATIO, _PRICES = 2.0, 8  # prices to each side of the one between the fastest and the leanest plan, this ratio apart
+_RATIO, _PRICES = 8.0, 3  # prices to each side of the one between the fastest and the leanest plan, this ratio apart
+_ROUNDS = 5  # times that prices are put where the lines of plans on both sides of a cap cross
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Spans:
     prices: tuple[float, ...]
     seconds: Array
     nbytes: Array
+    usual: float  # the price that bounds most stretches of the usual length best
 
     def fastest(self, cap: Array | float) -> Array:
         """The seconds of the fastest way that was seen to fit, for every stretch."""
@@ -42,23 +45,59 @@ class Spans:
         return np.where(self.nbytes[-1] <= cap, found, inf)  # the last price asks for memory alone
 
     @property
+    def priced(self) -> Array:
+        """Seconds and bytes at the usual price, together, that no way through a stretch beats."""
+        i = self.prices.index(self.usual)
+        return self.seconds[i] + self.usual * self.nbytes[i]
+
+    @property
     def least(self) -> Array:
         """The least bytes of every stretch."""
         return self.nbytes[-1]
 
 
-def spans_of(search: Search) -> list[Spans]:
-    """The costs of all stretches, once for every way to keep parameters that several segments share."""
+def spans_of(search: Search, cap: float, length: int) -> list[Spans]:
+    """The costs of all stretches, once for every way to keep parameters that several segments share.
+
+    Args:
+        cap: bytes of a stretch of ``length`` segments, for which prices are made fine.
+    """
     found = []
     for chain in search.chains:
-        ends = [_sweep(chain.tables, chain.order, price) for price in (0.0, _MEMORY)]
-        (fast, most), (slow, least) = ((t[0, -1], m[0, -1]) for t, m in ends)
+        swept = {price: _sweep(chain.tables, chain.order, price) for price in (0.0, _MEMORY)}
+        (fast, most), (slow, least) = ((t[0, -1], m[0, -1]) for t, m in swept.values())
         middle = (slow - fast) / (most - least) if most > least and slow > fast else 0.0
         prices = [middle * _RATIO**i for i in range(-_PRICES, _PRICES + 1)] if middle else []
-        swept = [ends[0], *(_sweep(chain.tables, chain.order, p) for p in prices), ends[1]]
-        seconds, nbytes = (np.stack([s[i] for s in swept]) for i in (0, 1))
-        found.append(Spans((0.0, *prices, _MEMORY), seconds, nbytes))
+        for _ in range(_ROUNDS + 1):
+            swept |= {p: _sweep(chain.tables, chain.order, p) for p in prices}
+            usual, prices = _between(swept, cap, length)
+        order = sorted(swept)
+        seconds, nbytes = (np.stack([swept[p][i] for p in order]) for i in (0, 1))
+        found.append(Spans(tuple(order), seconds, nbytes, usual))
     return found
+
+
+def _between(swept: Mapping[float, tuple[Array, Array]], cap: float, length: int) -> tuple[float, list[float]]:
+    """The price that bounds the stretch in the middle best; those where the best plans above and below a cap cross.
+
+    The highest point of the bound over prices lies between such two, and after a few rounds on one of them (Kelley's
+    cutting planes); stretches of equal layers share it.
+    """
+    order = sorted(swept)
+    seconds, nbytes = (np.stack([np.diagonal(swept[p][i], length) for p in order]) for i in (0, 1))
+    usual, prices = 0.0, []
+    for x in {len(seconds[0]) * k // 4 for k in (1, 2, 3)}:
+        own = [t + p * (m - cap) for p, t, m in zip(order, seconds[:, x], nbytes[:, x], strict=True)]
+        at = int(np.argmax(own))
+        usual = order[at] if x == len(seconds[0]) // 2 else usual
+        over = [i for i in range(len(order)) if nbytes[i, x] > cap]
+        under = [i for i in range(len(order)) if nbytes[i, x] <= cap]
+        if over and under:
+            a, b = over[-1], under[0]
+            price = (seconds[b, x] - seconds[a, x]) / (nbytes[a, x] - nbytes[b, x])
+            if not any(np.isclose(price, p, rtol=1e-6, atol=0.0) for p in [*order, *prices]):
+                prices.append(float(price))
+    return usual, prices
 
 
 _MEMORY = 1e9  # seconds a byte: more than any plan takes
