@@ -200,30 +200,41 @@ def verify(plan_file: Path, model: str, layers: int | None, dtype: str | None, s
 
     from .frontend.joint import capture_step
     from .models import load_model
+    from .sharding.parts import cut_model
+    from .sharding.plan_file import fingerprint_of
+    from .sharding.planned import microbatch
+    from .sharding.planner import parameters_of
     from .sharding.verify import lay_out_planned, verify_program
+    from .sharding.verify_stages import verify_stages
+    from .targets.mesh import Mesh
 
     made = read_plan(plan_file)
-    settings = made.data["settings"]
+    settings, mesh = made.data["settings"], Mesh(made.mesh)
+    staged, train = "pipeline" in made.data, bool(settings["train"])
     kind = dtype or ("bfloat16" if model.startswith("hf:") else None)
-    held = layers or (None if "program" in made.data else 2)
+    held = layers or (None if staged or "program" in made.data else 2)
     sizes = {"batch": settings["global_batch"], "seq": settings["seq"]} if model.startswith("hf:") else {}
     module, args, kwargs = load_model(
         model, dtype=kind, layers=held if sizes else layers, device="meta" if sizes else None, **sizes
     )
     if not isinstance(module, torch.nn.Module):
         raise TesselError(f"{model} is a function; a plan is of a module")
-    step = capture_step(module, args, kwargs, train=bool(settings["train"]))
-    spmd, note = lay_out_planned(made, module, step)
-    if note:
-        click.echo(note)
-    wrong = False
-    for program in spmd.programs():
-        report = verify_program(program, seconds=seconds / len(spmd.programs()))
-        click.echo(f"{program.graph.name}: {report.text()}")
-        wrong |= not report.proved
-    if wrong:
+    if staged:
+        made.check_model(fingerprint_of(parameters_of(module)))
+        cut = cut_model(module, args, kwargs, mesh, plan=made, train=train)
+        reports = verify_stages(cut, seconds=seconds)
+    else:
+        (args, kwargs), _ = microbatch(args, kwargs, settings["microbatches"] if "program" in made.data else 1)
+        spmd, note = lay_out_planned(made, module, capture_step(module, args, kwargs, train=train))
+        if note:
+            click.echo(note)
+        programs = spmd.programs()
+        reports = [(p.graph.name, verify_program(p, seconds=seconds / len(programs))) for p in programs]
+    for name, report in reports:
+        click.echo(f"{name}: {report.text()}")
+    if not all(report.proved for _, report in reports):
         raise click.ClickException(f"{plan_file}: not proved")
-    click.echo(f"proved: {spmd.mesh.devices} ranks compute what one device computes")
+    click.echo(f"proved: {mesh.devices} ranks compute what one device computes")
 
 
 @click.command()

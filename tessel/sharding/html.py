@@ -16,7 +16,8 @@ from jinja2 import Environment, StrictUndefined
 
 from ..solve.pipeline import timeline
 from .plan_file import ShardingPlan
-from .text import KINDS, TERMS, on_stage, pattern, size_text, slowest_stage, time_text
+from .text import KINDS, TERMS, on_stage, slowest_stage
+from .words import pattern, size_text, time_text
 
 __all__ = ["plan_page"]
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..errors import TesselError, check
 from ..frontend.joint import tensors_of
@@ -25,6 +24,7 @@ from ..targets.mesh import Mesh
 from .annotate import Annotation, Annotations, annotations_of, seeds
 from .pipeline import AXIS
 from .plan_file import ShardingPlan
+from .planned import microbatch
 from .spmd import Spmd, lay_out_prepared, prepared_step
 
 __all__ = ["CutModel", "Laid", "Pipeline", "cut_model"]
@@ -216,17 +216,10 @@ def cut_model(
                 f"mesh {mesh}: say where stages begin, as pipeline=Pipeline(('layers.2',), microbatches=4)"
             )
         part_of, count = pipeline.part_of, len(pipeline.starts) + 1
-    m = pipeline.microbatches
     _check(pipeline, mesh[AXIS], count)
     tensors = tensors_of(args, kwargs or {})
     check(bool(tensors), lambda: "distribute: give example arguments of the whole batch")
-    rows = tensors[0].shape[0] if tensors[0].dim() else 0
-    batched = [bool(x.dim()) and x.shape[0] == rows for x in tensors]
-    check(rows > 0 and rows % m == 0, lambda: f"a batch of {rows} rows does not divide into {m} microbatches")
-    small = iter([x[: rows // m] if cut else x for x, cut in zip(tensors, batched, strict=True)])
-    leaves, tree = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
-    leaves = [next(small) if isinstance(x, torch.Tensor) else x for x in leaves]
-    micro_args, micro_kwargs = pytree.tree_unflatten(leaves, tree)
+    (micro_args, micro_kwargs), batched = microbatch(args, kwargs, pipeline.microbatches)
     parts = capture_parts(model, micro_args, micro_kwargs, part_of, train=train)
     if plan is not None and annotations is None:
         annotations = _annotations_of(plan, tensors_of(micro_args, micro_kwargs))

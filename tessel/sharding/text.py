@@ -11,6 +11,8 @@ from typing import Any
 from ..errors import TesselError, did_you_mean
 from ..ir.sharding import Sharding
 from .plan_file import ShardingPlan
+from .recipe import recipe_lines
+from .words import pattern, size_text, time_text
 
 __all__ = [
     "KINDS",
@@ -19,11 +21,8 @@ __all__ = [
     "findings",
     "node_text",
     "on_stage",
-    "pattern",
     "plan_text",
-    "size_text",
     "slowest_stage",
-    "time_text",
 ]
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries", "inputs")
@@ -59,6 +58,7 @@ def plan_text(plan: ShardingPlan) -> str:
     lines += _table(_parameter_rows(d))
     lines += ["", "products (axis: the factor of the dims string that it splits)"]
     lines += _table(_product_rows(d))
+    lines += [f"  {line}" for line in recipe_lines(d)]
     slow = slowest_stage(d)
     of = "" if slow is None else f" of stage {slow}, the slowest"
     lines += ["", f"communication of one device{of} in a step"]
@@ -113,11 +113,6 @@ def _pipeline_lines(d: Mapping[str, Any]) -> list[str]:
     lines += ["", "compared (seconds that no cut beats)"]
     lines += _table((t["what"], time_text(t["seconds"])) for t in p["tried"])
     return lines
-
-
-def pattern(name: str) -> str:
-    """A name with its layer left open."""
-    return re.sub(r"\.\d+(?=[.:])", ".*", re.sub(r"#\d+$", "", name))
 
 
 def _parameter_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -301,26 +296,3 @@ def findings(
         if n and n % parts:
             out.append(f"{what}: {n} does not divide by {parts} ({', '.join(axes)})")
     return out
-
-
-def size_text(nbytes: float) -> str:
-    """Bytes in words.
-
-    >>> size_text(3 * 2**20)
-    '3.00 MiB'
-    """
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= size:
-            return f"{nbytes / size:.2f} {unit}"
-    return f"{nbytes:.0f} B"
-
-
-def time_text(seconds: float) -> str:
-    """Seconds in words.
-
-    >>> time_text(0.0021)
-    '2.1 ms'
-    """
-    if seconds >= 1:
-        return f"{seconds:.3g} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
