@@ -26,6 +26,8 @@ __all__ = ["Resources", "coefficients", "estimate", "nearest_path", "programs_pe
 PROGRAMS_PER_UNIT = 32  # resident blocks an SM; 24 on sm_89 (CUDA programming guide, technical specifications)
 RESERVED = 1024  # bytes of shared memory that the driver keeps for each block (CUDA programming guide)
 _AFTER = {"sm_100": 32}  # registers beside sums and values in an epilogue, as compiled; 10 elsewhere
+_ROOM = 0.6  # of the limit, for the forward of heads unlike those measured: what wants less did not spill
+_SURE = 0.78  # of it, for what the gradients of such heads hold at once; the least that was seen to spill is 0.91
 _GRANULE = 8  # registers are handed to a thread in eights
 _FILE = Path(__file__).with_name("resources.json")
 
@@ -157,14 +159,24 @@ def _allocated(path: LoadPath, measured: bool, family: str, target: Target, valu
         held = evaluate(path.registers[1], values) * fitted["registers"][1]
         registers = registers + held * (values.get("loads", 1) - 1) * 0.5
         like = values.get("loads", 1) == 1
+    limit = evaluate(path.register_limit, values)
     if family == "matmul" and not values.get("aligned", 1):  # operands pass through registers, two halves in one
         registers = registers + (values["a_part"] + values["b_part"]) * values["itemsize"] / 4
     if family in ATTENTION and values.get("score_bytes"):  # a mask or a bias beside the scores
         registers = registers + values["scores"] * values["score_bytes"] / 4
         like = False
-    if family in ATTENTION:  # wider heads than were measured
-        like = like & (values["BD"] <= (128 if family == "attention" else 256))
-    limit = evaluate(path.register_limit, values)
+    room: Any = 1.0
+    counted: Any = False
+    if family in ATTENTION:  # wider heads than were measured, and on NVIDIA those in pieces, with sums of two layouts
+        unlike = values["BD"] > (128 if family == "attention" else 256)
+        if path.archs[0].startswith("sm_"):
+            unlike = unlike | ((values["BD"] & (values["BD"] - 1)) > 0)
+            if family == "attention":
+                room = np.where(unlike, _ROOM, 1.0)
+            else:  # all that a thread holds at once, where the sums are not in tensor memory
+                in_registers = (values["held_rows"] < 64) | (values["BD"] > 256) | (target.arch != "sm_100")
+                counted = unlike & in_registers & (values["at_once"] > _SURE * limit)
+        like = like & np.logical_not(unlike)
     if target.vendor == "amd" and path.archs[0].startswith("sm_"):  # half of AMD's file holds accumulators
         limit = np.minimum(512, 2048 // values["num_warps"])
     *weights, constant = fitted["spill"]
@@ -172,7 +184,7 @@ def _allocated(path: LoadPath, measured: bool, family: str, target: Target, valu
     score = score + sum(w * evaluate(f, values) for w, f in zip(weights[1:], path.spill_terms))
     spills = (score + constant > 0) | (evaluate(path.always_spills, values) > 0)
     # Where nothing like it was measured the limit is taken at its word.
-    spills = spills | (np.logical_not(measured & np.asarray(like, dtype=bool)) & (registers > limit))
+    spills = spills | counted | (np.logical_not(measured & np.asarray(like, dtype=bool)) & (registers > limit * room))
     columns = evaluate(path.tensor_columns, values) if target.arch == "sm_100" else 0
     if family == "matmul" and values.get("point_weight"):
         # After the loop: the sums, and for each of a piece what is loaded and computed there.
