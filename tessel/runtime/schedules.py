@@ -42,7 +42,7 @@ def stage_class(sent: Message) -> type[pipelining.PipelineStage]:
         """A part runs its own backward; what of it is left for later it gives as ``gradients_left``."""
 
         def __init__(self, submodule: Any, *args: Any, **kwargs: Any) -> None:
-            super().__init__(submodule, *args, **kwargs, dw_builder=submodule.gradients_left)
+            super().__init__(submodule, *args, **{**kwargs, "dw_builder": submodule.gradients_left})
 
         def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
             self.submod.at = fwd_chunk_id  # type: ignore[assignment]

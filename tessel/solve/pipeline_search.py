@@ -85,7 +85,7 @@ def _between(swept: Mapping[float, tuple[Array, Array]], cap: float, length: int
     """
     order = sorted(swept)
     seconds, nbytes = (np.stack([np.diagonal(swept[p][i], length) for p in order]) for i in (0, 1))
-    usual, prices = 0.0, []
+    usual, prices = 0.0, list[float]()
     for x in {len(seconds[0]) * k // 4 for k in (1, 2, 3)}:
         own = [t + p * (m - cap) for p, t, m in zip(order, seconds[:, x], nbytes[:, x], strict=True)]
         at = int(np.argmax(own))
