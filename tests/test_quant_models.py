@@ -19,7 +19,7 @@ from tessel.quant.hessian import rows_gain
 from tessel.quant.linear import QuantLinear
 from tessel.quant.scheme import NAMES, scheme
 from tessel.quant.sparse import SparseLinear
-from tessel.quant.stacks import stacked
+from tessel.quant.stacks import Stack, stacked
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -62,8 +62,8 @@ def test_compiled_is_the_dequantized_model(name: str, scheme_name: str) -> None:
     torch._dynamo.reset()
     model, inputs = tiny(name)
     small = tessel.quantize(model.eval(), scheme_name)
-    assert any(isinstance(m, QuantLinear | SparseLinear) for m in small.modules())
-    assert not any(isinstance(m, QuantLinear | SparseLinear) for m in model.modules()), "the model itself was changed"
+    assert any(isinstance(m, QuantLinear | SparseLinear | Stack) for m in small.modules())
+    assert not any(isinstance(m, QuantLinear | SparseLinear | Stack) for m in model.modules()), "the model was changed"
     plain = reference(model, small)
     with torch.no_grad():
         want, got = plain(**inputs)[0], tessel.compile(small, target="cpu")(**inputs)[0]
