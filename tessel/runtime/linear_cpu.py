@@ -47,7 +47,8 @@ class LinearKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``linear_attention_ref``."""
         if q.dtype in WIDENED:
-            o, last = self.forward(*(x.to(WIDENED[q.dtype]) for x in (q, k, v)), decay, beta, start)
+            operands = [x.to(WIDENED[q.dtype]) for x in (q, k, v)]
+            o, last = self.forward(operands[0], operands[1], operands[2], decay, beta, start)
             return o.to(q.dtype), last
         b, h, steps, keys = q.shape
         values = v.shape[3]
@@ -75,8 +76,8 @@ class LinearKernels:
     ) -> tuple[torch.Tensor, ...]:
         """See ``linear_attention_backward_ref``."""
         if q.dtype in WIDENED:
-            wide = [x.to(WIDENED[q.dtype]) for x in (grad, q, k, v)]
-            dq, dk, dv, *rest = self.backward(wide[0], grad_last, *wide[1:], decay, beta, start)
+            w = [x.to(WIDENED[q.dtype]) for x in (grad, q, k, v)]
+            dq, dk, dv, *rest = self.backward(w[0], grad_last, w[1], w[2], w[3], decay, beta, start)
             return *(x.to(q.dtype) for x in (dq, dk, dv)), *rest
         b, h, steps, keys = q.shape
         values = v.shape[3]
