@@ -5,8 +5,8 @@
                                                      of a causal window only as far as it reaches: a halo
     attention, keys split, queries whole             every rank attends to its keys, the results are merged
     linear_cross_entropy, classes split over tp      every rank sums up its classes' exponentials, the sums are merged
-    experts, tokens and experts split over ep        every token goes once to each rank that has experts of its own, what
-                                                     they make of it comes back and is added up (GShard, 2020)
+    experts, tokens and experts split over ep        every token goes once to each rank that has experts of its own,
+                                                     what they make of it comes back and is added up (GShard, 2020)
     convolution, places split over sp                the edges of each share go to the ranks beside it
     linear_attention, tokens split over sp           the states that each share makes are gathered (``_states.py``)
 

@@ -9,7 +9,7 @@ is repeated. Random numbers are kept, so that both times have the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import check
