@@ -9,8 +9,8 @@ becomes
     out = tessel.experts(x, gate_up, bias, down, bias, index, scale, ...)[0]
 
 These are the "grouped_mm" and "batched_mm" implementations of transformers. (Its "eager" one loops over the experts
-that were hit, which Dynamo does not capture: ``library_functions`` has the first traced for it.) A layer with a step between that is not known here, such as a norm
-of the experts' results, stays as it is.
+that were hit, which Dynamo does not capture: ``library_functions`` has the first traced for it.) A layer with a step
+between that is not known here, such as a norm of the experts' results, stays as it is.
 """
 
 from __future__ import annotations
