@@ -1,0 +1,76 @@
+"""Attention of every head width on every kind of GPU: the solver picks a tile that was compiled, and that fits.
+
+``data/attention_picks.json`` holds what the compiler made of the picks (``benchmarks/attention_picks.py``); of the
+widths that are hardest to hold, in pieces and wide, at least the gradients.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_attention_kernels import kernel_of
+
+from tessel.codegen.offline import offline_compile
+from tessel.codegen.triton import render
+from tessel.solve import tile
+from tessel.targets import get_target
+from tessel.tiles.kernel import Kernel
+
+FILE = Path(__file__).parent / "data" / "attention_picks.json"
+TARGETS = ("a100", "h100", "b200", "mi300x")
+WIDTHS = (
+    *((w, w) for w in (40, 64, 80, 96, 128, 192, 256, 576)),
+    (192, 128),
+    (576, 512),
+)
+HARD = (192, 576)
+KNOBS = ("BM", "BN", "num_stages", "num_warps")
+COLUMNS = ("width", "value_width", "part", *KNOBS, "shared_bytes", "registers", "spill_bytes")
+
+
+def kernels_of(d: int, e: int) -> dict[str, Kernel]:
+    """Forward and gradients of 8 heads of 2048, causal, bf16, by part."""
+    q, k, v, grad = (torch.empty(1, 8, 2048, w, dtype=torch.bfloat16, device="meta") for w in (d, d, e, e))
+    row = torch.empty(1, 8, 2048, device="meta")
+    given = (grad, q, k, v, None, row, row)
+    return {
+        "forward": kernel_of("attention", (q, k, v), {"causal": True})[0],
+        "keys": kernel_of("attention_backward_keys", given, {"causal": True})[0],
+        "queries": kernel_of("attention_backward_queries", given, {"causal": True})[0],
+    }
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[tuple[int, int], dict[str, Kernel]]:
+    return {width: kernels_of(*width) for width in WIDTHS}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_picks_fit(target: str, kernels: dict[tuple[int, int], dict[str, Kernel]]) -> None:
+    """No spills, and shared memory within what was predicted and what a block has, at every width."""
+    record = get_target(target)
+    assert record.limits is not None
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in json.loads(FILE.read_text())["targets"][target]]
+    compiled = {(r["width"], r["value_width"], r["part"]): r for r in rows}
+    assert set(compiled) >= {(w, w, part) for w in HARD for part in ("keys", "queries")}
+    for (d, e, part), row in compiled.items():
+        choice = tile(kernels[d, e][part], record)
+        what = f"{part} of width {d}, {e} on {target}"
+        picked = {n: row[n] for n in KNOBS}
+        assert dict(choice.knobs) == picked, f"{what}: another tile; run benchmarks/attention_picks.py {target}"
+        assert not choice.resources.spills and row["spill_bytes"] == 0, what
+        assert row["registers"] <= choice.resources.register_limit, what
+        assert row["shared_bytes"] <= choice.resources.shared_bytes <= record.limits.shared_bytes_per_block, what
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_widest_compile(target: str, kernels: dict[tuple[int, int], dict[str, Kernel]]) -> None:
+    record = get_target(target)
+    sources = [render(k, record) for k in kernels[576, 576].values()]
+    for source, got in zip(sources, offline_compile(sources, record.arch), strict=True):
+        assert got.ok and got.spills == 0, f"{source.name} on {target}: {got}"
+        assert got.shared_bytes is not None and got.shared_bytes <= source.smem_bytes
