@@ -113,6 +113,10 @@ def test_a_predicted_time() -> None:
         tessel.quantize(model, None, data, budget="0.01us", target="h100", widths=(4, 8))
     small = tessel.quantize(model, None, data, budget="1s", target="h100", widths=(4, 8))
     assert small.quantization.bits.choices["0"] == "whole", "with time enough nothing is rounded"
+    many = tessel.quantize(model, None, data, budget="20dB", target="h100", rows=4096, widths=(4,))
+    refused = many.quantization.bits.refused["0"]
+    assert len(refused) == 4 and all("(slower than whole: " in why for why in refused)
+    assert many.quantization.bits.choices["0"] == "whole"
     with pytest.raises(TesselError, match="name the target"):
         tessel.quantize(model, None, data, budget="1s")
 
@@ -160,6 +164,10 @@ def test_what_is_no_number_is_named() -> None:
     model[1].weight.data[0, 0] = math.nan
     with pytest.raises(TesselError, match="quantize: 1: .*NaN or infinit"):
         tessel.quantize(model, None, budget="4bits")
+    model[1].weight.data[0, 0] = 1.0
+    model[1].weight.data[0, 0] = math.nan
+    with pytest.raises(TesselError, match="quantize: 1: .*NaN or infinit"):
+        tessel.quantize(model, None, [torch.ones(2, 128)], budget="4bits")
     model[1].weight.data[0, 0] = 1.0
     with pytest.raises(TesselError, match="calibration gives 0 NaN or infinite inputs"):
         tessel.quantize(model, None, [torch.full((2, 128), math.inf)], budget="4bits")

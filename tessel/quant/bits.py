@@ -193,7 +193,8 @@ def spend(
         symmetric: of the integers.
         widths: bits to choose from; ``WIDTHS`` if None.
         shards: pieces that every layer's k will be cut in.
-        target, rows: where and for how many rows of inputs a budget of time counts.
+        target, rows: where and for how many rows of inputs a budget of time counts, and what is slower than a whole
+            layer is no choice.
         progress: told a layer's name, how many are done, how many there are.
 
     Raises:
@@ -208,10 +209,11 @@ def spend(
     sizes = tuple(WIDTHS if widths is None else widths)
     check(bool(sizes), lambda: "budget: no widths to choose from")
     total = sum(w.numel() for w in weights.values())
+    energies = {n: _energy(n, w) for n, w in weights.items()}
     if batches:
         known = _measured(model, layers, weights, batches, progress)
     else:
-        known = {n: _Sensitivity(torch.ones(w.shape[1]), _energy(n, w), w.numel() / total) for n, w in weights.items()}
+        known = {n: _Sensitivity(torch.ones(w.shape[1]), energies[n], w.numel() / total) for n, w in weights.items()}
 
     def size(n: int, k: int, dtype: torch.dtype, f: Format | None) -> float:
         if asked.kind == "seconds":
@@ -219,9 +221,15 @@ def spend(
             return seconds(n, k, rows, dtype, f, target)
         return float(stored_bytes(n, k, f, dtype))
 
+    def slower(n: int, k: int, dtype: torch.dtype, f: Format) -> str:
+        if target is None:
+            return ""
+        times = [seconds(n, k, rows, dtype, way, target) for way in (f, None)]
+        return f"{time_text(times[0])}, {time_text(times[1])} whole" if times[0] >= times[1] else ""
+
     ways = {}
     for done, (name, weight) in enumerate(weights.items()):
-        ways[name] = _ways(name, weight, known[name], sizes, symmetric, shards, size)
+        ways[name] = _ways(name, weight, known[name], sizes, symmetric, shards, size, slower)
         if progress is not None:
             progress(f"pricing {name}", done + 1, len(weights))
     points = frontier([Layer(n, tuple(w.choices)) for n, w in ways.items()])
@@ -282,6 +290,7 @@ def _ways(
     symmetric: bool,
     shards: int,
     size: Callable[[int, int, torch.dtype, Format | None], float],
+    slower: Callable[[int, int, torch.dtype, Format], str],
 ) -> _Ways:
     """A layer's choices: what each takes and loses; and those that a constraint rules out."""
     (n, k), dtype = weight.shape, weight.dtype
@@ -292,6 +301,8 @@ def _ways(
             format = integers(bits, group, symmetric)
             text = f"w{bits}-" + (f"g{group}" if group > 0 else "channel")
             why = next((f"{text} ({c.name}: {w})" for c in CONSTRAINTS if (w := c.broken(n, k, format, shards))), "")
+            if not why and (times := slower(n, k, dtype, format)):
+                why = f"{text} (slower than whole: {times})"
             if why:
                 ways.refused.append(why)
                 continue
