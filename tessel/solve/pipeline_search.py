@@ -48,7 +48,7 @@ class Spans:
     def priced(self) -> Array:
         """Seconds and bytes at the usual price, together, that no way through a stretch beats."""
         i = self.prices.index(self.usual)
-        return self.seconds[i] + self.usual * self.nbytes[i]
+        return self.seconds[i] + (self.usual * self.nbytes[i] if self.usual else 0.0)  # 0 · inf is no number
 
     @property
     def least(self) -> Array:
