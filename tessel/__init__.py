@@ -260,8 +260,8 @@ def quantize(
         skip: names or patterns of layers that stay whole.
         inplace: change the model itself instead of a copy.
         progress: called with the layer's name, how many are done and how many there are.
-        budget: "4.25bits" (stored bits a weight, on average), "30GiB" (of all parameters), "20dB" (of the model's result
-            on the calibration data; without any, of the weights) or "250us" (predicted, of all layers on the target):
+        budget: "4.25bits" (stored bits a weight, on average), "30GiB" (of all parameters), "20dB" (of the model's
+            result on the calibration data; without any, of the weights) or "250us" (predicted, of all layers on the target):
             bits and group are chosen layer by layer; see ``tessel.quant.bits``.
         widths: the bits that a budget chooses from.
         shards: pieces that every layer's k will be cut in, which a budget's choices must allow.

@@ -47,8 +47,8 @@ class LinearKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``linear_attention_ref``."""
         if q.dtype in WIDENED:
-            operands = [x.to(WIDENED[q.dtype]) for x in (q, k, v)]
-            o, last = self.forward(operands[0], operands[1], operands[2], decay, beta, start)
+            wide = [x.to(WIDENED[q.dtype]) for x in (q, k, v)]
+            o, last = self.forward(wide[0], wide[1], wide[2], decay, beta, start)
             return o.to(q.dtype), last
         b, h, steps, keys = q.shape
         values = v.shape[3]
