@@ -261,8 +261,8 @@ def quantize(
         inplace: change the model itself instead of a copy.
         progress: called with the layer's name, how many are done and how many there are.
         budget: "4.25bits" (stored bits a weight, on average), "30GiB" (of all parameters), "20dB" (of the model's
-            result on the calibration data; without any, of the weights) or "250us" (predicted, of all layers on the target):
-            bits and group are chosen layer by layer; see ``tessel.quant.bits``.
+            result on the calibration data; without any, of the weights) or "250us" (predicted, of all layers on the
+            target): bits and group are chosen layer by layer; see ``tessel.quant.bits``.
         widths: the bits that a budget chooses from.
         shards: pieces that every layer's k will be cut in, which a budget's choices must allow.
         target: where speed is predicted, for ``rows`` rows of a layer's inputs; a layer that would be slower there than
