@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -282,7 +283,7 @@ def test_a_thinned_frontier_still_fits_and_is_near() -> None:
 
 def test_schemes_join_and_refuse() -> None:
     s = scheme("w4a16-g64+kv2")
-    assert (s.weight, s.keys, s.recent) == (integers(4, 64), integers(2, 32, minimum=True), 128)
+    assert (s.weight, s.keys, s.recent) == (integers(4, 64), replace(integers(2, 32, minimum=True), scale="f16"), 128)
     assert scheme("w8a16").weight == integers(8) and scheme("w1a16").weight == integers(1, 128, symmetric=False)
     assert scheme("w4a16-channel").weight == integers(4) and scheme("w4a8").activation == integers(8)
     assert scheme("w4a16-asym").weight == integers(4, 128, symmetric=False)

@@ -202,7 +202,8 @@ class Problem:
         if self.family in ATTENTION:
             out |= {"BD": self.d, "BE": self.e, "score_bytes": self.point_bytes, "by_keys": int(self.by_keys)}
         if self.family == "matmul":
-            out["point_weight"] = self.point_weight
+            out |= {"point_weight": self.point_weight}
+            out |= {"a_unpacked": int(self.a_ops > 0), "b_unpacked": int(self.b_ops > 0)}
         return {**out, "plain": int(self.plain)}
 
 

@@ -162,6 +162,8 @@ def _allocated(path: LoadPath, measured: bool, family: str, target: Target, valu
     limit = evaluate(path.register_limit, values)
     if family == "matmul" and not values.get("aligned", 1):  # operands pass through registers, two halves in one
         registers = registers + (values["a_part"] + values["b_part"]) * values["itemsize"] / 4
+    if family == "matmul" and (values.get("a_unpacked") or values.get("b_unpacked")):  # each element as 32 bits
+        registers = registers + values["a_part"] * values["a_unpacked"] + values["b_part"] * values["b_unpacked"]
     if family in ATTENTION and values.get("score_bytes"):  # a mask or a bias beside the scores
         registers = registers + values["scores"] * values["score_bytes"] / 4
         like = False

@@ -21,7 +21,7 @@ INLINE void dot4(vi& c, vu w, vu x) {
 #if defined(__AVX512VNNI__)
   asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(w), "v"(x));
 #elif defined(__AVXVNNI__)
-  asm("{vex} vpdpbusd %2, %1, %0" : "+x"(c) : "x"(w), "x"(x));
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(c) : "x"(w), "x"(x));
 #elif defined(__AVX512BW__) || defined(__AVX2__)
   // even and odd bytes as 16 bits; the shorter instruction, of bytes, would saturate
   typedef i16 vs __attribute__((vector_size(4 * LANES)));
