@@ -186,14 +186,7 @@ INLINE void multiply_groups(const Layer<T>& a, const i8* x, i64 step, i64 n0, fl
     if (SCALES > 1) g += SCALES;
     else if (--left == 0) g += 1, left = longest;
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < COLUMNS; ++j) {
-      float sum = 0;
-      for (i64 l = 0; l < LANES; ++l) sum += total[r][j][l];
-      sums[r * ld + j] = sum;
-    }
+  packed::sum_lanes(total, sums, ld);
 }
 
 // Whole sums as results' floats, before the scale of the row: of columns n0 .. n0 + columns, which have one scale each.

@@ -137,6 +137,19 @@ INLINE vf spread(const float* p) {
   return s;
 }
 
+// Sums over the lanes, of row r and column j to sums[r * ld + j].
+template <int ROWS, int COLUMNS>
+INLINE void sum_lanes(const vf (&total)[ROWS][COLUMNS], float* sums, i64 ld) {
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < COLUMNS; ++j) {
+      float sum = 0;
+      for (i64 l = 0; l < LANES; ++l) sum += total[r][j][l];
+      sums[r * ld + j] = sum;
+    }
+}
+
 // ROWS rows of x times COLUMNS columns: words of each column are read once.
 // SCALES: how many a chunk has; 1: each holds for `a.group / CHUNK` chunks.
 template <int KIND, int BITS, class T, int SCALES, int ROWS, int COLUMNS>
@@ -206,14 +219,7 @@ INLINE void multiply_few(const Layer<T>& a, const T* table, const float* x, i64 
     if (SCALES > 1) g += SCALES;
     else if (--left == 0) g += 1, left = longest;
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < COLUMNS; ++j) {
-      float sum = 0;
-      for (i64 l = 0; l < LANES; ++l) sum += total[r][j][l];
-      sums[r * ld + j] = sum;
-    }
+  sum_lanes(total, sums, ld);
 }
 
 template <int KIND, int BITS, class T, int SCALES, int ROWS>
