@@ -348,6 +348,26 @@ def test_rows_taken_by_number_are_asked_for_early(dtype: torch.dtype) -> None:
             fn((), table, index, more, out)
 
 
+@pytest.mark.parametrize(("sequences", "length", "width"), [(3, 12, 600), (2, 7, 1023), (5, 1, 544), (1, 30, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_serve_all_sequences_stay_in_the_first_cache(
+    dtype: torch.dtype, sequences: int, length: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpp_vector, "last_cache", lambda: 1000)
+    table, positions = rand(40, width, dtype=dtype), rand(length, width, dtype=dtype)
+    index = torch.randint(0, 40, (sequences, length))
+    p = Program("pointwise", x0=sequences, x1=length, x2=width)
+    a, i, b = p.like(table), p.like(index), p.like(positions)
+    o = p.param((sequences, length, width), dtype, out=True)
+    at = p.load(i, "x0", "x1")
+    p.store(o, ("x0", "x1", "x2"), p.op("add", p.load(a, value(at.number, 40), "x2"), p.load(b, "x1", "x2")))
+    (fn,) = compiled([p.kernel("embedded")])
+    out = poisoned((sequences, length, width), dtype)
+    fn((), table, index, positions, out)
+    assert torch.equal(out, table[index] + positions)
+    assert ("const i64 place" in fn.source.body) == (sequences > 1 and length > 1)
+
+
 def test_whole_numbers_divide_as_eager_does() -> None:
     a = torch.tensor([7, -7, 7, -7, torch.iinfo(torch.int64).min])
     b = torch.tensor([2, 2, -2, -2, -1])

@@ -24,7 +24,7 @@ from ..tiles.kernel import Axis, Compute, Kernel, Load, Store
 from . import cpp_attention, cpp_matmul
 from .cpp_attention_backward import attention_backward
 from .cpp_expr import Emitter
-from .cpp_gather import asked_early
+from .cpp_gather import asked_early, places_of_rows
 from .cpp_reduce import reduction
 from .cpp_scan import scan
 from .cpp_space import Space, space_of
@@ -159,6 +159,7 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
     count, where = items(outer, lane), coordinates(outer, lane)
     requests: list[str] = []
     if wide and lane is not None and not space.turned:
+        where = places_of_rows(kernel, e, outer, lane)
         places, requests = asked_early(kernel, e, lane, where, e.blocks[0])
         e.blocks = [[*e.blocks[0], *places], e.blocks[1]]
     elif wide and lane is not None:

@@ -2,26 +2,53 @@
 
 Where a row lies is read from memory, so that the CPU cannot foresee it: each row would begin with a wait for memory,
 and for the page tables. Its place is computed some rows early, and its lines are asked for beside those of the row
-that is worked on, four at a time, so that the loads of four lines follow one another. Its first line and its last are
-asked for earlier still, so that the page tables have been read by then.
+that is worked on, from both ends of the row. Its first line and its last are asked for earlier still, so that the page
+tables have been read by then. Where no cache holds the result, the rows need not stay in one either.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ..tiles.index import Index, substitute
-from ..tiles.kernel import Axis, Kernel, Load
+from ..tiles.kernel import Axis, Kernel, Load, Param
 from .cpp_expr import Emitter
+from .cpp_text import coordinates, parts_of
+from .cpp_vector import first_cache
 
-__all__ = ["asked_early"]
+__all__ = ["asked_early", "places_of_rows"]
 
-_EARLY = 6144  # bytes of rows between what is read and what is asked for
+_EARLY = 8192  # bytes of rows between what is read and what is asked for
 _LEAST = 512  # bytes of a row that are worth it
 
 
+def places_of_rows(kernel: Kernel, e: Emitter, outer: Sequence[Axis], lane: Axis) -> list[str]:
+    """Lines that give the loops of a piece of work, ``item``, their places: as they lie, or some rows at a time.
+
+    Rows of a table that pass by drive all else out of the caches. So where rows of another operand serve the outermost
+    loops again and again, as positions serve all sequences of a batch, as many of these rows as fill a third of the
+    first cache serve all loops before the next come.
+    """
+    far = any(isinstance(s, Load) and _in_row(kernel, e, lane, s) for s in kernel.body)
+    again = [
+        kernel.params[s.access.param].type.dtype.itemsize
+        for s in kernel.body
+        if isinstance(s, Load) and len(outer) > 1 and _kept(kernel, e, outer, lane, s)
+    ]
+    extents = [a.extent for a in (*outer, lane)]
+    if not (far and again and e.past and parts_of(lane) == "1" and all(isinstance(n, int) for n in extents)):
+        return coordinates(outer, lane)
+    *above, last, _ = extents
+    room = first_cache() // 3 // (sum(again) * extents[-1])
+    rows = max((n for n in range(1, room + 1) if last % n == 0), default=1)
+    rest = math.prod(above)
+    order = f"const i64 place = item / {rows} % {rest} * {last} + item / {rows * rest} * {rows} + item % {rows};"
+    return [order, *coordinates(outer, lane, "place")]
+
+
 def asked_early(
-    kernel: Kernel, e: Emitter, lane: Axis, coordinates: Sequence[str], row: Sequence[str]
+    kernel: Kernel, e: Emitter, lane: Axis, where: Sequence[str], row: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     """Lines that find the place of a later row, and lines for the loop along the row that ask for it.
 
@@ -29,32 +56,55 @@ def asked_early(
         kernel: the tile program, all of whose statements are written.
         e: what wrote them, with vectors along ``lane``.
         lane: the loop along a row.
-        coordinates: lines that give the loops of a piece of work, ``item``, their places.
+        where: lines that give the loops of a piece of work, ``item``, their places.
         row: lines that stand before the loop along the row.
     """
+    once = ", 0, 0" if e.past else ""  # read, and not needed again
     known = [line for line in row if line.startswith("const ")]  # no store, and no error, before its time
     places: list[str] = []
     requests: list[str] = []
     for stmt in kernel.body:
-        if not isinstance(stmt, Load) or stmt.access.mask:
+        if not isinstance(stmt, Load) or not _in_row(kernel, e, lane, stmt):
             continue
         param = kernel.params[stmt.access.param]
-        index = e.space.at(stmt.access.address(param))
-        steps = {a.name: c for a, c in index.terms if a.kind == "var"}
-        nbytes = (lane.extent if isinstance(lane.extent, int) else _EARLY) * param.type.dtype.itemsize
-        if steps.get(lane.name) != 1 or all(a.kind == "var" for a, _ in index.terms) or nbytes < _LEAST:
-            continue
+        nbytes = _row_bytes(lane, param)
+        index, _ = _terms(kernel, e, stmt)
         start, dims = e.affine(substitute(index, lambda a: Index((), 0) if a.name == lane.name else None))
         if lane.name in dims:
             continue
         at = len(requests)
-        find = " ".join([*coordinates, *known, f"return {param.name} + {start} + begin;"])
+        find = " ".join([*where, *known, f"return {param.name} + {start} + begin;"])
         rows = -(-_EARLY // nbytes)
         for name, later in ((f"soon{at}", rows), (f"far{at}", 2 * rows)):
             item = f"min(item + {later}, last - 1)"
             places.append(
                 f"const auto* const {name} = [&](i64 item) __attribute__((always_inline)) {{ {find} }}({item});"
             )
-        places.append(f"__builtin_prefetch(far{at}); __builtin_prefetch(far{at} + (end - begin) - 1);")
-        requests.append(f"__builtin_prefetch(soon{at} + {lane.name} - begin);")
+        places.append(f"__builtin_prefetch(far{at}{once}); __builtin_prefetch(far{at} + (end - begin) - 1{once});")
+        requests.append(f"__builtin_prefetch(soon{at} + {lane.name} - begin{once});")
     return places, requests
+
+
+def _terms(kernel: Kernel, e: Emitter, load: Load) -> tuple[Index, dict[str, int]]:
+    """Where a load reads, and by how much a step of each loop moves that."""
+    index = e.space.at(load.access.address(kernel.params[load.access.param]))
+    return index, {a.name: c for a, c in index.terms if a.kind == "var"}
+
+
+def _row_bytes(lane: Axis, param: Param) -> int:
+    return (lane.extent if isinstance(lane.extent, int) else _EARLY) * param.type.dtype.itemsize
+
+
+def _in_row(kernel: Kernel, e: Emitter, lane: Axis, load: Load) -> bool:
+    """Whether a load reads along a row whose place is read from memory."""
+    index, steps = _terms(kernel, e, load)
+    if load.access.mask or steps.get(lane.name) != 1 or all(a.kind == "var" for a, _ in index.terms):
+        return False
+    return _row_bytes(lane, kernel.params[load.access.param]) >= _LEAST
+
+
+def _kept(kernel: Kernel, e: Emitter, outer: Sequence[Axis], lane: Axis, load: Load) -> bool:
+    """Whether a load reads rows of the loop outside the innermost, the same ones for all loops outside that."""
+    index, steps = _terms(kernel, e, load)
+    plain = all(a.kind == "var" for a, _ in index.terms)
+    return plain and steps.keys() == {outer[-1].name, lane.name} and steps[lane.name] == 1

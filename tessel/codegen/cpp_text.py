@@ -90,31 +90,47 @@ def steps(
     """A loop from ``begin`` to ``end`` in steps of a vector; ``copies`` accumulators ``u`` take turns.
 
     In the body ``n`` tells how many lanes count. With ``pairs`` a step is two vectors, as long as there are so many.
-    ``requests`` ask for memory that is needed later; they stand before four steps at a time, whose loads then
-    follow one another.
+    ``requests`` ask for memory that is needed later, in the same order: see ``_from_both_ends``.
     """
     name = lane.name
     turns = ", int u" if copies > 1 else ""
     lines = [f"const auto step = [&](i64 {name}, auto n{turns}) __attribute__((always_inline)) {{"]
     lines += [*("  " + line for line in body), "};"]
-    if requests:
-        lines.append(f"const auto ask = [&](i64 {name}) __attribute__((always_inline)) {{ {' '.join(requests)} }};")
     lines.append(f"i64 {name} = begin;")
     first = ", 0" if copies > 1 else ""
     whole = lane.extent if isinstance(lane.extent, int) else 1
-    at_once = copies if copies > 1 else 4 if requests else 1
     for size, lanes, most in ((2, "Pair{}", 32), (1, "Full{}", 16)) if pairs else ((1, "Full{}", 16),):
-        if at_once > 1:
-            starts = [f"{name}{f' + {u * size} * W' if u else ''}" for u in range(at_once)]
-            calls = [f"ask({start});" for start in starts] if requests else []
-            calls += [f"step({start}, {lanes}{f', {u}' if copies > 1 else ''});" for u, start in enumerate(starts)]
-            by = f"{at_once * size} * W"
-            lines.append(f"for (; {name} + {by} <= end; {name} += {by}) {{ {' '.join(calls)} }}")
         by = f"{size} * W" if size > 1 else "W"
-        call = f"{f'ask({name}); ' if requests else ''}step({name}, {lanes}{first});"
-        lines.append(f"for (; {name} + {by} <= end; {name} += {by}) {{ {call} }}")
+        if requests:
+            lines += _from_both_ends(name, by, lanes, requests)
+            requests = ()
+        else:
+            if copies > 1:
+                starts = [f"{name}{f' + {u * size} * W' if u else ''}" for u in range(copies)]
+                calls = [f"step({start}, {lanes}, {u});" for u, start in enumerate(starts)]
+                some = f"{copies * size} * W"
+                lines.append(f"for (; {name} + {some} <= end; {name} += {some}) {{ {' '.join(calls)} }}")
+            lines.append(f"for (; {name} + {by} <= end; {name} += {by}) step({name}, {lanes}{first});")
         if whole % most == 0:
             break
     else:
         lines.append(f"if ({name} < end) step({name}, Part{{end - {name}}}{first});")
     return ["{", *("  " + line for line in lines), "}"]
+
+
+def _from_both_ends(name: str, by: str, lanes: str, requests: Sequence[str]) -> list[str]:
+    """All whole steps of ``by`` elements, one from the front and one from the back at a time, till they meet.
+
+    A CPU that sees lines asked for in order fetches some more on its own. At the end of a row that lies anywhere these
+    are of no use, and cost as much as those that are; in the middle they are the other half of the row.
+    """
+    ask = f"const auto ask = [&](i64 {name}) __attribute__((always_inline)) {{ {' '.join(requests)} }};"
+    calls = [f"ask({name});", f"ask(back - {by});", f"step({name}, {lanes});", f"step(back - {by}, {lanes});"]
+    return [
+        ask,
+        f"const i64 steps_end = begin + (end - begin) / ({by}) * ({by});",
+        "i64 back = steps_end;",
+        f"for (; {name} + 2 * {by} <= back; {name} += {by}, back -= {by}) {{ {' '.join(calls)} }}",
+        f"for (; {name} < back; {name} += {by}) {{ ask({name}); step({name}, {lanes}); }}",
+        f"{name} = steps_end;",
+    ]

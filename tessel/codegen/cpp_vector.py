@@ -24,6 +24,7 @@ __all__ = [
     "FOLDS",
     "KINDS",
     "Along",
+    "first_cache",
     "fold_step",
     "from_memory",
     "last_cache",
@@ -189,9 +190,19 @@ def rough(kernel: Kernel) -> frozenset[int]:
 
 
 @cache
+def first_cache() -> int:
+    """Bytes of this machine's first cache of a core, 0 where the system does not tell."""
+    return min(_caches(), default=0)
+
+
+@cache
 def last_cache() -> int:
     """Bytes of this machine's last cache, 0 where the system does not tell."""
-    return max((level.capacity_bytes for level in get_target("cpu").levels if level.name != "memory"), default=0)
+    return max(_caches(), default=0)
+
+
+def _caches() -> list[int]:
+    return [level.capacity_bytes for level in get_target("cpu").levels if level.name != "memory"]
 
 
 def too_large(kernel: Kernel) -> frozenset[int]:
