@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from .autotune.tuned import tuned
-from .codegen.cpp_attention import refusal as attention_refusal
+from .codegen.cpp.attention import refusal as attention_refusal
 from .codegen.host import Called, Launch
 from .codegen.triton import render
 from .config import Options

@@ -14,7 +14,7 @@ from torch import nn
 import tessel
 from tessel.build import build
 from tessel.cli import main
-from tessel.cli_build import parse_options
+from tessel.cli.model import parse_options
 from tessel.errors import TesselError
 from tessel.models import load_model
 

@@ -26,9 +26,8 @@ from kernels import (
 )
 
 import tessel
-from tessel.codegen import cpp_vector
-from tessel.codegen.cpp import CppSource, header, render
-from tessel.codegen.cpp_space import space_of
+from tessel.codegen.cpp import CppSource, header, render, vector
+from tessel.codegen.cpp.space import space_of
 from tessel.errors import TesselError
 from tessel.ir.types import Dim, TensorType, symbol
 from tessel.models import load_model
@@ -225,7 +224,7 @@ def test_what_lies_across_is_turned_in_squares(size: tuple[int, int], dtype: tor
 def test_results_that_no_cache_holds_are_stored_past_the_caches(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpp_vector, "last_cache", lambda: 1000)
+    monkeypatch.setattr(vector, "last_cache", lambda: 1000)
     x = rand(700, 131).to(dtype)  # rows that begin anywhere
     p = Program("pointwise", x0=700, x1=130)
     a, o = p.param((700, 130), dtype, (131, 1)), p.param((700, 130), dtype, (131, 1), out=True)
@@ -353,7 +352,7 @@ def test_rows_taken_by_number_are_asked_for_early(dtype: torch.dtype) -> None:
 def test_rows_that_serve_all_sequences_stay_in_the_first_cache(
     dtype: torch.dtype, sequences: int, length: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpp_vector, "last_cache", lambda: 1000)
+    monkeypatch.setattr(vector, "last_cache", lambda: 1000)
     table, positions = rand(40, width, dtype=dtype), rand(length, width, dtype=dtype)
     index = torch.randint(0, 40, (sequences, length))
     p = Program("pointwise", x0=sequences, x1=length, x2=width)

@@ -13,7 +13,7 @@ from kernels import Program, poisoned, rand
 
 import tessel
 from tessel.codegen.cpp import CppSource, headers, render, translation_unit
-from tessel.codegen.cpp_attention import refusal
+from tessel.codegen.cpp.attention import refusal
 from tessel.ir.types import Dim, symbol
 from tessel.models import load_model
 from tessel.ops.attention import attention_ref, visible

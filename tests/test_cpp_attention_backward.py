@@ -16,7 +16,7 @@ from kernels import Program, poisoned, rand
 
 import tessel
 from tessel.codegen.cpp import headers, render, translation_unit
-from tessel.codegen.cpp_attention import refusal
+from tessel.codegen.cpp.attention import refusal
 from tessel.errors import TesselError
 from tessel.frontend.attention_op import attention
 from tessel.ir.types import Dim, symbol

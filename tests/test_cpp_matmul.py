@@ -13,8 +13,8 @@ from kernels import Program, poisoned, rand
 
 import tessel
 from tessel.codegen.cpp import CppSource, header, headers, render, translation_unit
-from tessel.codegen.cpp_gemm import gemm_header, multiplies_bf16
-from tessel.codegen.cpp_matmul import grouped_unit, matmul, refusal
+from tessel.codegen.cpp.gemm import gemm_header, multiplies_bf16
+from tessel.codegen.cpp.matmul import grouped_unit, matmul, refusal
 from tessel.errors import TesselError
 from tessel.ir.node import Node
 from tessel.ir.text import parse_graph
@@ -226,7 +226,7 @@ def test_code_for_narrower_cpus(kind: str) -> None:
         pytest.skip("this CPU cannot run it")
     made = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tessel.codegen.cpp_matmul.matmul.__defaults__", (features,))
+        patch.setattr("tessel.codegen.cpp.matmul.matmul.__defaults__", (features,))
         cases = [{"dtype": d, "right": r} for d in DTYPES for r in ("nk", "kn")]
         for i, c in enumerate(cases):
             made.append(render(program(f"c{i}", 21, 50, 33, **c)))

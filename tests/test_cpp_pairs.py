@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernels import Program, compiled, poisoned, rand
 
-from tessel.codegen.cpp_vector import rough
+from tessel.codegen.cpp.vector import rough
 from tessel.tiles.kernel import Kernel
 
 pytestmark = pytest.mark.usefixtures("own_cache")

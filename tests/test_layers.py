@@ -33,8 +33,6 @@ LAYERS: tuple[set[str], ...] = (
     {"sharding"},
     {"wrapper"},
     {"__init__"},  # the public face
-    {"cli_model"},
-    {"cli_build", "cli_cache", "cli_plan", "cli_quantize", "cli_run", "cli_tune"},
     {"cli"},
     {"__main__"},
 )

@@ -24,7 +24,7 @@ BOUND = {torch.float32: 0.0, torch.bfloat16: 3 * 2**-8}
 
 
 def dtypes() -> list[torch.dtype]:
-    from tessel.codegen.cpp_gemm import multiplies_bf16
+    from tessel.codegen.cpp.gemm import multiplies_bf16
     from tessel.targets import get_target
 
     half = multiplies_bf16(get_target("cpu").features)

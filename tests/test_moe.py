@@ -17,7 +17,7 @@ BOUND = {torch.float32: 5e-6, torch.bfloat16: 1.5e-2}
 
 
 def dtypes() -> list[torch.dtype]:
-    from tessel.codegen.cpp_gemm import multiplies_bf16
+    from tessel.codegen.cpp.gemm import multiplies_bf16
     from tessel.targets import get_target
 
     half = multiplies_bf16(get_target("cpu").features)

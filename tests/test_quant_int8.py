@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tessel
-from tessel.codegen.cpp_gemm import gemm_header
-from tessel.codegen.cpp_packed import packed_headers, packed_unit
+from tessel.codegen.cpp.gemm import gemm_header
+from tessel.codegen.cpp.packed import packed_headers, packed_unit
 from tessel.config import cxx
 from tessel.frontend.packed_op import packed_linear
 from tessel.ops.packed import rounded_rows

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..codegen.cpp_whole import experts_unit, headers
+from ..codegen.cpp.whole import experts_unit, headers
 from ..ops.experts import ACTS
 from .native import build, stop
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..codegen.cpp_linear import NAMES
+from ..codegen.cpp.linear import NAMES
 from ..codegen.fused_linear import MOST_KEYS
 from ..errors import TesselError
 from ..ir.node import Node, Value

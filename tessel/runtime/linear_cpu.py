@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..codegen.cpp_linear import NAMES, headers, linear_unit
+from ..codegen.cpp.linear import NAMES, headers, linear_unit
 from ..errors import check
 from .native import build, stop
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..codegen.cpp_whole import headers, loss_unit
+from ..codegen.cpp.whole import headers, loss_unit
 from ..frontend.compat import keeps_graph
 from ..ops.loss import LossAttrs, scaled_gradients_ref
 from .native import build, stop

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..codegen.cpp import header
-from ..codegen.cpp_matmul import grouped_unit, headers, refusal
+from ..codegen.cpp.matmul import grouped_unit, headers, refusal
 from ..errors import TesselError
 from ..ir.node import Node
 from ..ops.backward import grouped_mm_ref

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codegen.cpp_packed import INTEGERS, TABLE, packed_headers, packed_unit
+from ..codegen.cpp.packed import INTEGERS, TABLE, packed_headers, packed_unit
 from ..ops.packed import rounded_rows
 from ..ops.packed_stacks import packed_experts_ref
 from .native import build, stop

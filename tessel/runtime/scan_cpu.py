@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from ..codegen.cpp_selective import STEPS, headers, selective_unit
+from ..codegen.cpp.selective import STEPS, headers, selective_unit
 from .native import build, stop
 
 __all__ = ["backward", "prepare"]

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from ..tiles.header import TEMPLATES
-from .cpp_whole import headers, unit
+from ...tiles.header import TEMPLATES
+from .whole import headers, unit
 
 __all__ = ["INTEGERS", "TABLE", "packed_headers", "packed_unit"]
 

@@ -15,22 +15,25 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..errors import TesselError, check
-from ..ir.types import Dim, product
-from ..ops import OPS
-from ..tiles.header import TEMPLATES, environment
-from ..tiles.index import Index, substitute
-from ..tiles.kernel import Axis, Compute, Kernel, Load, Store
-from . import cpp_attention, cpp_matmul
-from .cpp_attention_backward import attention_backward
-from .cpp_expr import Emitter
-from .cpp_gather import asked_early, places_of_rows
-from .cpp_reduce import reduction
-from .cpp_scan import scan
-from .cpp_space import Space, space_of
-from .cpp_text import SQUARE, coordinates, items, simd, squares, steps
-from .cpp_vector import Along, too_large
-from .cpp_words import memory_type, size_text
+from ...errors import TesselError, check
+from ...ir.types import Dim, product
+from ...ops import OPS
+from ...tiles.header import TEMPLATES, environment
+from ...tiles.index import Index, substitute
+from ...tiles.kernel import Axis, Compute, Kernel, Load, Store
+from .attention import attention
+from .attention import headers as attention_headers
+from .attention_backward import attention_backward
+from .expr import Emitter
+from .gather import asked_early, places_of_rows
+from .matmul import headers as matmul_headers
+from .matmul import matmul
+from .reduce import reduction
+from .scan import scan
+from .space import Space, space_of
+from .text import SQUARE, coordinates, items, simd, squares, steps
+from .vector import Along, too_large
+from .words import memory_type, size_text
 
 __all__ = ["CppSource", "header", "headers", "render", "translation_unit"]
 
@@ -73,10 +76,10 @@ def header() -> str:
 def headers(sources: Iterable[CppSource]) -> dict[str, str]:
     """The headers that the file of these kernels includes, by file name."""
     families = {s.kernel.family for s in sources}
-    products = cpp_matmul.headers() if "matmul" in families else {}
+    products = matmul_headers() if "matmul" in families else {}
     backward = "attention_backward" in families
-    attention = cpp_attention.headers(backward) if backward or "attention" in families else {}
-    return {"tessel.hpp": header(), **products, **attention}
+    scores = attention_headers(backward) if backward or "attention" in families else {}
+    return {"tessel.hpp": header(), **products, **scores}
 
 
 def render(kernel: Kernel) -> CppSource:
@@ -89,20 +92,19 @@ def render(kernel: Kernel) -> CppSource:
         "pointwise": _pointwise,
         "reduction": reduction,
         "scan": scan,
-        "matmul": _matmul,
-        "attention": _attention,
-        "attention_backward": _attention_backward,
     }
-    if kernel.family not in makers:
+    whole = {"matmul": matmul, "attention": attention, "attention_backward": attention_backward}  # no loops to place
+    if kernel.family not in makers | whole:
         raise TesselError(f"no C++ template for {kernel.family} kernels")
-    space = space_of(kernel) if kernel.family in ("pointwise", "reduction", "scan") else Space((), (), {})
+    space = space_of(kernel) if kernel.family in makers else Space((), (), {})
+    made = makers[kernel.family](kernel, space) if kernel.family in makers else whole[kernel.family](kernel)
     params = [(p.name, memory_type(p.type.dtype), p.out) for p in kernel.params]
     context: dict[str, Any] = {
         "name": kernel.name,
         "params": params,
         "sizes": kernel.symbols(),
         "work": _work(kernel),
-        **makers[kernel.family](kernel, space),
+        **made,
     }
     code = str(environment().get_template(f"{kernel.family}.cpp.j2").render(k=context))
     code = "\n".join(line.rstrip() for line in code.strip("\n").split("\n") if line.strip()) + "\n"
@@ -131,18 +133,6 @@ def _work(kernel: Kernel) -> str:
     cost = sum(OPS[s.op].cost if isinstance(s, Compute) else 1 for s in counted)
     total: Dim = product(a.extent for a in kernel.axes)
     return f"{size_text(total)} * {max(1, cost // 4)}"
-
-
-def _matmul(kernel: Kernel, space: Space) -> dict[str, Any]:
-    return cpp_matmul.matmul(kernel)
-
-
-def _attention(kernel: Kernel, space: Space) -> dict[str, Any]:
-    return cpp_attention.attention(kernel)
-
-
-def _attention_backward(kernel: Kernel, space: Space) -> dict[str, Any]:
-    return attention_backward(kernel)
 
 
 def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:

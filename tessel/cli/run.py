@@ -16,15 +16,15 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from .cli_model import MODEL_HELP
-from .config import world_size
-from .errors import TesselError, check
-from .sharding.plan_file import ShardingPlan, read_plan
+from ..config import world_size
+from ..errors import TesselError, check
+from ..sharding.plan_file import ShardingPlan, read_plan
+from .model import MODEL_HELP
 
 if TYPE_CHECKING:
     import torch
 
-    from .sharding.distributed import Distributed
+    from ..sharding.distributed import Distributed
 
 __all__ = ["run"]
 
@@ -82,8 +82,8 @@ def _run(
 ) -> list[Any]:  # fmt: skip
     import torch
 
-    from .models import load_model
-    from .sharding.distributed import distribute
+    from ..models import load_model
+    from ..sharding.distributed import distribute
 
     settings = plan.data["settings"]
     seq = settings["seq"] if plan.data["inputs"] and _has_tokens(plan) else None
@@ -151,7 +151,7 @@ def _loss(result: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.
     """The model's own loss if it returns one, the next token's cross-entropy of logits, or the mean of squares."""
     import torch
 
-    from .frontend.joint import tensors_of
+    from ..frontend.joint import tensors_of
 
     found = _tensors(result)
     check(bool(found), lambda: "run: the model returns no tensor to train on")
@@ -179,7 +179,7 @@ def _check(
     import torch
     from torch.utils import _pytree as pytree
 
-    from .runtime.shares import share
+    from ..runtime.shares import share
 
     exact = copy.deepcopy(module).double()
     if hasattr(exact, "set_experts_implementation"):

@@ -9,13 +9,13 @@ from typing import Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .cli_model import model_options, parse_options
-from .config import Options
-from .errors import TesselError, check, did_you_mean
-from .report import Report
-from .sharding.plan_file import read_plan
-from .sharding.text import node_text
-from .targets import get_target
+from ..config import Options
+from ..errors import TesselError, check, did_you_mean
+from ..report import Report
+from ..sharding.plan_file import read_plan
+from ..sharding.text import node_text
+from ..targets import get_target
+from .model import model_options, parse_options
 
 __all__ = ["compile_command", "explain"]
 
@@ -34,8 +34,8 @@ def compile_command(
     The folder has every kernel as text and machine code, the host program and the report, which lists what each
     kernel needs beside what was predicted. Exits with 1 if the device will not run one of them.
     """
-    from .build import build  # torch with it: only where it is needed
-    from .models import load_model
+    from ..build import build  # torch with it: only where it is needed
+    from ..models import load_model
 
     record = get_target(target)
     chosen = Options.of(parse_options(options))
@@ -80,7 +80,7 @@ def explain(
         check(node is not None, lambda: f"explain {model}: name a node of the plan, `tessel explain {model} NODE`")
         click.echo(node_text(read_plan(model), str(node)))
         return
-    from .models import load_model
+    from ..models import load_model
 
     given = Options.of(parse_options(options))
     named = target not in ("auto", "cuda") and get_target(target).gpu_target is not None  # refuses wrong names early
@@ -92,7 +92,7 @@ def explain(
         compiled = tessel.compile(module, target=target, options=given)
         click.echo(str(tessel.explain(compiled, *args, **kwargs)))
         return
-    from .build import plan
+    from ..build import plan
 
     report = plan(module, args, kwargs, target=target, options=given)
     click.echo(str(report) if kernel is None else explain_one(report, kernel, target, top, given))
@@ -104,7 +104,7 @@ def explain_one(report: Report, name: str, target: str, top: int, options: Optio
     Raises:
         TesselError: there is no such kernel, or there are several.
     """
-    from .solve import tile
+    from ..solve import tile
 
     names = [k.name for k in report.kernels]
     found = [k for k in report.kernels if k.name == name] or [k for k in report.kernels if k.name.startswith(name)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from functools import lru_cache
 
-from ..tiles.header import environment
+from ...tiles.header import environment
 
 __all__ = ["FEW", "gemm_header", "lanes", "multiplies_bf16", "register_tile"]
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .cli_model import model_options
-from .errors import TesselError, check
+from ..errors import TesselError, check
+from .model import model_options
 
 if TYPE_CHECKING:
     import torch
 
-    from .quant.report import Measured
+    from ..quant.report import Measured
 
 __all__ = ["quantize"]
 
@@ -71,9 +71,9 @@ def quantize(
     layout; schemes that it has no words for are refused before anything is written. A run that was interrupted goes on
     where it was if it is started again with the same arguments.
     """
-    from . import quantize as run
-    from .models import load_batches, load_model
-    from .quant.files import save_quantized
+    from .. import quantize as run
+    from ..models import load_batches, load_model
+    from ..quant.files import save_quantized
 
     check(out is None or not out.exists() or out.is_dir(), lambda: f"--out {out}: is no folder")
     allowed = _widths(widths) if widths else (4, 8) if out is not None and budget else None
@@ -107,7 +107,7 @@ def quantize(
     if out is not None:
         click.echo(f"written: {save_quantized(made, out)}")
         if work is not None:
-            from .quant.resume import forget
+            from ..quant.resume import forget
 
             forget(work)
 
@@ -134,9 +134,9 @@ def _measured(whole: torch.nn.Module, small: torch.nn.Module, args: Any, kwargs:
 
     import tessel  # the public face
 
-    from .quant.bits import result_of
-    from .quant.report import Measured
-    from .quant.sqnr import sqnr
+    from ..quant.bits import result_of
+    from ..quant.report import Measured
+    from ..quant.sqnr import sqnr
 
     calls = [tessel.compile(m.eval(), target="cpu") for m in (whole, small)]
     taken: list[list[float]] = [[], []]

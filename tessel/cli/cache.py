@@ -10,9 +10,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from .cli_model import gpu_named, model_options, parse_options
-from .config import Options
-from .errors import TesselError, check
+from ..config import Options
+from ..errors import TesselError, check
+from .model import gpu_named, model_options, parse_options
 
 __all__ = ["cache"]
 
@@ -27,7 +27,7 @@ def cache() -> None:
 
 
 def _cache() -> Any:
-    from .autotune.cache import default_cache
+    from ..autotune.cache import default_cache
 
     found = default_cache()
     why = found.usable()
@@ -59,7 +59,7 @@ def ls() -> None:
 @click.argument("key")
 def show(key: str) -> None:
     """Print one entry; KEY is the first digits of its key, as `tessel cache ls` lists it."""
-    from .autotune.transfer import readable
+    from ..autotune.transfer import readable
 
     found = [e for e in _cache().entries() if key and e.key.digest.startswith(key.lower())]
     check(found, lambda: f"no entry whose key starts with {key!r}; `tessel cache ls` lists them")
@@ -71,7 +71,7 @@ def show(key: str) -> None:
 @click.argument("file", type=_FILE)
 def export(file: Path) -> None:
     """Write all entries to FILE (- for the output), to be imported on another machine."""
-    from .autotune.transfer import dump
+    from ..autotune.transfer import dump
 
     entries = _cache().entries()
     _write(file, dump(entries))
@@ -82,8 +82,8 @@ def export(file: Path) -> None:
 @click.argument("file", type=_FILE)
 def import_(file: Path) -> None:
     """Take the entries of an exported FILE where they are better than what is there."""
-    from .autotune.cache import default_cache
-    from .autotune.transfer import import_entries, read_file
+    from ..autotune.cache import default_cache
+    from ..autotune.transfer import import_entries, read_file
 
     entries = read_file(file)
     own = default_cache()
@@ -96,7 +96,7 @@ def import_(file: Path) -> None:
 @click.option("--out", "-o", type=_FILE, default=Path("-"), help="Where to write; the output if not given.")
 def merge(files: tuple[Path, ...], out: Path) -> None:
     """Merge exported files into one: of each key the measured entry, the one with more runs, the faster."""
-    from .autotune.transfer import dump, merged, read_file
+    from ..autotune.transfer import dump, merged, read_file
 
     check(len(files) >= 2, lambda: "merge takes at least two exported files")
     entries = [e for file in files for e in read_file(file)]
@@ -107,7 +107,7 @@ def merge(files: tuple[Path, ...], out: Path) -> None:
 @cache.command()
 def verify() -> None:
     """Read every file and name those that are no sound entries; exits with 1 if there are any."""
-    from .autotune.upkeep import verify as check_all
+    from ..autotune.upkeep import verify as check_all
 
     own = _cache()
     checked = check_all(own)
@@ -124,7 +124,7 @@ def verify() -> None:
 @click.option("--max-size", metavar="SIZE", help="Oldest entries until no more is left, for example 10M.")
 def prune(older_than: float | None, versions: bool, max_size: str | None) -> None:
     """Remove broken files, leftovers of writers that died, and what the options name."""
-    from .autotune.upkeep import prune as remove
+    from ..autotune.upkeep import prune as remove
 
     own = _cache()
     seconds = None if older_than is None else older_than * 86400
@@ -141,9 +141,9 @@ def prune(older_than: float | None, versions: bool, max_size: str | None) -> Non
 def why(model: str, target: str, options: tuple[str, ...], **size: Any) -> None:
     """Tell of each kernel of MODEL whether its tile is in the cache, and if not which field of its key differs."""
     device = gpu_named(target)
-    from .autotune.kernels import kernels_of
-    from .autotune.why import why as explain
-    from .models import load_model
+    from ..autotune.kernels import kernels_of
+    from ..autotune.why import why as explain
+    from ..models import load_model
 
     own = _cache()
     chosen = Options.of(parse_options(options))
@@ -157,7 +157,7 @@ def why(model: str, target: str, options: tuple[str, ...], **size: Any) -> None:
 
 
 def _write(file: Path, data: bytes) -> None:
-    from .autotune.transfer import write_file
+    from ..autotune.transfer import write_file
 
     if str(file) == "-":
         click.echo(data, nl=False)

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from ..ir.types import product
-from ..tiles.kernel import Axis, Check, Load, Reduce, Segment, Stmt, Store, refs
-from .cpp_fold import Fold, Writer, indented
-from .cpp_text import items, points, simd, steps
-from .cpp_vector import Along, fold_step, unroll
-from .cpp_words import size_text, value_type
+from ...ir.types import product
+from ...tiles.kernel import Axis, Check, Load, Reduce, Segment, Stmt, Store, refs
+from .fold import Fold, Writer, indented
+from .text import items, points, simd, steps
+from .vector import Along, fold_step, unroll
+from .words import size_text, value_type
 
 __all__ = ["Across"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from .errors import TesselError, check
-from .targets import Target, get_target, match_device
+from ..errors import TesselError, check
+from ..targets import Target, get_target, match_device
 
 __all__ = ["MODEL_HELP", "gpu_named", "model_options", "parse_options"]
 

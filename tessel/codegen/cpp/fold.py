@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ir.types import contiguous_strides
-from ..tiles.index import Index, linearize, var
-from ..tiles.kernel import Axis, Kernel, Load, Reduce
-from .cpp_expr import Dims, Emitter
-from .cpp_space import Space
-from .cpp_vector import too_large
-from .cpp_words import cast, identity, size_text, value_type
-from .dialect import compute_dtype
+from ...ir.types import contiguous_strides
+from ...tiles.index import Index, linearize, var
+from ...tiles.kernel import Axis, Kernel, Load, Reduce
+from ..dialect import compute_dtype
+from .expr import Dims, Emitter
+from .space import Space
+from .vector import too_large
+from .words import cast, identity, size_text, value_type
 
 __all__ = ["Fold", "Writer", "indented"]
 

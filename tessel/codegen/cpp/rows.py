@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from ..ir.types import Dim, dim_equal
-from ..tiles.hidden import closure
-from ..tiles.index import Cond, Index, constant, scale, substitute, var
-from ..tiles.kernel import Axis, Compute, IndexOf, Kernel, Load, Ref, Stmt, Test, indices_of
-from .cpp_expr import Emitter
-from .cpp_space import Space, cut
-from .cpp_text import simd
-from .cpp_words import cast, size_text
+from ...ir.types import Dim, dim_equal
+from ...tiles.hidden import closure
+from ...tiles.index import Cond, Index, constant, scale, substitute, var
+from ...tiles.kernel import Axis, Compute, IndexOf, Kernel, Load, Ref, Stmt, Test, indices_of
+from .expr import Emitter
+from .space import Space, cut
+from .text import simd
+from .words import cast, size_text
 
 __all__ = ["Rows", "computed_row", "packs", "rows_apart"]
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..ir.types import Dim, simplify_dim
-from ..tiles.index import Atom, Index, exact_div, floordiv, linearize, mod, substitute, var
-from ..tiles.kernel import Axis, Kernel, Load, Store
-from .names import used_indices
+from ...ir.types import Dim, simplify_dim
+from ...tiles.index import Atom, Index, exact_div, floordiv, linearize, mod, substitute, var
+from ...tiles.kernel import Axis, Kernel, Load, Store
+from ..names import used_indices
 
 __all__ = ["Space", "cut", "space_of"]
 

@@ -24,18 +24,18 @@ from typing import Any
 
 import torch
 
-from ..errors import TesselError, check
-from ..ir.types import Dim, product
-from ..tiles.default import batch_axes
-from ..tiles.header import TEMPLATES, environment
-from ..tiles.hidden import closure, hidden
-from ..tiles.index import Index, exact_div, linearize, var
-from ..tiles.kernel import ACC, LSE, Axis, Check, Kernel, Load, Ref, Stmt, Store, indices_of
-from .cpp_expr import Dims, Emitter
-from .cpp_rows import Rows, computed_row, packs, rows_apart
-from .cpp_space import Space
-from .cpp_text import points, simd
-from .cpp_words import cast, literal, size_text, value_type
+from ...errors import TesselError, check
+from ...ir.types import Dim, product
+from ...tiles.default import batch_axes
+from ...tiles.header import TEMPLATES, environment
+from ...tiles.hidden import closure, hidden
+from ...tiles.index import Index, exact_div, linearize, var
+from ...tiles.kernel import ACC, LSE, Axis, Check, Kernel, Load, Ref, Stmt, Store, indices_of
+from .expr import Dims, Emitter
+from .rows import Rows, computed_row, packs, rows_apart
+from .space import Space
+from .text import points, simd
+from .words import cast, literal, size_text, value_type
 
 __all__ = ["Writer", "attention", "headers", "refusal"]
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ..tiles.index import var
-from ..tiles.kernel import Axis, Compute, IndexOf, Reduce, Ref, Stmt, refs
-from .cpp_space import Space
+from ...tiles.index import var
+from ...tiles.kernel import Axis, Compute, IndexOf, Reduce, Ref, Stmt, refs
+from .space import Space
 
 __all__ = ["only_place"]
 

@@ -15,19 +15,19 @@ from typing import Any
 
 import torch
 
-from ..errors import check
-from ..ir.types import Dim, product
-from ..targets import get_target
-from ..tiles.default import batch_axes
-from ..tiles.index import Index, var
-from ..tiles.kernel import ACC, Axis, Kernel, Load, Ref, Stmt
-from .cpp_expr import Emitter
-from .cpp_gemm import FEW, gemm_header, multiplies_bf16
-from .cpp_space import Space
-from .cpp_text import points, simd, steps
-from .cpp_vector import KINDS, Along, wide_cast
-from .cpp_words import memory_type, size_text
-from .dialect import compute_dtype
+from ...errors import check
+from ...ir.types import Dim, product
+from ...targets import get_target
+from ...tiles.default import batch_axes
+from ...tiles.index import Index, var
+from ...tiles.kernel import ACC, Axis, Kernel, Load, Ref, Stmt
+from ..dialect import compute_dtype
+from .expr import Emitter
+from .gemm import FEW, gemm_header, multiplies_bf16
+from .space import Space
+from .text import points, simd, steps
+from .vector import KINDS, Along, wide_cast
+from .words import memory_type, size_text
 
 __all__ = ["grouped_unit", "headers", "matmul", "refusal"]
 

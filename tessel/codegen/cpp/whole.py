@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ..tiles.header import TEMPLATES
-from . import cpp_matmul
+from ...tiles.header import TEMPLATES
+from .matmul import headers as matmul_headers
 
 __all__ = ["experts_unit", "headers", "loss_unit"]
 
@@ -19,7 +19,7 @@ _EXTERN = 'extern "C" __attribute__((visibility("default")))'
 def headers(name: str) -> dict[str, str]:
     """The headers that a unit includes, by file name: all of products, and ``<name>.hpp``."""
     own = {f: (TEMPLATES / f).read_text(encoding="utf-8") for f in ("tessel.hpp", "products.hpp", f"{name}.hpp")}
-    return {**own, **cpp_matmul.headers()}
+    return {**own, **matmul_headers()}
 
 
 def unit(name: str, lines: Collection[str]) -> str:

@@ -13,12 +13,12 @@ from functools import cache
 
 import torch
 
-from ..ir.types import Dim, product
-from ..ops import OPS
-from ..targets import get_target
-from ..tiles.index import Cond, Index
-from ..tiles.kernel import Check, Compute, IndexOf, Kernel, Load, Param, Reduce, Ref, Scan, Stmt, Store, Test, refs
-from .cpp_space import Space
+from ...ir.types import Dim, product
+from ...ops import OPS
+from ...targets import get_target
+from ...tiles.index import Cond, Index
+from ...tiles.kernel import Check, Compute, IndexOf, Kernel, Load, Param, Reduce, Ref, Scan, Stmt, Store, Test, refs
+from .space import Space
 
 __all__ = [
     "FOLDS",
@@ -232,7 +232,7 @@ def _nbytes(param: Param) -> Dim:
 
 
 def wide_cast(text: str, source: torch.dtype, to: torch.dtype) -> str:
-    """A vector converted, as ``cpp_words.cast`` does a value."""
+    """A vector converted, as ``words.cast`` does a value."""
     if source == to:
         return text
     if to == torch.bool:

@@ -11,10 +11,10 @@ from typing import Any
 import click
 from rich.console import Console
 
-from .cli_model import MODEL_HELP
-from .errors import TesselError, check
-from .sharding.plan_file import ShardingPlan, read_plan
-from .sharding.text import diff_text, findings, plan_text
+from ..errors import TesselError, check
+from ..sharding.plan_file import ShardingPlan, read_plan
+from ..sharding.text import diff_text, findings, plan_text
+from .model import MODEL_HELP
 
 __all__ = ["diff", "lint", "plan", "verify"]
 
@@ -57,7 +57,7 @@ def plan(
     The names of axes say what they split: dp and fsdp the batch, tp all but the batch, sp and cp the sequence (so do
     ring and ulysses, which say how attention copes); other names anything. pp cuts the model into stages.
     """
-    from .sharding.planner import (  # torch with it: only where it is needed
+    from ..sharding.planner import (  # torch with it: only where it is needed
         Request,
         capture_model,
         check_request,
@@ -65,7 +65,7 @@ def plan(
         make_staged_plan,
         microbatches_for,
     )
-    from .targets.mesh import Mesh
+    from ..targets.mesh import Mesh
 
     axes = Mesh.parse(mesh)
     given = {} if annotate is None else read_annotations(annotate)
@@ -106,7 +106,7 @@ def _tell(made: ShardingPlan, out: Path | None, html: Path | None) -> None:
         made.write(out)
         click.echo(f"\nwritten: {out}")
     if html is not None:
-        from .sharding.html import plan_page
+        from ..sharding.html import plan_page
 
         try:
             html.write_text(plan_page(made), encoding="utf-8")
@@ -120,8 +120,8 @@ def _whole(
     say: Any,
 ) -> ShardingPlan:  # fmt: skip
     """A plan with the program that runs; a type of transformers is the small model that other commands run too."""
-    from .models import load_model
-    from .sharding.planned import plan_model
+    from ..models import load_model
+    from ..sharding.planned import plan_model
 
     batch, seq, dtype, layers = size
     kind = dtype or ("bfloat16" if model.startswith("hf:") else None)
@@ -139,8 +139,8 @@ def _of_activations(name: str) -> bool:
 
 def _annotations(given: dict[str, Any], path: Path | None) -> Any:
     """What a file says of inputs and of what modules return."""
-    from .ir.types import Loc
-    from .sharding.annotate import Annotation, Annotations
+    from ..ir.types import Loc
+    from ..sharding.annotate import Annotation, Annotations
 
     def entry(name: str, sharding: Any) -> Annotation:
         kind = "output" if name.startswith("output:") else "tensor"
@@ -160,8 +160,8 @@ def lint(
     plan_file: Path, model: str, world: int | None, layers: int | None, dtype: str | None, group_size: int | None
 ) -> None:
     """Check a plan against MODEL and against itself; exits with 1 if something is wrong."""
-    from .models import load_model
-    from .sharding.planner import parameters_of
+    from ..models import load_model
+    from ..sharding.planner import parameters_of
 
     found: list[str] = []
     try:
@@ -198,15 +198,15 @@ def verify(plan_file: Path, model: str, layers: int | None, dtype: str | None, s
     """
     import torch  # slow to load: only where it is needed
 
-    from .frontend.joint import capture_step
-    from .models import load_model
-    from .sharding.parts import cut_model
-    from .sharding.plan_file import fingerprint_of
-    from .sharding.planned import microbatch
-    from .sharding.planner import parameters_of
-    from .sharding.verify import lay_out_planned, verify_program
-    from .sharding.verify_stages import verify_stages
-    from .targets.mesh import Mesh
+    from ..frontend.joint import capture_step
+    from ..models import load_model
+    from ..sharding.parts import cut_model
+    from ..sharding.plan_file import fingerprint_of
+    from ..sharding.planned import microbatch
+    from ..sharding.planner import parameters_of
+    from ..sharding.verify import lay_out_planned, verify_program
+    from ..sharding.verify_stages import verify_stages
+    from ..targets.mesh import Mesh
 
     made = read_plan(plan_file)
     settings, mesh = made.data["settings"], Mesh(made.mesh)
@@ -272,7 +272,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
     Raises:
         TesselError: the file cannot be read or says something else.
     """
-    from .ir.sharding import Sharding
+    from ..ir.sharding import Sharding
 
     try:
         check(path.stat().st_size < 2**20, lambda: f"--annotate {path}: more than 1 MiB")

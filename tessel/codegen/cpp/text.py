@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..ir.types import Dim, product
-from ..tiles.kernel import Axis
-from .cpp_words import size_text
+from ...ir.types import Dim, product
+from ...tiles.kernel import Axis
+from .words import size_text
 
 __all__ = ["BLOCK", "coordinates", "items", "parts_of", "points", "simd", "squares", "steps"]
 

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..errors import TesselError, check
-from ..ir.types import simplify_dim
-from ..ops import OPS
-from ..tiles.index import Atom, Cond, Index, bounds, nonnegative
-from ..tiles.kernel import Access, Check, Compute, IndexOf, Kernel, Load, Ref, Stmt, Store, Test
-from .cpp_space import Space
-from .cpp_vector import KINDS, rough, wide_cast
-from .cpp_words import cast, literal, loaded, memory_type, size_text, stored, value_type
-from .dialect import compute_dtype
+from ...errors import TesselError, check
+from ...ir.types import simplify_dim
+from ...ops import OPS
+from ...tiles.index import Atom, Cond, Index, bounds, nonnegative
+from ...tiles.kernel import Access, Check, Compute, IndexOf, Kernel, Load, Ref, Stmt, Store, Test
+from ..dialect import compute_dtype
+from .space import Space
+from .vector import KINDS, rough, wide_cast
+from .words import cast, literal, loaded, memory_type, size_text, stored, value_type
 
 __all__ = ["Emitter"]
 
@@ -71,7 +71,7 @@ class Emitter:
         """Start a nest of loops over the variables ``loops``; those in ``outer`` have a value already.
 
         With ``wide`` the last loop goes in steps of a vector, and with ``pairs`` in steps of two; see
-        ``cpp_vector.Along.all_wide`` and ``in_pairs``.
+        ``vector.Along.all_wide`` and ``in_pairs``.
         """
         self.lane, self.pairs = loops[-1] if wide else None, pairs
         known = frozenset(outer)

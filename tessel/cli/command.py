@@ -9,15 +9,15 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from .cli_build import compile_command, explain
-from .cli_cache import cache
-from .cli_plan import diff, lint, plan, verify
-from .cli_quantize import quantize
-from .cli_run import run
-from .cli_tune import tune
-from .errors import TesselError, check
-from .targets import TARGETS, Target, get_target, host_measured
-from .targets.host import features_that_matter, vector_bits, with_rates
+from ..errors import TesselError, check
+from ..targets import TARGETS, Target, get_target, host_measured
+from ..targets.host import features_that_matter, vector_bits, with_rates
+from .build import compile_command, explain
+from .cache import cache
+from .plan import diff, lint, plan, verify
+from .quantize import quantize
+from .run import run
+from .tune import tune
 
 __all__ = ["main"]
 
@@ -77,7 +77,7 @@ def _measured(cpu: Target, again: bool) -> Target:
     """The CPU's record with its rates: those that are kept, or measured now."""
     rates = None if again else host_measured()
     if rates is None:
-        from .runtime.host_rates import measure_host  # torch with it: only where it is needed
+        from ..runtime.host_rates import measure_host  # torch with it: only where it is needed
 
         rates = measure_host()
     return with_rates(cpu, rates)

@@ -13,10 +13,10 @@ from typing import Any
 import sympy
 import torch
 
-from ..errors import TesselError, check
-from ..ir.types import Dim
-from . import dialect
-from .dialect import compute_dtype
+from ...errors import TesselError, check
+from ...ir.types import Dim
+from .. import dialect
+from ..dialect import compute_dtype
 
 __all__ = ["cast", "identity", "literal", "loaded", "memory_type", "size_text", "stored", "value_type"]
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..tiles.index import Index, substitute
-from ..tiles.kernel import Axis, Kernel, Load, Param
-from .cpp_expr import Emitter
-from .cpp_text import coordinates, parts_of
-from .cpp_vector import first_cache
+from ...tiles.index import Index, substitute
+from ...tiles.kernel import Axis, Kernel, Load, Param
+from .expr import Emitter
+from .text import coordinates, parts_of
+from .vector import first_cache
 
 __all__ = ["asked_early", "places_of_rows"]
 

@@ -4,7 +4,7 @@ rows    a thread takes a row and folds it with vectors along it, one loop after 
         loops need and is dear to compute again is kept in a buffer of the row.
 few     like rows, but there are few rows and they are long: threads share each row, and their partial
         results are combined in order.
-across  memory lies along the results: vectors hold neighbouring results and go down the rows; see ``cpp_across``.
+across  memory lies along the results: vectors hold neighbouring results and go down the rows; see ``across``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from ..ir.types import product
-from ..ops import OPS
-from ..tiles.kernel import Axis, Check, Compute, Kernel, Load, Reduce, Segment, Stmt, Store, refs
-from .cpp_across import Across
-from .cpp_fold import Fold, Writer, indented
-from .cpp_onehot import only_place
-from .cpp_space import Space
-from .cpp_text import BLOCK, coordinates, items, points, simd, steps
-from .cpp_vector import FOLDS, KINDS, Along, fold_step, from_memory, unroll
-from .cpp_words import size_text, value_type
+from ...ir.types import product
+from ...ops import OPS
+from ...tiles.kernel import Axis, Check, Compute, Kernel, Load, Reduce, Segment, Stmt, Store, refs
+from .across import Across
+from .fold import Fold, Writer, indented
+from .onehot import only_place
+from .space import Space
+from .text import BLOCK, coordinates, items, points, simd, steps
+from .vector import FOLDS, KINDS, Along, fold_step, from_memory, unroll
+from .words import size_text, value_type
 
 __all__ = ["reduction"]
 

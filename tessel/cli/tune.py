@@ -10,9 +10,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .cli_model import gpu_named, model_options, parse_options
-from .config import Options
-from .errors import TesselError
+from ..config import Options
+from ..errors import TesselError
+from .model import gpu_named, model_options, parse_options
 
 __all__ = ["tune"]
 
@@ -37,14 +37,14 @@ def tune(
     """
     device = gpu_named(target)
     chosen = Options.of(parse_options(options))
-    from .autotune.cache import default_cache
-    from .autotune.kernels import kernels_of
-    from .autotune.tune import tune as run
-    from .models import load_model
+    from ..autotune.cache import default_cache
+    from ..autotune.kernels import kernels_of
+    from ..autotune.tune import tune as run
+    from ..models import load_model
 
     measurer: Any = None
     if measure:
-        from .autotune.measure import GpuMeasurer  # refuses where there is no such GPU, before the model is made
+        from ..autotune.measure import GpuMeasurer  # refuses where there is no such GPU, before the model is made
 
         measurer = GpuMeasurer(device)
     own = default_cache()

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from ..tiles.header import TEMPLATES
-from . import cpp_matmul
+from ...tiles.header import TEMPLATES
+from .matmul import headers as matmul_headers
 
 __all__ = ["NAMES", "headers", "linear_unit"]
 
@@ -20,7 +20,7 @@ _ROWS = ("q", "k", "v", "decay", "beta")  # address, and elements from batch to 
 def headers() -> dict[str, str]:
     """The headers that a unit includes, by file name."""
     own = {f: (TEMPLATES / f).read_text(encoding="utf-8") for f in ("tessel.hpp", "linear_attention.hpp")}
-    return {**own, **cpp_matmul.headers()}
+    return {**own, **matmul_headers()}
 
 
 def linear_unit(name: str, dtype: torch.dtype, channels: bool, delta: bool) -> str:

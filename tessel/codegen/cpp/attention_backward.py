@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from ..errors import TesselError
-from ..ir.types import product
-from ..tiles.index import var
-from ..tiles.kernel import ACC, DK, DQ, DSCORE, DSINK, DV, Axis, Kernel, Ref, Store
-from ..tiles.slope import NoSlope, slope
-from .cpp_attention import Writer
-from .cpp_expr import Emitter
-from .cpp_text import points
-from .cpp_words import literal, size_text
+from ...errors import TesselError
+from ...ir.types import product
+from ...tiles.index import var
+from ...tiles.kernel import ACC, DK, DQ, DSCORE, DSINK, DV, Axis, Kernel, Ref, Store
+from ...tiles.slope import NoSlope, slope
+from .attention import Writer
+from .expr import Emitter
+from .text import points
+from .words import literal, size_text
 
 __all__ = ["attention_backward"]
 

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import check
-from ..ir.types import contiguous_strides, product
-from ..tiles.index import linearize, var
-from ..tiles.kernel import Axis, Check, Kernel, Load, Reduce, Ref, Scan, Stmt, refs
-from .cpp_expr import Dims, Emitter
-from .cpp_space import Space
-from .cpp_text import points, simd, steps
-from .cpp_vector import FOLDS, KINDS, Along, fold_step
-from .cpp_words import cast, identity, loaded, size_text, value_type
-from .dialect import compute_dtype
+from ...errors import check
+from ...ir.types import contiguous_strides, product
+from ...tiles.index import linearize, var
+from ...tiles.kernel import Axis, Check, Kernel, Load, Reduce, Ref, Scan, Stmt, refs
+from ..dialect import compute_dtype
+from .expr import Dims, Emitter
+from .space import Space
+from .text import points, simd, steps
+from .vector import FOLDS, KINDS, Along, fold_step
+from .words import cast, identity, loaded, size_text, value_type
 
 __all__ = ["scan"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..tiles.header import TEMPLATES
+from ...tiles.header import TEMPLATES
 
 __all__ = ["STEPS", "headers", "selective_unit"]
 
