@@ -106,20 +106,22 @@ SBH = S * B * H
 
 
 @cache
-def units(flash: bool) -> list[Segment]:
-    """Three layers behind an embedding, whose tokens tell batch and sequence apart."""
-    model = nn.Sequential(nn.Embedding(16, H), *(Layer(H, A, flash) for _ in range(3))).to(torch.bfloat16)
-    graph = import_program(export_program(model, (torch.zeros(B, S, dtype=torch.int64),), {})).graph.live()
+def units(flash: bool, tokens: bool = True) -> list[Segment]:
+    """Three layers behind an embedding, or behind a linear layer, for which numbers of the input become rows."""
+    first = nn.Embedding(16, H) if tokens else nn.Linear(H, H, bias=False)
+    model = nn.Sequential(first, *(Layer(H, A, flash) for _ in range(3))).to(torch.bfloat16)
+    x = torch.zeros(B, S, dtype=torch.int64) if tokens else torch.zeros(B, S, H, dtype=torch.bfloat16)
+    graph = import_program(export_program(model, (x,), {})).graph.live()
     return segments_of(units_of(graph, value_names(graph))[0])
 
 
-def activations(sequence: bool | None, flash: bool = True) -> float:
+def activations(sequence: bool | None, flash: bool = True, tokens: bool = True) -> float:
     """Bytes of a layer's activations on a device under tensor parallelism, with and without sequences split; None: on
     one device.
 
     What Megatron copies to every device, or splits by the sequence, is the stream between products and its norms.
     """
-    segments = units(flash)
+    segments = units(flash, tokens)
     place = (1, 1) if sequence else None
     pins: dict[str, Mapping[str, Any]] = {}
     for segment in segments:
@@ -148,13 +150,14 @@ def _layer(unit: Unit) -> str:
     return unit.node.loc.module.split(".")[0]
 
 
-def test_activations_under_tensor_and_sequence_parallelism() -> None:
+@pytest.mark.parametrize("tokens", [True, False])
+def test_activations_under_tensor_and_sequence_parallelism(tokens: bool) -> None:
     """sbh(10 + 24/t) and sbh · 34/t of arXiv 2205.05198 with flash attention, without the dropouts' masks of 2sbh,
     and the log-sum-exp of every row of attention; the norms' statistics are what is left over."""
     lse, statistics = 4 * B * A * S, 4 * 4 * B * S
-    tensor = activations(False)
+    tensor = activations(False, tokens=tokens)
     assert 0 <= tensor - (SBH * (8 + 24 / T) + lse / T) <= statistics
-    both = activations(True)
+    both = activations(True, tokens=tokens)
     assert 0 <= both - (SBH * 32 + lse) / T <= statistics / T
 
 
@@ -262,3 +265,27 @@ def test_the_solver_against_z3_with_all_layers_alike() -> None:
             mixed += answer.seconds < alike * (1 - 1e-4)
         assert tied(search, least * 0.9) is None and not search.answer(least * 0.9).fits
     assert mixed  # somewhere under a cap, layers that differ are faster
+
+
+# ---------------------------------------------------------------- inputs that views stand before
+
+
+class Scaled(nn.Module):
+    """A product of an input that is scaled, cast and flattened first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(8, 4, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out((x * 0.5).to(torch.bfloat16).flatten(0, 1))  # type: ignore[no-any-return]
+
+
+def test_an_input_keeps_its_batch_behind_views() -> None:
+    """Of the flattened rows the outer part is the batch's, the inner part may be split too."""
+    graph = import_program(export_program(Scaled(), (torch.zeros(4, 6, 8),), {})).graph.live()
+    product = next(u for u in units_of(graph, value_names(graph))[0] if u.op == "matmul")
+    (rows,) = (f for f, n in product.sizes.items() if n == 24)
+    assert product.roles == {(rows, 1): "batch"}
+    assert product.majors[rows] == (1, 4)
+    assert product.uses[0].name == "x" and [n.op.name for n in product.uses[0].views] == ["reshape"]

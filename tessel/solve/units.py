@@ -68,7 +68,8 @@ class Tensor:
 class Use:
     """An operand: what it is before ``views``; ``source`` is None for what no parameter flows into.
 
-    ``roles`` are those of an input of the graph, by dimension; ``name`` that of what no parameter flows into.
+    ``roles`` are those of an input of the graph, by its dimensions, whatever its views are; ``name`` that of what no
+    parameter flows into.
     """
 
     source: Tensor | Param | None
@@ -128,6 +129,10 @@ def units_of(graph: Graph, names: dict[Value, str]) -> tuple[list[Unit], list[Pa
     for node in graph.nodes:
         operands = [v for v in node.operands if isinstance(v.type, TensorType)]
         uses = tuple(replace(known[v], type=v.type) for v in operands)
+        if len(uses) == 1 and uses[0].roles and (node.op.name in VIEWS or _keeps_places(node)):
+            views = (*uses[0].views, node) if node.op.name in VIEWS else uses[0].views
+            known[node.out] = replace(uses[0], views=views, type=node.type)
+            continue
         if all(u.source is None for u in uses) or node.op.kind == "effect":
             for v in node.outs:
                 if isinstance(v.type, TensorType):
@@ -227,13 +232,21 @@ def _input_roles(type_: TensorType) -> tuple[tuple[int, str], ...]:
     return tuple(enumerate(names))[: type_.rank]
 
 
+def _keeps_places(node: Node) -> bool:
+    """Whether a node makes a number of each number of its one operand, as casts and scales of an input do."""
+    x = node.operands[0].type
+    floats = x.dtype.is_floating_point and node.type.dtype.is_floating_point
+    return node.op.kind == "pointwise" and floats and node.type.shape == x.shape
+
+
 def _majors(unit: Unit) -> tuple[dict[str, tuple[int, ...]], dict[tuple[str, int], str]]:
     """For each factor the parts that its operands' atoms say: 1, and those a flattened dimension keeps; their roles."""
     out: dict[str, set[int]] = {f: {1} for f in unit.dims.factors}
     roles: dict[tuple[str, int], str] = {}
     for use, shape in zip(unit.uses, unit.dims.operands, strict=True):
         known: dict[Place, str] = {(d, 1): role for d, role in use.roles}
-        places = list(known)
+        first = use.views[0].args[0].type if use.views else use.type
+        places: list[Place] = [(d, 1) for d in range(first.rank)]
         if isinstance(use.source, Tensor):
             known, places = use.source.roles, [(a.dim, a.major) for a in use.source.atoms]
         for place in places:
