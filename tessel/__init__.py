@@ -178,6 +178,8 @@ def plan(
     microbatches: int = 1,
     zero: int | None = None,
     capacity: float | None = None,
+    bucket: int | None = None,
+    in_flight: int | None = None,
     gpus_per_node: int | None = None,
     free_axes: bool = False,
     annotations: Annotations | None = None,
@@ -203,6 +205,9 @@ def plan(
         zero: the stage (0 to 3) that every parameter has which can be kept apart; the best for each by default.
         capacity: times the even share of tokens that a device may send to the experts of another one; more of them
             end the run. Without it tokens are gathered where experts are split.
+        bucket: the most bytes that one call of several collectives carries, 25 MiB by default; 0 merges nothing.
+        in_flight: the most memory that collectives take which begin before their results are read, 100 MiB by default;
+            0 begins none early. Neither goes beyond what ``memory`` leaves.
         gpus_per_node: ranks that share a node.
         free_axes: every axis may split anything, whatever its name.
         annotations: instead of what ``annotate`` was told about the model.
@@ -225,6 +230,7 @@ def plan(
         capacity=capacity,
         gpus_per_node=gpus_per_node,
         roles=not free_axes,
+        **{k: n for k, n in (("bucket", bucket), ("in_flight", in_flight)) if n is not None},
     )
     return plan_model(
         model, args, kwargs, mesh=mesh, target=target, request=request, annotations=annotations, progress=progress

@@ -43,9 +43,9 @@ from tessel.sharding import parts, planned
 from tessel.sharding.accumulate import Accumulating
 from tessel.sharding.annotate import fits
 from tessel.sharding.distributed import Distributed, distribute
+from tessel.sharding.microbatches import microbatch
 from tessel.sharding.parts import Pipeline
 from tessel.sharding.plan_file import read_plan
-from tessel.sharding.planned import microbatch
 from tessel.sharding.planner import Request
 from tessel.sharding.spmd import Spmd, lay_out
 from tessel.sharding.staged import Staged, distribute_model

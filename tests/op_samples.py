@@ -10,7 +10,7 @@ import torch
 from prove_dims import Sample
 
 from tessel.ops import OPS
-from tessel.ops.collective import COLLECTIVE
+from tessel.ops.collective import CALLS, COLLECTIVE
 from tessel.ops.inplace import WRITES
 
 F64 = torch.float64
@@ -22,7 +22,9 @@ EXEMPT = {
     "assert_true": "has no results; tested by its error",
     "kernel": "is run through its region",
     "loop": "is run through its region",
-    **dict.fromkeys(COLLECTIVE, "needs several ranks; tests/test_partition.py compares all of them with one device"),
+    **dict.fromkeys(
+        (*COLLECTIVE, *CALLS), "needs several ranks; tests/test_partition.py compares all of them with one device"
+    ),
 }
 
 

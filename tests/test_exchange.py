@@ -114,7 +114,11 @@ def test_masks_windows_and_merges(mask: tuple[int, ...] | None, attrs: Mapping[s
 @pytest.mark.parametrize(
     ("op", "change", "words"),
     [
-        ("collective_permute", {"sources": (1, 2, 3, 0)}, "is to run collective_permute here, step 1 of a ring"),
+        (
+            "collective_start",
+            {"each": ((("sources", (1, 2, 3, 0)),),) * 2},
+            "is to run collective_start here, step 0 of a",
+        ),
         ("attention", {"offset": 0}, "is to run attention here, step"),
         ("maximum", None, "is to run maximum here, step"),
     ],

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from groups import environment, free_port
-from ranks import arguments, on_all_ranks
+from ranks import annotations, arguments, counts, on_all_ranks, same_as_one_device
 from test_partition import DEVICES, HEADS, HIDDEN, ORACLES, SEQUENCE, Grouped
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -34,10 +34,11 @@ from tessel.passes.partition import partition
 from tessel.passes.shard import Seed, propagate
 from tessel.runtime.collectives import InProcess
 from tessel.runtime.shares import assemble, share
+from tessel.sharding.microbatches import microbatch
 from tessel.sharding.plan_file import ShardingPlan, parse_plan
-from tessel.sharding.planned import lay_out_plan, microbatch, plan_model
+from tessel.sharding.planned import lay_out_plan, plan_model
 from tessel.sharding.planner import Request
-from tessel.sharding.spmd import Spmd
+from tessel.sharding.spmd import Spmd, lay_out
 from tessel.sharding.staged import distribute_model
 from tessel.sharding.verify import verify_program, verify_ranks
 from tessel.targets.mesh import Link, Mesh
@@ -329,6 +330,50 @@ def test_tokens_of_linear_attention_are_planned_and_run() -> None:
     (node,) = (n for n in plan.data["nodes"] if n["op"] == "linear_attention")
     assert node["splits"] == {"sp": "t(states)"}
     same_gradients(spmd, model, [ids])
+
+
+def test_states_of_the_papers_size() -> None:
+    """LASP-2's 64 heads of states of 128 x 128, in the paper's two bytes a number; ours are float32."""
+    with torch.device("meta"):
+        b = Builder([make_input(n, TensorType((1, HEADS, SEQUENCE, 128), torch.bfloat16)) for n in "qkv"])
+        out, state = b.node(OPS["linear_attention"], *(n.out for n in b.inputs)).outs
+    graph, mesh = b.finish((out,)), Mesh({"sp": DEVICES})
+    layouts = propagate(graph, mesh, [Seed(n.out, S("{·,·,sp,·}"), "") for n in b.inputs])
+    program = partition(graph, mesh, layouts, splits={n: {"t": ("sp",)} for n in graph.nodes})
+    (states,) = (c for c in program.collectives() if c.kind == "all_gather")
+    assert states.bytes == ORACLES["lasp2_forward"] * state.dtype.itemsize // 2
+
+
+class Video(nn.Module):
+    """Attention over the places of every frame, then over the frames of every place."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.places, self.frames = Grouped(hidden, heads, heads), Grouped(hidden, heads, heads)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.frames(self.places(x).transpose(0, 1))  # type: ignore[no-any-return]
+
+
+def switched(model: nn.Module, x: torch.Tensor, mesh: Mesh, train: bool) -> Spmd:
+    said = [("shard", "inputs[0]", ("sp", None, None)), ("output", "places", ("sp", None, None)),
+            ("output", "frames", ("sp", None, None))]  # fmt: skip
+    return lay_out(capture_step(model, (x,), train=train), mesh, annotations(said))
+
+
+def test_a_switch_of_what_is_split_is_one_exchange() -> None:
+    """Dynamic sequence parallelism (DSP, arXiv 2403.10266): of M bytes a device sends M(N-1)/N², there and back."""
+    torch.manual_seed(0)
+    model, x, n = Video(16, 4), torch.randn(8, 4, 16), 4
+    spmd = switched(model, x, Mesh({"sp": n}), train=True)
+    assert counts(spmd.forward) == {"all_to_all sp": 1, "all_gather sp": 1}  # the result is whole on every device
+    assert spmd.backward is not None and counts(spmd.backward)["all_to_all sp"] == 1
+    same_as_one_device(spmd, model, [x])
+    with torch.device("meta"):
+        large, frames = Video(HIDDEN, HEADS).to(torch.bfloat16), torch.empty(64, 128, HIDDEN, dtype=torch.bfloat16)
+    program = switched(large, frames, Mesh({"sp": DEVICES}), train=False).forward
+    (switch,) = (c for c in program.collectives() if c.kind == "all_to_all")
+    assert switch.bytes == frames.nbytes * (DEVICES - 1) // DEVICES**2
 
 
 # ---------------------------------------------------------------- tokens that travel to their experts

@@ -39,6 +39,8 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 @click.option(
     "--capacity", type=click.FloatRange(min=0, min_open=True), help="Send tokens to experts: times an even share."
 )
+@click.option("--bucket", help="What one call of several collectives carries: 25MiB; 0 merges nothing [25MiB].")
+@click.option("--in-flight", help="Memory for collectives that begin early: 100MiB; 0 begins none early [100MiB].")
 @click.option("--schedule", default="auto", show_default=True, help="Of stages: gpipe, 1f1b, interleaved, zb1p, zbv.")
 @click.option("--free-axes", is_flag=True, help="Let every axis split anything, whatever its name.")
 @click.option("--annotate", type=click.Path(path_type=Path), help="JSON: name to dims; also inputs[0], output:NAME.")
@@ -47,7 +49,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 @click.option("--html", type=click.Path(path_type=Path), help="A page about the plan to write.")
 def plan(
     model: str, mesh: str, target: str, memory: str | None, annotate: Path | None, out: Path | None, html: Path | None,
-    free_axes: bool,
+    free_axes: bool, bucket: str | None, in_flight: str | None,
     global_batch: int | None, seq: int | None, dtype: str | None, layers: int | None, train: bool,
     microbatches: int | None, whole: bool,
     **asked: Any,
@@ -69,6 +71,8 @@ def plan(
 
     axes = Mesh.parse(mesh)
     given = {} if annotate is None else read_annotations(annotate)
+    calls = (("bucket", bucket), ("in_flight", in_flight))
+    asked |= {k: parse_memory(text, k.replace("_", "-")) for k, text in calls if text is not None}
     request = Request(
         train=train, memory=None if memory is None else parse_memory(memory), microbatches=microbatches or 1,
         roles=not free_axes, pinned={n: s for n, s in given.items() if not _of_activations(n)},
@@ -200,9 +204,9 @@ def verify(plan_file: Path, model: str, layers: int | None, dtype: str | None, s
 
     from ..frontend.joint import capture_step
     from ..models import load_model
+    from ..sharding.microbatches import microbatch
     from ..sharding.parts import cut_model
     from ..sharding.plan_file import fingerprint_of
-    from ..sharding.planned import microbatch
     from ..sharding.planner import parameters_of
     from ..sharding.verify import lay_out_planned, verify_program
     from ..sharding.verify_stages import verify_stages
@@ -245,8 +249,8 @@ def diff(a: Path, b: Path) -> None:
     click.echo(diff_text(read_plan(a), read_plan(b)))
 
 
-def parse_memory(text: str) -> int:
-    """Bytes.
+def parse_memory(text: str, option: str = "memory") -> int:
+    """Bytes; of other options than ``memory`` none, too.
 
     >>> parse_memory("80GiB"), parse_memory("64e9"), parse_memory("1.5 GB")
     (85899345920, 64000000000, 1500000000)
@@ -257,9 +261,10 @@ def parse_memory(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\d{1,2})?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(match.group(2).upper()) if match else None
     if match is None or unit is None:
-        raise TesselError(f"--memory {text!r}: expected a size such as 80GiB, 80GB or a number of bytes")
+        raise TesselError(f"--{option} {text!r}: expected a size such as 80GiB, 80GB or a number of bytes")
     size = int(float(match.group(1)) * unit)
-    check(0 < size < 10**15, lambda: f"--memory {text!r}: not from 1 byte to a petabyte")
+    least = 1 if option == "memory" else 0
+    check(least <= size < 10**15, lambda: f"--{option} {text!r}: not from {least} bytes to a petabyte")
     return size
 
 

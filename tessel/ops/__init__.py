@@ -10,7 +10,7 @@ from .activation import ACTIVATION
 from .attention import ATTENTION
 from .backward import BACKWARD
 from .cache import CACHE
-from .collective import COLLECTIVE
+from .collective import CALLS, COLLECTIVE
 from .common import table
 from .dims import Dims, Factor, Piece, Window, dims_of, factor_sizes
 from .effect import EFFECT
@@ -62,6 +62,7 @@ OPS = table(
     RANDOM.values(),
     EFFECT.values(),
     COLLECTIVE.values(),
+    CALLS.values(),
 )
 
 __all__ = ["OPS", "Dims", "Factor", "Piece", "Window", "dims_of", "factor_sizes"]

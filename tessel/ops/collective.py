@@ -4,6 +4,9 @@ The operand and the result are one rank's share. ``axes`` are the mesh axes whos
 minor, ``parts`` how many those are. Who carries them out is put in from outside (``communicating``): one
 process a rank over torch.distributed, or ``together`` for all ranks in one process.
 
+Several of one kind may be one call, and a call may go on while a rank computes: ``collective_start`` gives a token,
+``collective_wait`` takes it for the results. It reads the operands too, so that their memory lives until then.
+
 Bytes are counted per device, as what it sends: all-gather ``(n-1)L``, reduce-scatter and all-to-all
 ``L(n-1)/n``, all-reduce ``2L(n-1)/n``, permute ``L``, with L the bytes of the operand (the ring algorithms'
 volume, Chan et al., "Collective communication: theory, practice, and experience", 2007).
@@ -22,9 +25,9 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import TesselError, check
-from ..ir.node import Node, Op
+from ..ir.node import Node, Op, Value
 from ..ir.types import TensorType
-from .common import along, axis, letters, need_tensor, operand_types, pointwise_dims, result, table, words
+from .common import along, axis, letters, need_tensor, operand_types, pointwise_dims, result, table, whole_dims, words
 from .dims import divide
 
 
@@ -33,6 +36,14 @@ class Communicator(Protocol):
 
     def run(self, name: str, x: torch.Tensor, attrs: Mapping[str, Any]) -> torch.Tensor:
         """The result of the collective operator ``name`` on this rank."""
+        ...
+
+    def start(self, name: str, xs: Sequence[torch.Tensor], attrs: Sequence[Mapping[str, Any]]) -> int:
+        """Begin collectives of one kind over the same ranks as one call; the number by which they are waited for."""
+        ...
+
+    def finish(self, number: int) -> tuple[torch.Tensor, ...]:
+        """Wait for a call; a result for each of its operands."""
         ...
 
 
@@ -51,15 +62,34 @@ def communicating(by: Communicator) -> Iterator[None]:
 
 def _ref(name: str) -> Callable[..., torch.Tensor]:
     def ref(x: torch.Tensor, **attrs: Any) -> torch.Tensor:
-        by = _current.get()
-        if by is None:
-            raise TesselError(
-                f"{name} over {', '.join(attrs.get('axes', ()))}: no ranks to talk to; run the program of one rank "
-                "by tessel.distribute, under torchrun"
-            )
-        return by.run(name, x, attrs)
+        return _ranks(name, attrs).run(name, x, attrs)
 
     return ref
+
+
+def _ranks(name: str, attrs: Mapping[str, Any]) -> Communicator:
+    """Who carries collectives out.
+
+    Raises:
+        TesselError: nobody does.
+    """
+    by = _current.get()
+    if by is None:
+        raise TesselError(
+            f"{name} over {', '.join(attrs.get('axes', ()))}: no ranks to talk to; run the program of one rank "
+            "by tessel.distribute, under torchrun"
+        )
+    return by
+
+
+def _start(*xs: torch.Tensor, **call: Any) -> torch.Tensor:
+    attrs = [of_operand(call, i) for i in range(len(xs))]
+    return torch.tensor(_ranks(call["kind"], call).start(call["kind"], xs, attrs))
+
+
+def _wait(token: torch.Tensor, *xs: torch.Tensor, **call: Any) -> Any:
+    found = _ranks(call["kind"], call).finish(int(token))
+    return found[0] if len(found) == 1 else found
 
 
 # ---------------------------------------------------------------- all ranks at once: the reference
@@ -127,13 +157,44 @@ def payload(name: str, local_bytes: int, parts: int) -> int:
     return times * local_bytes * (parts - 1) // parts
 
 
+# ---------------------------------------------------------------- several as one call
+
+
+def call_attrs(kind: str, each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The attributes of ``collective_start`` and ``collective_wait`` from those of the collectives that they carry.
+
+    >>> gathers = [{"axes": ("dp",), "parts": 2, "dim": 0}, {"axes": ("dp",), "parts": 2, "dim": 1}]
+    >>> call_attrs("all_gather", gathers)["each"]
+    ((('dim', 0),), (('dim', 1),))
+    """
+    own = tuple(tuple(sorted((k, v) for k, v in a.items() if k not in ("axes", "parts"))) for a in each)
+    return {"kind": kind, "axes": tuple(each[0]["axes"]), "parts": each[0]["parts"], "each": own}
+
+
+def of_operand(call: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """The attributes of collective ``i`` of a call."""
+    return {"axes": tuple(call["axes"]), "parts": call["parts"], **dict(call["each"][i])}
+
+
+def units(node: Node) -> list[tuple[str, Value, dict[str, Any]]]:
+    """The collectives that a node begins, as (operator, operand, attributes); none for other nodes."""
+    if node.op.name in COLLECTIVE:
+        return [(node.op.name, node.args[0], dict(node.attrs))]
+    if node.op.name == "collective_start":
+        return [(str(node.attrs["kind"]), x, of_operand(node.attrs, i)) for i, x in enumerate(node.args)]
+    return []
+
+
+def sent_of(name: str, x: Value, parts: int) -> int:
+    """Bytes that one device sends for a collective of an operand whose size is known."""
+    nbytes = x.type.nbytes
+    check(isinstance(nbytes, int), lambda: f"{name}: the operand's size {nbytes} is not known")
+    return payload(name, nbytes, parts)
+
+
 def payload_of(node: Node) -> int:
     """Bytes that one device sends for a node of a program of one rank; 0 for what is no collective."""
-    if node.op.name not in COLLECTIVE:
-        return 0
-    nbytes = node.args[0].type.nbytes
-    check(isinstance(nbytes, int), lambda: f"{node.op.name}: the operand's size {nbytes} is not known")
-    return payload(node.op.name, nbytes, node.attrs["parts"])
+    return sum(sent_of(name, x, attrs["parts"]) for name, x, attrs in units(node))
 
 
 # ---------------------------------------------------------------- table
@@ -210,4 +271,37 @@ COLLECTIVE = table(
     ),
 )
 
-__all__ = ["COLLECTIVE", "Communicator", "communicating", "payload", "payload_of", "together"]
+
+def _start_infer(*xs: Any, kind: str, axes: Sequence[str], parts: int, each: Sequence[Any]) -> tuple[TensorType, ...]:
+    """A token."""
+    check(kind in COLLECTIVE, lambda: f"collective_start: {kind!r} is no collective")
+    check(len(xs) == len(each) > 0, lambda: f"collective_start: {len(xs)} operands, attributes of {len(each)}")
+    for x in xs:
+        need_tensor("collective_start", x)
+    kinds = {x.dtype for x in xs}
+    check(len(kinds) == 1, lambda: f"collective_start: one call has one dtype, got {', '.join(map(str, kinds))}")
+    return (result((), torch.int64, xs[0]),)
+
+
+def _wait_infer(token: Any, *xs: Any, **call: Any) -> tuple[TensorType, ...]:
+    """What each collective gives."""
+    infer = COLLECTIVE[call["kind"]].infer
+    assert infer is not None
+    return tuple(infer(x, **of_operand(call, i))[0] for i, x in enumerate(xs))
+
+
+CALLS = table(
+    Op(
+        "collective_start", "library", dims=whole_dims, ref=_start, infer=_start_infer, cost=1000, random=True,
+        doc="collective_start(x, ..., kind=, axes=, parts=, each=): collectives of one kind as one call begin; a token",
+    ),
+    Op(
+        "collective_wait", "library", dims=whole_dims, ref=_wait, infer=_wait_infer, cost=1000, random=True,
+        doc="collective_wait(token, x, ..., as collective_start): the results of the call, which has read x by then",
+    ),
+)  # fmt: skip
+
+__all__ = [
+    "CALLS", "COLLECTIVE", "Communicator", "call_attrs", "communicating", "of_operand", "payload", "payload_of",
+    "sent_of", "together", "units",
+]  # fmt: skip

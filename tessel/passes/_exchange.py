@@ -25,13 +25,14 @@ import torch
 
 from ..ir.node import Builder, Node, Value, make_input, map_values
 from ..ir.sharding import Sharding
-from ..ir.types import TensorType
+from ..ir.types import Dim, TensorType, simplify_dim
 from ..ops import OPS
 from ..ops.attention import ring_steps
-from ..ops.collective import COLLECTIVE
+from ..ops.collective import call_attrs, units
 from ..ops.experts import room
 from ..targets.mesh import Mesh
 from ._factors import MERGED, Axes, Rule, rule_of
+from ._places import Places
 from ._states import STATES, write_states
 
 RINGS = frozenset({"attention", "attention_backward"})
@@ -80,7 +81,7 @@ def can_ring(node: Node) -> bool:
 
 
 def write_exchange(
-    b: Builder, ex: Exchange, node: Node, args: Sequence[Any], attrs: Mapping[str, Any], mesh: Mesh, rank: int
+    b: Builder, ex: Exchange, node: Node, args: Sequence[Any], attrs: Mapping[str, Any], places: Places
 ) -> tuple[Value, ...]:
     """A rank's part of an operation, with what it sends.
 
@@ -93,16 +94,16 @@ def write_exchange(
     Returns:
         The results: this rank's queries' for a ring (and its keys' gradients), else the merged ones.
     """
-    parts = math.prod(mesh[a] for a in ex.axes)
-    index = mesh.index(rank, ex.axes)
+    parts = math.prod(places.mesh[a] for a in ex.axes)
+    index = places.mesh.index(places.rank, ex.axes)
     if ex.kind == "states":
         return write_states(b, ex.axes, parts, index, node.op.name, args)
     if ex.kind == "halo":
-        return _with_edges(b, ex, node, args, attrs, mesh, rank)
+        return _with_edges(b, ex, node, args, attrs, places)
     if ex.kind == "sent":
         return _Sending(b, ex, parts, attrs).run(node.op.name, args)
     if ex.kind == "ring":
-        ring = _Ring(b, ex.axes, parts, index, node, attrs)
+        ring = _Ring(b, ex.axes, parts, places, node, attrs)
         return ring.forward(*args[:4]) if node.op.name == "attention" else ring.backward(*args[:9])
     made = b.node(node.op, *args, **attrs).outs
     both = {"axes": ex.axes, "parts": parts}
@@ -121,8 +122,10 @@ def write_exchange(
     return _cast(b, b.add(OPS["all_reduce"], mine, **both, combine="sum"), out.dtype), merged
 
 
-def dry_run(ex: Exchange, node: Node, reads: Sequence[Sharding], attrs: Mapping[str, Any], mesh: Mesh) -> list[Node]:
-    """The collectives that every rank runs for an operation."""
+def dry_run(
+    ex: Exchange, node: Node, reads: Sequence[Sharding], attrs: Mapping[str, Any], mesh: Mesh
+) -> list[tuple[Node, int]]:
+    """The collectives that every rank runs for an operation, each with how many nodes are computed while it goes on."""
     b = Builder()
     given = iter(reads)
 
@@ -133,20 +136,22 @@ def dry_run(ex: Exchange, node: Node, reads: Sequence[Sharding], attrs: Mapping[
         shape = next(given).local_shape(t.shape, mesh)
         return make_input("x", TensorType(shape, t.dtype, None, t.device)).out
 
-    write_exchange(b, ex, node, [share(a) for a in node.args], attrs, mesh, 0)
-    return [n for n in b.nodes if n.op.name in COLLECTIVE]
+    write_exchange(b, ex, node, [share(a) for a in node.args], attrs, Places(mesh, 0))
+    waits = {n.args[0].node: i for i, n in enumerate(b.nodes) if n.op.name == "collective_wait"}
+    computes = [n.op.kind not in ("view", "generate", "library") for n in b.nodes]
+    return [(n, sum(computes[i : waits.get(n, i)])) for i, n in enumerate(b.nodes) if units(n)]
 
 
 def _with_edges(
-    b: Builder, ex: Exchange, node: Node, args: Sequence[Any], attrs: Mapping[str, Any], mesh: Mesh, rank: int
+    b: Builder, ex: Exchange, node: Node, args: Sequence[Any], attrs: Mapping[str, Any], places: Places
 ) -> tuple[Value, ...]:
     """The operation on a share with the edges of its neighbours; what lies outside of the whole is filled."""
     rule, args = rule_of(node), list(args)
-    places = [i for i, a in enumerate(node.args) if isinstance(a, Value)]
+    operands = [i for i, a in enumerate(node.args) if isinstance(a, Value)]
     for factor, axes in ex.halos:  # one after the other, so that corners come along
-        halo, parts, index = rule.halo(factor), math.prod(mesh[a] for a in axes), mesh.index(rank, axes)
+        halo, parts, here = rule.halo(factor), math.prod(places.mesh[a] for a in axes), places.at(axes)
         assert halo is not None
-        x: Value = args[places[halo.operand]]
+        x: Value = args[operands[halo.operand]]
         n = x.shape[halo.dim]
         pieces = [x]
         for size, by, start in ((halo.before, 1, n - halo.before), (halo.after, -1, 0)):
@@ -155,10 +160,9 @@ def _with_edges(
             edge = b.add(OPS["slice"], x, dim=halo.dim, start=start, size=size, step=1)
             sources = tuple((i - by) % parts for i in range(parts))
             edge = b.add(OPS["collective_permute"], edge, axes=axes, parts=parts, sources=sources)
-            if not 0 <= index - by < parts:
-                edge = b.add(OPS["full"], shape=edge.shape, value=halo.fill, dtype=x.dtype)
+            edge = _filled(b, edge, here, 0 if by > 0 else parts - 1, halo.fill)
             pieces = [edge, *pieces] if by > 0 else [*pieces, edge]
-        args[places[halo.operand]] = b.add(OPS["cat"], tuple(pieces), dim=halo.dim) if len(pieces) > 1 else x
+        args[operands[halo.operand]] = b.add(OPS["cat"], tuple(pieces), dim=halo.dim) if len(pieces) > 1 else x
         for place, literal in halo.args.items():
             given = args[place]
             both = isinstance(literal, tuple) and isinstance(given, tuple)  # of two axes each has its own part changed
@@ -169,6 +173,14 @@ def _with_edges(
     device = node.type.device
     types = tuple(TensorType(tuple(m.shape), m.dtype, None, device) for m in made)
     return b.node(node.op, *args, types=types, **attrs).outs
+
+
+def _filled(b: Builder, edge: Value, here: Dim, end: int, fill: Any) -> Value:
+    """The edge that a share is given, or what lies outside of the whole if the share is the one at its end."""
+    if isinstance(here, int):
+        return b.add(OPS["full"], shape=edge.shape, value=fill, dtype=edge.dtype) if here == end else edge
+    place = b.add(OPS["full"], shape=(1,) * edge.type.rank, value=here, dtype=torch.int64)
+    return b.add(OPS["where"], b.add(OPS["eq"], place, end), fill, edge)
 
 
 def _cast(b: Builder, x: Value, dtype: torch.dtype) -> Value:
@@ -192,28 +204,35 @@ class _Ring:
     b: Builder
     axes: Axes
     parts: int
-    index: int
+    places: Places
     node: Node
     attrs: Mapping[str, Any]
 
-    def next(self, x: Value, by: int = 1) -> Value:
-        """What the rank ``by`` places before holds."""
+    def send(self, *xs: Value, by: int = 1) -> Node:
+        """Begin to send values to the rank ``by`` places on, as one call."""
         sources = tuple((i - by) % self.parts for i in range(self.parts))
-        return self.b.add(OPS["collective_permute"], x, axes=self.axes, parts=self.parts, sources=sources)
+        own = {"axes": self.axes, "parts": self.parts, "sources": sources}
+        call = call_attrs("collective_permute", [own] * len(xs))
+        return self.b.node(OPS["collective_start"], *xs, **call)
+
+    def receive(self, sent: Node) -> tuple[Value, ...]:
+        """What came instead of what was sent."""
+        return self.b.node(OPS["collective_wait"], sent.out, *sent.args, **sent.attrs).outs
 
     def steps(self, k: Value) -> int:
         return ring_steps(k.shape[2], self.parts, self.node.attrs)
 
     def step(self, q: Value, k: Value, mask: Value | None, i: int) -> tuple[dict[str, Any], Value | None]:
         """Attributes and mask for the keys at hand in step ``i``: those of the rank ``i`` places before."""
-        j = (self.index - i) % self.parts
+        mine, theirs = self.places.at(self.axes), self.places.at(self.axes, i)
         attrs = dict(self.attrs)
         queries, keys = q.shape[2], k.shape[2]
         if attrs.get("causal") or attrs.get("window") is not None:
-            attrs["offset"] = attrs.get("offset", 0) + self.index * queries - j * keys
+            attrs["offset"] = simplify_dim(attrs.get("offset", 0) + mine * queries - theirs * keys)
         if mask is None or mask.shape[-1] == 1:
             return attrs, mask
-        return attrs, self.b.add(OPS["slice"], mask, dim=mask.type.rank - 1, start=j * keys, size=keys, step=1)
+        start = simplify_dim(theirs * keys)
+        return attrs, self.b.add(OPS["slice"], mask, dim=mask.type.rank - 1, start=start, size=keys, step=1)
 
     def forward(self, q: Value, k: Value, v: Value, mask: Value | None = None) -> tuple[Value, Value]:
         b = self.b
@@ -221,11 +240,12 @@ class _Ring:
         steps = self.steps(k)
         for i in range(steps):
             attrs, some = self.step(q, k, mask, i)
+            sent = self.send(k, v) if i < steps - 1 else None  # on their way while this piece is computed
             o, seen = b.node(self.node.op, q, k, v, some, **attrs).outs
-            if i < steps - 1:
-                k, v = self.next(k), self.next(v)
             o = _cast(b, o, seen.dtype)
             out, lse = (o, seen) if out is None or lse is None else self.merge(out, lse, o, seen)
+            if sent is not None:
+                k, v = self.receive(sent)
         assert out is not None and lse is not None
         return _cast(b, out, self.node.outs[0].dtype), lse
 
@@ -247,18 +267,23 @@ class _Ring:
         b = self.b
         wide = lse.dtype
         total: Value | None = None
-        sums: list[Value] = []
+        sums: Sequence[Value] = ()
+        coming: Node | None = None  # sums of the ranks before
         steps = self.steps(k)
         for i in range(steps):
             attrs, some = self.step(q, k, mask, i)
-            dq, *others = b.node(self.node.op, grad, q, k, v, some, sink, out, lse, **attrs).outs
-            if i < steps - 1:
-                k, v = self.next(k), self.next(v)
+            sent = self.send(k, v) if i < steps - 1 else None
+            dq, *sums = b.node(self.node.op, grad, q, k, v, some, sink, out, lse, **attrs).outs
             dq = _cast(b, dq, wide)
             total = dq if total is None else b.add(OPS["add"], total, dq)
-            sums = [b.add(OPS["add"], s, d) for s, d in zip(sums, others, strict=True)] if sums else others
+            if coming is not None:
+                sums = [b.add(OPS["add"], s, d) for s, d in zip(self.receive(coming), sums, strict=True)]
             if steps > 1:
-                sums = [self.next(s, 1 if i < steps - 1 else self.parts - i) for s in sums]
+                coming = self.send(*sums, by=1 if i < steps - 1 else self.parts - i)
+            if sent is not None:
+                k, v = self.receive(sent)
+        if coming is not None:
+            sums = self.receive(coming)
         assert total is not None
         return _cast(b, total, q.dtype), *sums
 

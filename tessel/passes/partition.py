@@ -26,13 +26,14 @@ from ..errors import TesselError, check
 from ..ir.node import INPUT, Graph, Node, Value, values_in
 from ..ir.sharding import Sharding
 from ..ir.types import Loc, TensorType
-from ..ops.collective import payload_of
+from ..ops.collective import sent_of, units
 from ..targets.mesh import Mesh
 from ._exchange import SENDING, can_ring, dry_run, exchange_of
 from ._factors import Rule, Split, follow, layout, project, rule_of
 from ._layouts import Layouts
 from ._linear import Carried, carries
-from ._rank import Action, Local, Move, write_rank
+from ._places import Places
+from ._rank import Action, Local, Move, Start, write_rank
 from ._reshard import Price, Step, by_bytes, rematerializes, reshard
 from ._states import adds_up
 from ._tokens import flattened
@@ -51,7 +52,11 @@ _WHY = {
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of a program: what, over which axes, how many bytes a device sends, where and why."""
+    """One collective of a program: what, over which axes, how many bytes a device sends, where and why.
+
+    ``call`` is the place of the first that the same call carries. ``beside`` are the nodes that are computed while it
+    goes on; 0 if it is waited for at once.
+    """
 
     kind: str
     axes: tuple[str, ...]
@@ -60,6 +65,8 @@ class Collective:
     tensor: str
     loc: Loc
     why: str
+    call: int = 0
+    beside: int = 0
 
 
 @dataclass
@@ -92,7 +99,19 @@ class Program:
         Args:
             flat: with products on rows; else as ``graph`` has them.
         """
-        graph = write_rank(self.graph, self.mesh, rank, self.actions, self.inputs, self.outputs, self.effects)
+        return self._written(Places(self.mesh, rank), flat)
+
+    def shared(self, rank: int) -> tuple[Graph, dict[str, int]]:
+        """The graph of a rank with symbols for its place on the mesh, and their values, which are inputs of their own.
+
+        Ranks that compute the same on their shares have the same graph. Linear attention over split tokens is not that:
+        a rank adds up the states of those before it.
+        """
+        places = Places(self.mesh, rank, symbols=True)
+        return self._written(places, True), places.values
+
+    def _written(self, places: Places, flat: bool) -> Graph:
+        graph = write_rank(self.graph, places, self.actions, self.inputs, self.outputs, self.effects)
         return flattened(graph) if flat else graph
 
     def moves(self) -> Iterator[Move]:
@@ -100,23 +119,32 @@ class Program:
         for action in self.actions:
             if isinstance(action, Move):
                 yield action
+            elif isinstance(action, Start):
+                yield from action.moves
 
     def collectives(self) -> list[Collective]:
         """Every collective in order; slices are none."""
-        found = []
+        found: list[Collective] = []
         for action in self.actions:
-            if isinstance(action, Move):
-                for s in action.steps:
-                    if s.kind != "slice":
-                        parts, what = prod(self.mesh[a] for a in s.axes), f"{action.value.type}{s.before}"
-                        found.append(Collective(s.kind, s.axes, parts, s.bytes, what, action.loc, action.why))
-            elif action.exchange is not None:
+            if isinstance(action, Move | Start):
+                moves, beside = ((action,), 0) if isinstance(action, Move) else (action.moves, action.beside)
+                call = len(found)
+                for move in moves:
+                    for s in move.steps:
+                        if s.kind != "slice":
+                            parts, what = prod(self.mesh[a] for a in s.axes), f"{move.value.type}{s.before}"
+                            own = call if isinstance(action, Start) else len(found)
+                            row = Collective(s.kind, s.axes, parts, s.bytes, what, move.loc, move.why, own, beside)
+                            found.append(row)
+            elif isinstance(action, Local) and action.exchange is not None:
                 node, ex = action.node, action.exchange
                 why = _WHY.get(ex.kind, f"pieces are put together ({ex.kind})")
-                for n in dry_run(ex, node, action.reads, node.attrs, self.mesh):
-                    what = f"{n.args[0].type} of {node.op.name}"
-                    axes, parts = n.attrs["axes"], n.attrs["parts"]
-                    found.append(Collective(n.op.name, axes, parts, payload_of(n), what, node.loc, why))
+                for n, beside in dry_run(ex, node, action.reads, node.attrs, self.mesh):
+                    call = len(found)
+                    for kind, x, attrs in units(n):
+                        what, sent = f"{x.type} of {node.op.name}", sent_of(kind, x, attrs["parts"])
+                        row = Collective(kind, attrs["axes"], attrs["parts"], sent, what, node.loc, why, call, beside)
+                        found.append(row)
         return found
 
     @property
@@ -400,8 +428,9 @@ class _Partition:
                 cost += self.cost(v, got, goal)
             exchange = exchange_of(rule, split, self.capacity)
             if exchange is not None:
-                for n in dry_run(exchange, node, found[0], node.attrs, self.mesh):
-                    cost += (self.price or by_bytes(self.mesh))(n.op.name, n.attrs["axes"], n.args[0].type.nbytes)
+                for n, _ in dry_run(exchange, node, found[0], node.attrs, self.mesh):
+                    price = self.price or by_bytes(self.mesh)
+                    cost += sum(price(kind, attrs["axes"], x.type.nbytes) for kind, x, attrs in units(n))
             # no device repeats work that another could do: what is gathered to be computed twice has to pay
             # off at every size, and whether it does is for a plan to decide
             rank = (0 if node.op.kind == "view" else -parts, cost)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,8 @@ class Row(Protocol):
     def tensor(self) -> str: ...
     @property
     def loc(self) -> Loc: ...
+    @property
+    def call(self) -> int: ...
 
 
 class ProcessGroups:
@@ -94,6 +96,8 @@ class ProcessGroups:
         self._store = dist.PrefixStore(f"tessel/{ProcessGroups.made}", default_store())
         self._polls = dist.get_backend() == "gloo"
         self._what, self._rows, self._at = "", [], 0  # type: ignore[var-annotated]
+        self._calls = 0
+        self._begun: dict[int, tuple[str, int, _Begun]] = {}  # calls that nobody has waited for
         self.groups: dict[tuple[str, ...], tuple[dist.ProcessGroup, tuple[int, ...]]] = {}
 
     def group(self, axes: tuple[str, ...]) -> tuple[dist.ProcessGroup, tuple[int, ...]]:
@@ -133,8 +137,11 @@ class ProcessGroups:
     def running(self, what: str, rows: Sequence[Row]) -> Iterator[None]:
         """What runs inside is a program with these collectives, in this order; what fails in it stops all ranks."""
         self._what, self._rows, self._at = what, list(rows), 0
+        self._begun.clear()
         try:
             yield
+            for name, at, _ in self._begun.values():
+                raise TesselError(f"rank {self.rank} ended the {what} without waiting for {self._place(name, at)}")
             if self._at < len(rows):
                 raise TesselError(f"rank {self.rank} ended the {what} before {self._place()}")
         except Exception as e:
@@ -154,7 +161,7 @@ class ProcessGroups:
         Raises:
             TesselError: it names the first that differs, on either rank.
         """
-        mine = [[what, r.kind, list(r.axes), r.tensor, r.loc.short] for what, rows in programs for r in rows]
+        mine = [[what, r.kind, list(r.axes), r.tensor, r.loc.short, r.call] for what, rows in programs for r in rows]
         self._store.set(f"rows {self.rank}", json.dumps(mine))
         self._store.wait([f"rows {r}" for r in range(self.mesh.devices)], timedelta(seconds=self.seconds))
         first = json.loads(self._store.get("rows 0"))
@@ -169,25 +176,46 @@ class ProcessGroups:
 
     def run(self, name: str, x: torch.Tensor, attrs: Mapping[str, Any]) -> torch.Tensor:
         """One collective on this rank's share."""
-        if self._rows:
-            row = self._rows[self._at] if self._at < len(self._rows) else None
-            if row is None or row.kind != name or tuple(row.axes) != tuple(attrs["axes"]):
-                called = f"{name} over {', '.join(attrs['axes'])}"
-                raise TesselError(f"rank {self.rank} calls {called} where its program has {self._place()}")
-        self.sent.add(name, x, attrs["parts"])
-        try:
-            out = _BY_TORCH[name](self, x, attrs)
-        except RuntimeError as e:
-            raise TesselError(f"rank {self.rank}: {self._place(name)} failed: {self._reason(e)}") from e
-        self._at += 1
-        return out
+        return self.finish(self.start(name, (x,), (attrs,)))[0]
 
-    def _place(self, name: str = "") -> str:
-        """The collective that is due, in words."""
-        if self._at >= len(self._rows):
-            return f"{name or 'nothing'} (collective {self._at} of the {self._what or 'step'})"
-        row = self._rows[self._at]
-        where = f"collective {self._at} of the {self._what}"
+    def start(self, name: str, xs: Sequence[torch.Tensor], attrs: Sequence[Mapping[str, Any]]) -> int:
+        """Begin collectives of one kind on this rank's shares, as one call."""
+        axes, at = tuple(attrs[0]["axes"]), self._at
+        for x, a in zip(xs, attrs, strict=True):
+            if self._rows:
+                row = self._rows[self._at] if self._at < len(self._rows) else None
+                if row is None or row.kind != name or tuple(row.axes) != axes:
+                    called = f"{name} over {', '.join(axes)}"
+                    raise TesselError(f"rank {self.rank} calls {called} where its program has {self._place()}")
+            self.sent.add(name, x, a["parts"])
+            self._at += 1
+        self._calls += 1
+        try:
+            begun = _BY_TORCH[name](self, xs, attrs)
+        except RuntimeError as e:
+            raise self._failed(name, at, e) from e
+        self._begun[self._calls] = (name, at, begun)
+        return self._calls
+
+    def finish(self, number: int) -> tuple[torch.Tensor, ...]:
+        """Wait for a call; this rank's results."""
+        name, at, begun = self._begun.pop(number)
+        try:
+            self.wait(begun.work)
+        except RuntimeError as e:
+            raise self._failed(name, at, e) from e
+        return tuple(begun.results())
+
+    def _failed(self, name: str, at: int, e: RuntimeError) -> TesselError:
+        return TesselError(f"rank {self.rank}: {self._place(name, at)} failed: {self._reason(e)}")
+
+    def _place(self, name: str = "", at: int | None = None) -> str:
+        """A collective of the program in words, the one that is due if none is said."""
+        at = self._at if at is None else at
+        if at >= len(self._rows):
+            return f"{name or 'nothing'} (collective {at} of the {self._what or 'step'})"
+        row = self._rows[at]
+        where = f"collective {at} of the {self._what}"
         return f"{row.kind} over {', '.join(row.axes)} of {row.tensor} ({where}, at {row.loc.short})"
 
     def _reason(self, e: RuntimeError) -> str:
@@ -239,65 +267,96 @@ class ProcessGroups:
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN} if dist.is_available() else {}
 
 
-def _all_reduce(by: ProcessGroups, x: torch.Tensor, attrs: Mapping[str, Any]) -> torch.Tensor:
-    group, _ = by.group(tuple(attrs["axes"]))
-    out = x.to(torch.uint8) if x.dtype == torch.bool else x.clone(memory_format=torch.contiguous_format)
-    by.wait(dist.all_reduce(out, _OPS[attrs["combine"]], group, async_op=True))
-    return out.to(x.dtype)
+@dataclass(frozen=True)
+class _Begun:
+    """A call that torch.distributed carries out: what is waited for, and then gives the results."""
+
+    work: dist.Work | None
+    results: Callable[[], list[torch.Tensor]]
 
 
-def _gathered(by: ProcessGroups, x: torch.Tensor, axes: tuple[str, ...]) -> list[torch.Tensor]:
-    """What every member of the group gives, in the order of axes."""
-    group, order, _ = by.in_order(axes)
-    x = x.contiguous()
-    out = [torch.empty_like(x) for _ in order]
-    by.wait(dist.all_gather(out, x, group, async_op=True))
-    return [out[i] for i in order]
+Attrs: TypeAlias = "Sequence[Mapping[str, Any]]"
 
 
-def _all_gather(by: ProcessGroups, x: torch.Tensor, attrs: Mapping[str, Any]) -> torch.Tensor:
-    return torch.cat(_gathered(by, x, tuple(attrs["axes"])), attrs["dim"])
+def _flat(xs: Sequence[torch.Tensor], own: bool = False) -> torch.Tensor:
+    """The elements of tensors behind one another; ``own``: in memory of their own."""
+    if len(xs) > 1:
+        return torch.cat([x.reshape(-1) for x in xs])
+    return (xs[0].clone(memory_format=torch.contiguous_format) if own else xs[0].contiguous()).view(-1)
 
 
-def _reduce_scatter(by: ProcessGroups, x: torch.Tensor, attrs: Mapping[str, Any]) -> torch.Tensor:
-    group, order, _ = by.in_order(tuple(attrs["axes"]))
-    wide = x.to(torch.uint8) if x.dtype == torch.bool else x
-    shares = [c.contiguous() for c in wide.chunk(len(order), attrs["dim"])]
-    inputs = [shares[0]] * len(order)
-    for share, place in zip(shares, order, strict=True):
-        inputs[place] = share
-    out = torch.empty_like(shares[0])
-    by.wait(dist.reduce_scatter(out, inputs, _OPS[attrs["combine"]], group, async_op=True))
-    return out.to(x.dtype)
+def _pieces(flat: torch.Tensor, shapes: Sequence[torch.Size], own: bool = True) -> list[torch.Tensor]:
+    """What ``_flat`` put together; ``own``: each in memory of its own, which ends with it."""
+    if len(shapes) == 1:
+        return [flat.view(shapes[0])]
+    cut = zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)
+    return [x.view(s).clone() if own else x.view(s) for x, s in cut]
 
 
-def _all_to_all(by: ProcessGroups, x: torch.Tensor, attrs: Mapping[str, Any]) -> torch.Tensor:
-    group, order, _ = by.in_order(tuple(attrs["axes"]))
-    shares = [c.contiguous() for c in x.chunk(len(order), attrs["split"])]
-    given = torch.empty((len(order), *shares[0].shape), dtype=x.dtype, device=x.device)
-    for share, place in zip(shares, order, strict=True):
-        given[place] = share
+def _summable(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.uint8) if x.dtype == torch.bool else x
+
+
+def _all_reduce(by: ProcessGroups, xs: Sequence[torch.Tensor], attrs: Attrs) -> _Begun:
+    group, _ = by.group(tuple(attrs[0]["axes"]))
+    flat, shapes, dtype = _flat([_summable(x) for x in xs], own=True), [x.shape for x in xs], xs[0].dtype
+    work = dist.all_reduce(flat, _OPS[attrs[0]["combine"]], group, async_op=True)
+    return _Begun(work, lambda: [x.to(dtype) for x in _pieces(flat, shapes)])
+
+
+def _all_gather(by: ProcessGroups, xs: Sequence[torch.Tensor], attrs: Attrs) -> _Begun:
+    group, order, _ = by.in_order(tuple(attrs[0]["axes"]))
+    flat, shapes = _flat(xs), [x.shape for x in xs]
+    got = [torch.empty_like(flat) for _ in order]
+    work = dist.all_gather(got, flat, group, async_op=True)
+    return _Begun(work, lambda: _joined([got[i] for i in order], shapes, [a["dim"] for a in attrs]))
+
+
+def _joined(shares: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dims: Sequence[int]) -> list[torch.Tensor]:
+    """Each tensor along its dimension from the shares of all ranks, each of which holds a piece of every one."""
+    cut = [_pieces(s, shapes, own=False) for s in shares]
+    return [torch.cat([c[i] for c in cut], d) for i, d in enumerate(dims)]
+
+
+def _chunks(xs: Sequence[torch.Tensor], dims: Sequence[int], order: Sequence[int]) -> list[list[torch.Tensor]]:
+    """For each place in the group the pieces of all tensors, cut along their dimensions, for the rank there."""
+    cut = [x.chunk(len(order), d) for x, d in zip(xs, dims, strict=True)]
+    return [[c[order.index(place)] for c in cut] for place in range(len(order))]
+
+
+def _reduce_scatter(by: ProcessGroups, xs: Sequence[torch.Tensor], attrs: Attrs) -> _Begun:
+    group, order, _ = by.in_order(tuple(attrs[0]["axes"]))
+    chunks = _chunks([_summable(x) for x in xs], [a["dim"] for a in attrs], order)
+    given, shapes, dtype = [_flat(c) for c in chunks], [c.shape for c in chunks[0]], xs[0].dtype
+    out = torch.empty_like(given[0])
+    work = dist.reduce_scatter(out, given, _OPS[attrs[0]["combine"]], group, async_op=True)
+    return _Begun(work, lambda: [x.to(dtype) for x in _pieces(out, shapes)])
+
+
+def _all_to_all(by: ProcessGroups, xs: Sequence[torch.Tensor], attrs: Attrs) -> _Begun:
+    group, order, _ = by.in_order(tuple(attrs[0]["axes"]))
+    chunks = _chunks(xs, [a["split"] for a in attrs], order)
+    given, shapes = torch.stack([_flat(c) for c in chunks]), [c.shape for c in chunks[0]]
     got = torch.empty_like(given)
-    by.wait(dist.all_to_all_single(got, given, group=group, async_op=True))
-    return torch.cat([got[i] for i in order], attrs["join"])
+    work = dist.all_to_all_single(got, given, group=group, async_op=True)
+    return _Begun(work, lambda: _joined([got[i] for i in order], shapes, [a["join"] for a in attrs]))
 
 
-def _permute(by: ProcessGroups, x: torch.Tensor, attrs: Mapping[str, Any]) -> torch.Tensor:
+def _permute(by: ProcessGroups, xs: Sequence[torch.Tensor], attrs: Attrs) -> _Begun:
     """An exchange in which most send nothing to most: unlike a send, it may be waited for a while at a time."""
-    group, order, mine = by.in_order(tuple(attrs["axes"]))
-    sources = attrs["sources"]
+    group, order, mine = by.in_order(tuple(attrs[0]["axes"]))
+    sources, flat, shapes = attrs[0]["sources"], _flat(xs), [x.shape for x in xs]
     targets = [i for i, s in enumerate(sources) if s == mine]
     given, got = [0] * len(order), [0] * len(order)
-    got[order[sources[mine]]] = x.numel()
+    got[order[sources[mine]]] = flat.numel()
     for i in targets:
-        given[order[i]] = x.numel()
-    sent = x.reshape(-1).repeat(len(targets))
-    out = x.new_empty(x.shape)
-    by.wait(dist.all_to_all_single(out.view(-1), sent, got, given, group=group, async_op=True))
-    return out
+        given[order[i]] = flat.numel()
+    sent, out = flat.repeat(len(targets)), torch.empty_like(flat)
+    work = dist.all_to_all_single(out, sent, got, given, group=group, async_op=True)
+    return _Begun(work, lambda: _pieces(out, shapes))
 
 
-_BY_TORCH: dict[str, Callable[[ProcessGroups, torch.Tensor, Mapping[str, Any]], torch.Tensor]] = {
+_BY_TORCH: dict[str, Callable[[ProcessGroups, Sequence[torch.Tensor], Attrs], _Begun]] = {
     "all_reduce": _all_reduce,
     "all_gather": _all_gather,
     "reduce_scatter": _reduce_scatter,
@@ -314,6 +373,8 @@ class _Meeting:
 
     def __init__(self, world: InProcess, rank: int) -> None:
         self.world, self.rank, self.sent = world, rank, Sent()
+        self.calls = 0
+        self.begun: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def run(self, name: str, x: torch.Tensor, attrs: Mapping[str, Any]) -> torch.Tensor:
         self.sent.add(name, x, attrs["parts"])
@@ -327,6 +388,15 @@ class _Meeting:
         got = together(name, [world.given[r] for r in ranks], attrs)[ranks.index(self.rank)]
         world.barrier.wait()
         return got.clone()
+
+    def start(self, name: str, xs: Sequence[torch.Tensor], attrs: Sequence[Mapping[str, Any]]) -> int:
+        """Carried out at once, one after the other: the definition of a call."""
+        self.calls += 1
+        self.begun[self.calls] = tuple(self.run(name, x, a) for x, a in zip(xs, attrs, strict=True))
+        return self.calls
+
+    def finish(self, number: int) -> tuple[torch.Tensor, ...]:
+        return self.begun.pop(number)
 
 
 class InProcess:

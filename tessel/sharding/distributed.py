@@ -10,7 +10,8 @@ optimizer's state are shards.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from ..ir.interp import interpret
 from ..ir.node import Graph
 from ..ir.sharding import Sharding
 from ..ops.collective import communicating
+from ..passes.collectives import Overlap
 from ..passes.partition import Collective, Program
 from ..runtime.collectives import ProcessGroups
 from ..runtime.shares import share
@@ -34,8 +36,9 @@ from ..targets.mesh import Mesh
 from .annotate import Annotations, annotations_of
 from .checkpoint import DTensors
 from .materialize import Files, drawn, region
+from .microbatches import microbatch
 from .plan_file import ShardingPlan, fingerprint_of, read_plan
-from .planned import lay_out_plan, microbatch
+from .planned import lay_out_plan
 from .planner import parameters_of
 from .spmd import Spmd, lay_out
 
@@ -106,7 +109,7 @@ def distribute(
     assert mesh is not None
     said = annotations if annotations is not None else annotations_of(model)
     step = capture_step(model, args, kwargs, train=model.training if train is None else train)
-    spmd = lay_out(step, mesh, said)
+    spmd = lay_out(step, mesh, said, overlap=Overlap())
     return Distributed(model, spmd, ProcessGroups(spmd.mesh, seconds), run, weights, init)
 
 
@@ -131,6 +134,7 @@ class Distributed(torch.nn.Module):
         rank, mesh = by.rank, spmd.mesh
         self.shardings: dict[str, Sharding] = spmd.inputs()
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._tell()
         self._source = (weights, init)
         self._take_shards(model, mesh, rank)
         held = next((x.device for x in (*self.module.parameters(), *self.module.buffers())), torch.device("cpu"))
@@ -146,6 +150,11 @@ class Distributed(torch.nn.Module):
         self._backward: Run | None = None
         if backward is not None and spmd.step.backward is not None:
             self._backward = self._run_backward(spmd.step.backward, backward, run)
+
+    def _tell(self) -> None:
+        """Say once, on one rank, what no user would expect of the programs."""
+        if self.by.rank == 0:
+            tell(self.spmd.warnings)
 
     def _run_backward(self, imported: Imported, program: Program, run: How) -> Run:
         """What runs this rank's backward."""
@@ -220,18 +229,27 @@ class Distributed(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result on these arguments."""
-        step, inputs = self.spmd.step, self._arguments(tensors_of(args, kwargs))
-        if self._backward is None or not torch.is_grad_enabled():
-            results = list(self._forward(list(inputs)))[: step.results]
-        else:
-            results = list(_Step.apply(self._forward, self._backward, step.results, step.differentiable, *inputs))
+        step, results = self.spmd.step, self._results(self._arguments(tensors_of(args, kwargs)))
         leaves = [results[x.number] if isinstance(x, Output) else x for x in step.leaves]
         return pytree.tree_unflatten(leaves, step.tree)
 
+    def _results(self, inputs: list[torch.Tensor]) -> list[Any]:
+        """What the forward gives for its inputs; autograd knows it by the backward."""
+        step = self.spmd.step
+        if self._backward is None or not torch.is_grad_enabled():
+            return list(self._forward(list(inputs)))[: step.results]
+        return list(_Step.apply(self._forward, self._backward, step.results, step.differentiable, *inputs))
+
     def _arguments(
-        self, given: Sequence[torch.Tensor], known: Sequence[torch.Tensor] | None = None
-    ) -> list[torch.Tensor]:
-        """What the forward takes: parameters and buffers (``known`` ones at their places), shares of the caller's."""
+        self, given: Sequence[torch.Tensor] | Mapping[int, torch.Tensor],
+        known: Sequence[torch.Tensor] | None = None, handed: Mapping[int, torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:  # fmt: skip
+        """What the forward takes: parameters and buffers (``known`` ones at their places), shares of the caller's.
+
+        Args:
+            given: the caller's tensors by number.
+            handed: those that are this rank's shares already.
+        """
         step, program = self.spmd.step, self.spmd.forward
         held: dict[str, torch.Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
         held.update(self.module.named_buffers(remove_duplicate=False))
@@ -244,12 +262,16 @@ class Distributed(torch.nn.Module):
                 inputs.append(held[name] if known is None else known[len(inputs)])
                 continue
             check(i in step.positions, lambda n=name: f"input {n} of the graph is no argument of the model")  # type: ignore[misc]
-            x = given[step.positions[i]]
-            want = tuple(node.type.shape)
+            at = step.positions[i]
+            if handed and at in handed:
+                inputs.append(handed[at])
+                continue
+            x, want = given[at], node.type
             check(
-                tuple(x.shape) == want,
-                lambda n=name, s=tuple(x.shape), w=want: (  # type: ignore[misc]
-                    f"{n}: laid out for shape {list(w)}, called with {list(s)}; distribute again for other sizes"
+                tuple(x.shape) == tuple(want.shape) and x.dtype == want.dtype,
+                lambda n=name, x=x, w=want: (  # type: ignore[misc]
+                    f"{n}: laid out for shape {list(w.shape)} of {w.dtype}, called with {list(x.shape)} of {x.dtype}; "
+                    "distribute again for others"
                 ),
             )
             inputs.append(x if sharding is None else share(x, sharding, self.spmd.mesh, self.by.rank).contiguous())
@@ -271,6 +293,11 @@ class Distributed(torch.nn.Module):
     def sent(self) -> int:
         """Bytes that this rank has sent in collectives so far."""
         return self.by.sent.total
+
+    @property
+    def planned(self) -> int:
+        """Bytes that this rank sends in a step by its programs."""
+        return self.spmd.bytes
 
 
 class _Step(torch.autograd.Function):
@@ -338,6 +365,12 @@ def _groups(spmd: Spmd) -> list[tuple[str, ...]]:
     return sorted({c.axes for c in spmd.collectives()})
 
 
+def tell(lines: Iterable[str]) -> None:
+    """What no user would expect of a program, as warnings."""
+    for line in lines:
+        warnings.warn(f"tessel: {line}", stacklevel=2)
+
+
 def rank_runner(
     imported: Imported, program: Program, by: ProcessGroups, how: How, kind: str, graph: Graph | None = None,
     rows: Sequence[Collective] | None = None,
@@ -347,6 +380,10 @@ def rank_runner(
     Args:
         graph, rows: the piece and its collectives; all of the program by default.
     """
+    device = "cpu" if imported.device == "meta" else imported.device  # where shards of such a model are made
+    places: dict[str, int] = {}
+    if graph is None and how == "compiled" and device == "cpu":
+        graph, places = program.shared(by.rank)  # one build for all ranks; a GPU's kernels are fast by their constants
     graph = program.rank(by.rank) if graph is None else graph
     rows = program.collectives() if rows is None else rows
     constants: dict[str, torch.Tensor] = {}
@@ -357,9 +394,14 @@ def rank_runner(
             constants[name] = share(imported.constants[name], sharding, program.mesh, by.rank).contiguous()
     if how == "interpreted":
         return _with(by, rows, kind, _interpreted(graph, constants))
-    device = "cpu" if imported.device == "meta" else imported.device  # where shards of such a model are made
-    local = Imported(graph, constants, imported.fallbacks, imported.hints, device)
-    return _with(by, rows, kind, compile_graph(local, GraphInfo(kind), Session()))
+    local = Imported(graph, constants, imported.fallbacks, {**imported.hints, **places}, device)
+    run = compile_graph(local, GraphInfo(kind), Session())
+
+    def here(inputs: list[Any]) -> Sequence[Any]:
+        inputs.extend(places.values())
+        return run(inputs)
+
+    return _with(by, rows, kind, here)
 
 
 def _with(by: ProcessGroups, rows: Sequence[Collective], kind: str, run: Run) -> Run:

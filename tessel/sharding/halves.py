@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ..errors import check
 from ..ir.node import INPUT, Graph, Node, Value, make_input, map_values
-from ..ops.collective import COLLECTIVE
+from ..ops.collective import CALLS, COLLECTIVE, units
 
 __all__ = ["Halves", "halve"]
 
@@ -56,7 +56,7 @@ def halve(graph: Graph, wanted: Collection[int]) -> Halves:
     Raises:
         TesselError: the graph has effects or random draws.
     """
-    others = (n for n in graph.nodes if n.op.name not in COLLECTIVE)  # all ranks cut those alike
+    others = (n for n in graph.nodes if n.op.name not in (*CALLS, *COLLECTIVE))  # all ranks cut those alike
     ordered = [n for n in others if n.op.random or n.op.kind == "effect"]
     check(
         not ordered and not graph.effects,
@@ -74,7 +74,7 @@ def halve(graph: Graph, wanted: Collection[int]) -> Halves:
     new = {v: make_input(f"handed_{k}", v.type).out for k, v in enumerate(crossing)}
     first = _part(graph, nodes, [*(graph.outputs[i] for i in early), *crossing], {})
     second = _part(graph, rest, [graph.outputs[i] for i in late], new)
-    every = [n for n in graph.nodes if n.op.name in COLLECTIVE]
+    every = [n for n in graph.nodes for _ in units(n)]
     given = [n for n in graph.inputs if n.attrs["role"] != "constant"]
     return Halves(
         first, second, tuple(early), tuple(late),

@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ..solve.pipeline import timeline
 from .plan_file import ShardingPlan
-from .text import KINDS, TERMS, on_stage, slowest_stage
+from .text import KINDS, TERMS, call_lines, on_stage, slowest_stage
 from .words import pattern, size_text, time_text
 
 __all__ = ["plan_page"]
@@ -68,6 +68,8 @@ def _view(plan: ShardingPlan) -> dict[str, Any]:
         "blocks": list(_blocks(d, colours)),
         "legend": sorted(colours.items(), key=lambda x: x[0]),
         "collectives": list(_collectives(d)),
+        "called": call_lines(d),
+        "calls": list(_calls(d)),
         "tensors": list(_tensors(d)),
         "notes": d["provenance"]["notes"],
         "took": ", ".join(f"{k} {time_text(v)}" for k, v in d["provenance"]["seconds"].items()),
@@ -253,6 +255,25 @@ def _collectives(d: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         nbytes = sum(x[1] for _, x in ordered[_MOST_ROWS:])
         empty = dict.fromkeys(("axis", "phase", "tensor", "node", "why", "times", "time"), "")
         yield {**empty, "kind": f"{len(ordered) - _MOST_ROWS} more", "size": size_text(nbytes)}
+
+
+def _calls(d: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Calls of several collectives, and those that go on beside computation; alike ones stand once."""
+    calls: dict[tuple[str, int], list[Any]] = {}
+    for c in d.get("program", {}).get("collectives", ()):
+        calls.setdefault((c["phase"], c.get("call", len(calls))), []).append(c)
+    rows: dict[tuple[Any, ...], list[float]] = {}
+    for (phase, _), own in calls.items():
+        first, beside = own[0], own[0].get("beside", 0)
+        if len(own) > 1 or beside:
+            key = (first["kind"], ", ".join(first["axes"]), phase, len(own), beside, pattern(first["where"]))
+            total = rows.setdefault(key, [0, 0.0])
+            total[0] += first.get("times", 1)
+            total[1] += sum(c["bytes"] for c in own) * first.get("times", 1)
+    ordered = sorted(rows.items(), key=lambda x: -x[1][1])[:_MOST_ROWS]
+    for (kind, axes, phase, n, beside, where), (times, nbytes) in ordered:
+        yield {"kind": kind, "axes": axes, "phase": phase, "n": n, "beside": beside, "where": where,
+               "times": int(times), "size": size_text(nbytes)}  # fmt: skip
 
 
 def _tensors(d: Mapping[str, Any]) -> Iterator[tuple[int, str, str, str, str]]:

@@ -22,9 +22,9 @@ from ..passes._layouts import Seed
 from ..solve.pipeline import SCHEDULES, bubble
 from ..targets.mesh import Mesh
 from .annotate import Annotation, Annotations, annotations_of, seeds
+from .microbatches import microbatch
 from .pipeline import AXIS
 from .plan_file import ShardingPlan
-from .planned import microbatch
 from .spmd import Spmd, lay_out_prepared, prepared_step
 
 __all__ = ["CutModel", "Laid", "Pipeline", "cut_model"]

@@ -24,7 +24,9 @@ from ..errors import TesselError, check, did_you_mean
 from ..ir.sharding import Sharding
 from ..solve.pipeline import stage_of
 
-__all__ = ["ShardingPlan", "fingerprint_of", "parse_plan", "read_plan", "schema"]
+__all__ = ["VERSION", "ShardingPlan", "fingerprint_of", "parse_plan", "read_plan", "schema"]
+
+VERSION = 2  # 2 says how collectives are called; plans of version 1 call them one by one
 
 _MOST_BYTES = 2**28
 _DEEPEST = 16
@@ -153,8 +155,8 @@ def parse_plan(text: str) -> ShardingPlan:
     check(isinstance(data, dict), lambda: f"a plan is an object, this is a {type(data).__name__}")
     check(data.get("format") == "tessel-plan", lambda: f"no plan of Tessel: format is {str(data.get('format'))[:50]!r}")
     version = data.get("version")
-    if version != 1:
-        raise TesselError(f"version {str(version)[:20]} of the format; this Tessel reads version 1")
+    if version not in range(1, VERSION + 1) or isinstance(version, bool):
+        raise TesselError(f"version {str(version)[:20]} of the format; this Tessel reads versions 1 to {VERSION}")
     wrong = mismatch(data, schema())
     check(wrong is None, lambda: str(wrong))
     plan = ShardingPlan(data)
@@ -270,6 +272,7 @@ def _check_consistent(plan: ShardingPlan) -> None:
         check(sent == said, lambda: f"program: the collectives add up to {sent} bytes, bytes says {said}")
         for c in data["program"]["collectives"]:
             _known_axes(c["axes"], mesh, f"{c['kind']} of {c['tensor']}")
+        _check_calls(data["program"]["collectives"])
     names = set()
     for node in data["nodes"]:
         check(node["name"] not in names, lambda n=node: f"node {n['name']!r} stands twice")  # type: ignore[misc]
@@ -284,6 +287,22 @@ def _check_consistent(plan: ShardingPlan) -> None:
     _check_sums(data)
     if "pipeline" in data:
         _check_pipeline(data, mesh)
+
+
+def _check_calls(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A call carries collectives of one kind and group that follow each other; its number is the place of the first."""
+    of: dict[str, list[Mapping[str, Any]]] = {}
+    for c in rows:
+        own = of.setdefault(c["phase"], [])
+        i, call = len(own), c.get("call", len(own))
+        same = call == i or (
+            i > 0 and own[-1].get("call", i - 1) == call
+            and all(own[-1].get(k) == c.get(k) for k in ("kind", "axes", "beside"))
+        )  # fmt: skip
+        check(
+            same, lambda c=c, i=i, call=call: f"program: {c['kind']} {i} of the {c['phase']} is no part of call {call}"
+        )  # type: ignore[misc]
+        own.append(c)
 
 
 def _check_pipeline(data: Mapping[str, Any], mesh: Mapping[str, int]) -> None:

@@ -17,10 +17,9 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..errors import TesselError, check
-from ..frontend.joint import Step, capture_step, tensors_of
+from ..frontend.joint import Step, capture_step
 from ..ir.node import Graph, Node, Value
 from ..ir.sharding import Sharding
 from ..ir.text import value_names
@@ -28,17 +27,23 @@ from ..ir.types import DTYPE_NAMES, TensorType
 from ..ops.dims import Shape
 from ..passes._factors import Split, through
 from ..passes._layouts import Seed
+from ..passes._rank import Move, Start
+from ..passes.collectives import Overlap
 from ..solve.shard_choice import Split as Asked
 from ..solve.shard_choice import role_of
 from ..solve.units import VIEWS, Unit, Use, place_of, units_of, view_back
 from ..targets.mesh import Mesh
 from .annotate import Annotations, annotations_of
+from .microbatches import microbatch
+from .pipeline import AXIS
 from .plan_file import ShardingPlan
 from .planner import Captured, Request, aliases_of, make_plan, parameters_of
 from .remat import recomputed
 from .spmd import Spmd, lay_out_prepared, prepared_step, tokens_apart
 
-__all__ = ["lay_out_plan", "microbatch", "plan_model"]
+__all__ = ["lay_out_plan", "plan_model"]
+
+_LONGEST_NOTE, _MOST_WARNINGS = 1000, 100  # of a plan file
 
 
 def plan_model(
@@ -60,7 +65,7 @@ def plan_model(
     """
     started = time.perf_counter()
     k = request.microbatches
-    check(k == 1 or request.train, lambda: f"{k} microbatches are for training: their gradients add up")
+    check(k == 1 or request.train or AXIS in mesh, lambda: f"{k} microbatches are for training: their gradients add up")
     small, _ = microbatch(args, kwargs, k)
     step = _ready(capture_step(model, *small, train=request.train), mesh)
     graph = _results_only(step)
@@ -74,32 +79,17 @@ def plan_model(
     said = annotations if annotations is not None else annotations_of(model)
     asked = replace(request, annotations=said, runs=True)
     made = make_plan(captured, mesh, target, asked, progress)
+    if AXIS in mesh:  # stages are cut out of the model where they run
+        return made
     data = dict(made.data)
     data["aliases"] = dict(captured.aliases)
     data["inputs"] = _inputs(graph, data["nodes"], mesh)
     spmd = _laid(ShardingPlan(data), step)
     data["program"] = _program(spmd)
+    data["time"], late = _waited_for(spmd, data)
+    told = [w[:_LONGEST_NOTE] for w in spmd.warnings[:_MOST_WARNINGS]]
+    data["provenance"] = {**data["provenance"], "notes": [*data["provenance"]["notes"], *late, *told]}
     return ShardingPlan(data)
-
-
-def microbatch(
-    args: Sequence[Any], kwargs: Mapping[str, Any] | None, parts: int
-) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], list[bool]]:
-    """The arguments of one microbatch out of ``parts``, and which of the tensors among them are cut.
-
-    Those are cut that have as many rows as the first.
-
-    Raises:
-        TesselError: the rows do not divide.
-    """
-    tensors = tensors_of(args, kwargs or {})
-    rows = tensors[0].shape[0] if tensors and tensors[0].dim() else 0
-    cut = [parts > 1 and bool(x.dim()) and x.shape[0] == rows for x in tensors]
-    fits = parts == 1 or (rows > 0 and rows % parts == 0)
-    check(fits, lambda: f"a batch of {rows} rows does not divide into {parts} microbatches")
-    pieces = iter([x[: rows // parts] if own else x for x, own in zip(tensors, cut, strict=True)])
-    leaves, tree = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
-    return pytree.tree_unflatten([next(pieces) if isinstance(x, torch.Tensor) else x for x in leaves], tree), cut
 
 
 def _notes(graph: Graph, microbatches: int) -> tuple[str, ...]:
@@ -139,7 +129,8 @@ def lay_out_plan(plan: ShardingPlan, step: Step) -> Spmd:
     spmd = _laid(plan, _ready(step, Mesh(plan.mesh)))
     own = _program(spmd)
     for i, (said, found) in enumerate(zip(program["collectives"], own["collectives"])):
-        keys = [k for k in ("phase", "kind", "axes", "bytes", "tensor") if said[k] != found[k]]
+        told = ("phase", "kind", "axes", "bytes", "tensor", *(k for k in ("call", "beside") if k in said))
+        keys = [k for k in told if said[k] != found[k]]
         if keys:
             raise TesselError(
                 f"collective {i} of the plan is {_words(said)}, the program that its nodes give has {_words(found)}: "
@@ -155,7 +146,8 @@ def _captured(plan: ShardingPlan) -> str:
 
 
 def _words(c: Mapping[str, Any]) -> str:
-    return f"{c['kind']} over {', '.join(c['axes'])} of {c['tensor']}, {c['bytes']} bytes, at {c['where']}"
+    how = f", in call {c['call']} beside {c['beside']} operations" if "call" in c else ""
+    return f"{c['kind']} over {', '.join(c['axes'])} of {c['tensor']}, {c['bytes']} bytes{how}, at {c['where']}"
 
 
 def _laid(plan: ShardingPlan, step: Step) -> Spmd:
@@ -195,10 +187,13 @@ def _laid(plan: ShardingPlan, step: Step) -> Spmd:
     step, copies = recomputed(step, units, [node["keep"] for node in nodes])
     splits.update((copy, splits[own]) for copy, own in copies.items() if own in splits)
     kept, at_once = _levels(plan, graph)
+    settings = plan.data["settings"]
+    asked = [settings.get(k) for k in ("bucket_bytes", "in_flight_bytes")]
+    overlap = None if None in asked else Overlap(*asked)  # plans of version 1 call one by one
     return lay_out_prepared(
         step, mesh, said, splits=splits, limits=limits, held=held, travels=travels,
-        capacity=plan.data["settings"].get("capacity", math.inf), kept=kept,
-        microbatches=plan.data["settings"]["microbatches"], at_once=at_once,
+        capacity=settings.get("capacity", math.inf), kept=kept, microbatches=settings["microbatches"],
+        at_once=at_once, overlap=overlap,
     )  # fmt: skip
 
 
@@ -298,6 +293,8 @@ def _program(spmd: Spmd) -> dict[str, Any]:
             "kind": c.kind,
             "axes": list(c.axes),
             "bytes": c.bytes,
+            "call": c.call,
+            "beside": c.beside,
             "tensor": c.tensor,
             "where": c.loc.short[:1000],
             "why": c.why[:2000],
@@ -306,3 +303,34 @@ def _program(spmd: Spmd) -> dict[str, Any]:
         for c in program.collectives()
     ]
     return {"bytes": spmd.bytes, "collectives": rows}
+
+
+def _waited_for(spmd: Spmd, data: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
+    """The times of a plan, where the search hid what its program waits for at once, and a note about it.
+
+    The search takes it that work hides the collectives of parameters and their gradients. Of what it hid, the part
+    (by bytes) that nothing is computed beside is exposed.
+    """
+    times, rows = dict(data["time"]), data["collectives"]
+    of_parameters = [c for c in rows if c["phase"] in ("parameters", "gradients")]
+    others = sum(c["seconds"] * c["times"] for c in rows if c not in of_parameters and c["kind"] != "permute")
+    seconds = sum(c["seconds"] * c["times"] for c in of_parameters)
+    hidden = max(0.0, seconds - max(0.0, times["exposed"] - others))
+    sent, late = 0, 0
+    for phase, program, repeats in spmd.phases():
+        ends = {v for v in program.graph.outputs if phase in ("backward", "reduce") and isinstance(v, Value)}
+        for action in program.actions:
+            if isinstance(action, Move | Start):
+                moves, beside = ((action,), 0) if isinstance(action, Move) else (action.moves, action.beside)
+                own = (m for m in moves if m.value in ends or m.value.node.attrs.get("role") == "param")
+                nbytes = repeats * sum(s.bytes for m in own for s in m.steps)
+                sent, late = sent + nbytes, late + (0 if beside else nbytes)
+    more = hidden * late / sent if sent else 0.0
+    if more <= 0.0:
+        return times, []
+    times["exposed"] += more
+    times["step"] += more
+    note = (
+        f"of the collectives of parameters {late / sent:.0%} of the bytes are waited for at once: exposed, not hidden"
+    )
+    return times, [note]

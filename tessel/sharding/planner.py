@@ -26,6 +26,7 @@ from ..ir.text import value_names
 from ..ir.types import DTYPE_NAMES, TensorType
 from ..models import load_model
 from ..ops import OPS
+from ..passes.collectives import BUCKET, IN_FLIGHT, Overlap
 from ..solve.comm import MeshAxis, axes_of
 from ..solve.memory import optimizer_bytes
 from ..solve.pipeline import APART, SCHEDULES
@@ -39,11 +40,12 @@ from ..targets import Target, get_target
 from ..targets.mesh import Mesh
 from .annotate import Annotations
 from .entries import Entries, entries_of, renamed, split_axes
+from .microbatches import microbatch
 from .pins import asked_of, pins_of
 from .pipeline import AXIS, microbatch_choices
 from .pipeline_search import StageSearch, search_stages
 from .pipeline_sections import sections_of
-from .plan_file import ShardingPlan, fingerprint_of
+from .plan_file import VERSION, ShardingPlan, fingerprint_of
 from .uneven import left_whole
 
 __all__ = ["Captured", "Request", "capture_model", "check_request", "make_plan", "make_staged_plan", "microbatches_for"]
@@ -69,6 +71,8 @@ class Request:
         zero: the level that every parameter has which can be kept apart (ZeRO's stages); the best by default.
         capacity: times the even share of tokens that a device may send to the experts of another one; without it tokens
             are not sent.
+        bucket: the most bytes that one call of several collectives carries; 0 merges nothing.
+        in_flight: the most bytes that calls take which begin before their results are read; 0 begins none early.
     """
 
     train: bool = False
@@ -84,6 +88,8 @@ class Request:
     runs: bool = False
     zero: int | None = None
     capacity: float | None = None
+    bucket: int = BUCKET
+    in_flight: int = IN_FLIGHT
 
 
 @dataclass(frozen=True)
@@ -133,13 +139,16 @@ def capture_model(
     if batch is not None and batch % microbatches:
         raise TesselError(f"a batch of {batch} rows does not divide into {microbatches} microbatches")
     rows = None if batch is None else batch // microbatches
-    size: dict[str, Any] = {"batch": rows, "seq": seq, "dtype": dtype, "device": "meta"}
-    size["dtype"] = dtype or ("bfloat16" if spec.startswith("hf:") else None)
+    named = spec.startswith("hf:")  # a function says itself what its tensors are: those of the whole batch
+    size: dict[str, Any] = {"batch": rows if named else batch, "seq": seq, "dtype": dtype, "device": "meta"}
+    size["dtype"] = dtype or ("bfloat16" if named else None)
     module, args, kwargs = load_model(spec, **size, layers=layers)
+    if not named:
+        (args, kwargs), _ = microbatch(args, kwargs, microbatches)
     count = layers or _layer_count(module)
     parameters = parameters_of(module)
     made: Captured | None = None
-    if spec.startswith("hf:") and count > _ALL:
+    if named and count > _ALL:
         two, args2, kwargs2 = load_model(spec, **size, layers=2)
         if _grown(parameters_of(two), 2, count) == sorted(parameters):
             said = f"captured 2 of {count} layers; the parameters of the others have the same names, shapes and dtypes"
@@ -303,6 +312,7 @@ def check_request(mesh: Mesh, target: str, request: Request) -> tuple[Target, tu
     check(limit > 0, lambda: f"memory: expected a positive number of bytes, got {limit}")
     share = request.capacity
     check(share is None or 0 < share < math.inf, lambda: f"capacity: expected a positive number, got {share}")
+    Overlap(request.bucket, request.in_flight)  # refuses what is no number of bytes
     check(request.zero in (None, 0, 1, 2, 3), lambda: f"zero: expected a stage from 0 to 3, got {request.zero}")
     for pattern, sharding in request.pinned.items():
         for axis in sharding.axes:
@@ -368,11 +378,13 @@ def make_staged_plan(
         _check_pinned(request.pinned, captured)
         pins = pins_of(request.annotations, captured.graph, mesh, captured.positions, captured.aliases)
         problems[m] = problem_of(captured, pins)
-        pricer = Pricer(record, inner, _setting(request, m, pins))
+        setting = replace(_setting(request, m, pins), merged=False, overlap=False)  # stages call one by one
+        pricer = Pricer(record, inner, setting)
         searches[m] = StageSearch(problems[m].kinds, problems[m].order, pricer, stages, limit, request.schedule)
     m, staged = search_stages(searches, progress or (lambda _: None))
     captured, problem, answer = captures[m], problems[m], staged.merged()
     entries = entries_of(answer, staged.pricer, problem.chain, problem.shift, captured.held)
+    entries.notes += left_whole(problem.kinds, inner, staged.pricer.setting)
     sections = sections_of(staged, entries)
     if any(u.node.op.random for s in problem.kinds for u in s.units):
         entries.notes.append("random operators draw for each microbatch: not what one device draws for the whole batch")
@@ -390,6 +402,7 @@ def _setting(request: Request, microbatches: int, pins: Pins) -> Setting:
         request.train, request.optimizer, microbatches, request.remat if request.train else "none",
         levels=(0, 1, 2, 3) if request.zero is None else (request.zero,), roles=request.roles,
         pinned=tuple(request.pinned.items()), pins=pins, runs=request.runs, capacity=request.capacity,
+        merged=request.bucket > 0, overlap=request.in_flight > 0,
     )  # fmt: skip
 
 
@@ -406,7 +419,7 @@ def _document(
     }
     data: dict[str, Any] = {
         "format": "tessel-plan",
-        "version": 1,
+        "version": VERSION,
         "model": {
             "name": captured.name,
             "fingerprint": captured.fingerprint,
@@ -427,6 +440,7 @@ def _document(
             "seq": captured.seq,
             "memory_limit": limit,
             **({} if request.capacity is None else {"capacity": request.capacity}),
+            **_calls(request, setting, limit - sections["memory"]["total"]),
             "batch_axes": split_axes(answer, pricer, "batch"),
             "sequence_axes": split_axes(answer, pricer, "sequence"),
         },
@@ -446,6 +460,15 @@ def _document(
         },
     }
     return ShardingPlan(data)
+
+
+def _calls(request: Request, setting: Setting, left: float) -> dict[str, int]:
+    """How collectives are called, in what memory the plan leaves: a call of several takes its size twice."""
+    room = max(0, int(left))
+    return {
+        "bucket_bytes": min(request.bucket, room // 2) if setting.merged else 0,
+        "in_flight_bytes": min(request.in_flight, room) if setting.overlap else 0,
+    }
 
 
 def _search(

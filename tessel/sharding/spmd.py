@@ -24,6 +24,7 @@ from ..passes._factors import Split
 from ..passes._layouts import Layouts
 from ..passes._reshard import Price
 from ..passes._tokens import apart, splits_inside
+from ..passes.collectives import Overlap, overlapped
 from ..passes.partition import Collective, Program, partition
 from ..passes.pipeline import BEFORE_SHARD, run_pipeline
 from ..passes.shard import Seed, propagate
@@ -68,6 +69,11 @@ class Spmd:
     def bytes(self) -> int:
         """What one device sends in one step."""
         return sum(times * p.bytes for _, p, times in self.phases())
+
+    @property
+    def warnings(self) -> list[str]:
+        """What no user would expect, each once: copies that are whole on every device, operators that are not split."""
+        return list(dict.fromkeys(w for p in self.programs() for w in p.warnings))
 
     def explain(self, name: str) -> str:
         """Why a parameter, a buffer or an input lies as it does, and what is moved for it or where it is used.
@@ -124,6 +130,7 @@ def lay_out(
     splits: Mapping[Node, Split] | None = None,
     price: Price | None = None,
     ring: Collection[str] = (),
+    overlap: Overlap | None = None,
 ) -> Spmd:
     """Lay a captured model out on a mesh.
 
@@ -134,6 +141,7 @@ def lay_out(
         whole_results: every device returns the model's whole results, as one device would; else its share.
         splits: decided splits of nodes of the prepared graphs.
         price, ring: see ``partition``.
+        overlap: how collectives are merged and begun early; one by one if not given.
 
     Raises:
         TesselError: an annotation fits nothing, or does not fit its tensor or the mesh.
@@ -143,7 +151,8 @@ def lay_out(
     if splits is None and splits_inside(said, mesh):
         step = tokens_apart(step)
         said = seeds(annotations, step.forward.graph, mesh, step.positions)
-    return lay_out_prepared(step, mesh, said, whole_results=whole_results, splits=splits, price=price, ring=ring)
+    how: dict[str, Any] = {"splits": splits, "price": price, "ring": ring, "overlap": overlap}
+    return lay_out_prepared(step, mesh, said, whole_results=whole_results, **how)
 
 
 def prepared_step(step: Step) -> Step:
@@ -180,6 +189,7 @@ def lay_out_prepared(
     kept: Mapping[str, Sharding] | None = None,
     microbatches: int = 1,
     at_once: Collection[str] = (),
+    overlap: Overlap | None = None,
 ) -> Spmd:
     """``lay_out`` of a step from ``prepared_step``, from what is known of its values.
 
@@ -187,7 +197,7 @@ def lay_out_prepared(
     nodes carry the modules of the forward's. ``held`` are the forward's, for what it saves. ``price``, ``ring``,
     ``travels`` and ``capacity``: see ``partition``. ``kept`` are parameters that lie so between steps, with their
     gradients, and are brought to how they are used once a step. Of several microbatches only the gradients ``at_once``
-    are finished in each; the others are sums until the last one is done.
+    are finished in each; the others are sums until the last one is done. ``overlap``: see ``lay_out``.
     """
     graph = step.forward.graph
     layouts = propagate(graph, mesh, said)
@@ -199,7 +209,7 @@ def lay_out_prepared(
     how: dict[str, Any] = {"splits": splits, "price": price, "ring": ring, "travels": travels, "capacity": capacity}
     forward = partition(graph, mesh, layouts, outputs=wanted, held=held, **how)
     if step.backward is None:
-        return Spmd(step, mesh, forward, None)
+        return Spmd(step, mesh, _called(forward, overlap), None)
     back = step.backward.graph
     found = []
     arriving = [*forward.outputs[step.results :], *(forward.outputs[i] for i in step.differentiable)]
@@ -231,7 +241,16 @@ def lay_out_prepared(
     gathers = [(name, arrive[name][0], lies, arrive[name][1]) for name, lies in kept.items()]
     sums = [(str(params[i].attrs["name"]), back.outputs[i], backward.outputs[i], grads[i]) for i in sorted(later)]
     more = {"gather": _moving("gather", mesh, gathers), "reduce": _moving("reduce", mesh, sums)}
-    return Spmd(step, mesh, forward, backward, microbatches, kept, **more)
+    called = {what: _called(p, overlap) for what, p in more.items() if p is not None}
+    return Spmd(step, mesh, _called(forward, overlap), _called(backward, overlap), microbatches, kept, **called)
+
+
+def _called(program: Program, overlap: Overlap | None) -> Program:
+    """A program with its collectives merged and begun early."""
+    if overlap is None:
+        return program
+    ends = (program.inputs, program.outputs, program.effects)
+    return replace(program, actions=overlapped(program.graph, program.mesh, program.actions, *ends, overlap))
 
 
 def _moving(what: str, mesh: Mesh, tensors: Sequence[tuple[str, Any, Any, Any]]) -> Program | None:

@@ -15,10 +15,8 @@ from ..frontend.joint import Output
 from ..ir.sharding import Sharding
 from ..passes.partition import Program
 from ..runtime.collectives import ProcessGroups
-from ..runtime.shares import share
 from ..targets.mesh import Mesh
 from .distributed import Distributed, How, Run, rank_runner
-from .distributed import _Step as Step
 from .halves import halve
 from .parts import Laid
 
@@ -46,6 +44,9 @@ class StageModule(Distributed):
         super().__init__(model, laid.spmd, by, run)
         self.microbatches: list[dict[int, torch.Tensor]] = []
         self.at = 0
+
+    def _tell(self) -> None:
+        """Said for all parts at once."""
 
     def _run_backward(self, imported: Imported, program: Program, run: How) -> Run:
         """What runs this rank's backward, in one piece or its first half."""
@@ -128,39 +129,10 @@ class StageModule(Distributed):
 
     def forward(self, *handed: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Results of one microbatch."""
-        step, program = self.spmd.step, self.spmd.forward
-        held: dict[str, torch.Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
-        held.update(self.module.named_buffers(remove_duplicate=False))
-        first = self.tensors if handed else 10**9
-        inputs: list[torch.Tensor] = []
-        for i, (node, sharding) in enumerate(zip(program.graph.inputs, program.inputs, strict=True)):
-            name, role = str(node.attrs["name"]), node.attrs["role"]
-            if role == "constant":
-                continue
-            if name in held and role != "input":
-                inputs.append(held[name])
-                continue
-            at = step.positions.get(i)
-            check(at is not None, lambda n=name: f"input {n} of the graph is no argument of the model")  # type: ignore[misc]
-            assert at is not None
-            if at >= first:
-                inputs.append(handed[at - first])
-                continue
-            x = self.microbatches[self.at][at]
-            want = tuple(node.type.shape)
-            check(
-                tuple(x.shape) == want,
-                lambda n=name, s=tuple(x.shape), w=want: (  # type: ignore[misc]
-                    f"{n}: laid out for microbatches of shape {list(w)}, called with {list(s)}; distribute again"
-                ),
-            )
-            inputs.append(x if sharding is None else share(x, sharding, self.spmd.mesh, self.by.rank).contiguous())
-        if self._backward is None or not torch.is_grad_enabled():
-            results = list(self._forward(inputs))[: step.results]
-        else:
-            results = list(Step.apply(self._forward, self._backward, step.results, step.differentiable, *inputs))
+        own = self.microbatches[self.at]
+        results = self._results(self._arguments(own, handed={self.tensors + k: x for k, x in enumerate(handed)}))
         if self.last:
-            leaves = [results[x.number] for x in step.leaves if isinstance(x, Output)]
+            leaves = [results[x.number] for x in self.spmd.step.leaves if isinstance(x, Output)]
             return tuple(x.reshape(1) if x.dim() == 0 else x for x in leaves)
         return tuple(x.contiguous() for x in results)
 

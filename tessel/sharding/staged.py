@@ -18,12 +18,13 @@ import torch.distributed as dist
 
 from ..errors import TesselError, check
 from ..frontend.joint import tensors_of
+from ..ops.collective import payload
 from ..runtime.collectives import ProcessGroups
 from ..runtime.schedules import Message, run_schedule, stage_class
 from ..solve.pipeline import APART, stage_of
 from ..targets.mesh import Mesh
 from .annotate import Annotations
-from .distributed import Distributed, How, distribute
+from .distributed import Distributed, How, distribute, tell
 from .distributed import _groups as groups_of
 from .parts import CutModel, Pipeline, cut_model
 from .pipeline import AXIS
@@ -67,6 +68,8 @@ class Staged(torch.nn.Module):
             ProcessGroups.check_random_state(self.by)
         self.by.prepare(sorted({(AXIS,), *(g for x in laid for g in groups_of(x.spmd))}))
         self.stage = mesh.coordinates(self.by.rank)[AXIS]
+        if self.by.rank == 0:
+            tell(dict.fromkeys(w for x in laid for w in x.spmd.warnings))
         own = [i for i in range(len(laid)) if stage_of(schedule, i, stages) == self.stage]
         self.parts = torch.nn.ModuleDict(
             {str(i): StageModule(model, laid[i], self.by, run, i == len(laid) - 1, schedule in APART) for i in own}
@@ -205,6 +208,22 @@ class Staged(torch.nn.Module):
     def sent(self) -> int:
         """Bytes that this rank has sent so far, in collectives and to other stages."""
         return self.by.sent.total + self.handed.bytes
+
+    @property
+    def planned(self) -> int:
+        """Bytes that this rank sends in a step by its programs: collectives of every microbatch, tensors handed to the
+        stages before and after, gradients of parameters that several stages keep."""
+        mine = sorted(map(int, self.parts))
+        inside = sum(self.laid[i].spmd.bytes for i in mine)
+        tied = sum(payload("all_reduce", own[0].numel() * own[0].element_size(), n) for _, n, own in self._ties)
+        return self.microbatches * (inside + self._handed_on(mine)) + (tied if self.loss is not None else 0)
+
+    def _handed_on(self, mine: Sequence[int]) -> int:
+        """Bytes of a microbatch that this rank hands to other stages: results forward, their gradients back."""
+        nbytes = [x.bytes_handed(self.mesh) for x in self.laid[:-1]]
+        there = sum(nbytes[i] for i in mine if i < len(nbytes) and i + 1 not in mine)
+        back = sum(nbytes[i - 1] for i in mine if i and i - 1 not in mine) if self.loss is not None else 0
+        return there + back
 
 
 # ---------------------------------------------------------------- the door

@@ -17,6 +17,7 @@ from .words import pattern, size_text, time_text
 __all__ = [
     "KINDS",
     "TERMS",
+    "call_lines",
     "diff_text",
     "findings",
     "node_text",
@@ -63,6 +64,7 @@ def plan_text(plan: ShardingPlan) -> str:
     of = "" if slow is None else f" of stage {slow}, the slowest"
     lines += ["", f"communication of one device{of} in a step"]
     lines += _table(_collective_rows(d, slow))
+    lines += [f"  {line}" for line in call_lines(d)]
     keeps = Counter(n["keep"] for n in d["nodes"])
     if s["train"] and set(keeps) != {"none"}:
         parts = ", ".join(f"{k} {n / len(d['nodes']):.0%}" for k, n in sorted(keeps.items()))
@@ -154,6 +156,21 @@ def _collective_rows(d: Mapping[str, Any], stage: int | None = None) -> Iterator
         total[2] += c["times"] * c["seconds"]
     for (phase, kind, axis), (n, nbytes, seconds) in sorted(groups.items(), key=lambda x: -x[1][1]):
         yield f"{n:.0f} ×", kind, f"over {axis}", phase, size_text(nbytes), time_text(seconds)
+
+
+def call_lines(d: Mapping[str, Any]) -> list[str]:
+    """How the collectives of the program are called: merged, and beside what is computed."""
+    s, rows = d["settings"], d.get("program", {}).get("collectives", [])
+    if "bucket_bytes" not in s or not rows:
+        return []
+    sent = sum(c["bytes"] * c.get("times", 1) for c in rows)
+    beside = sum(c["bytes"] * c.get("times", 1) for c in rows if c.get("beside"))
+    calls = len({(c["phase"], c.get("call", -i)) for i, c in enumerate(rows, 1)})
+    return [
+        f"the program has {len(rows)} collectives in {calls} calls (a call of several carries up to "
+        f"{size_text(s['bucket_bytes'])}); {beside / sent if sent else 0:.0%} of the bytes go on beside computation "
+        f"(up to {size_text(s['in_flight_bytes'])} on their way)"
+    ]
 
 
 def _table(rows: Iterator[tuple[str, ...]]) -> list[str]:
@@ -269,6 +286,11 @@ def findings(
     memory = d["memory"]["total"]
     if memory > s["memory_limit"]:
         out.append(f"memory: {size_text(memory)} a device, more than the limit of {size_text(s['memory_limit'])}")
+    elif memory + s.get("in_flight_bytes", 0) > s["memory_limit"] + 1:
+        out.append(
+            f"memory: {size_text(memory)} a device and {size_text(s['in_flight_bytes'])} of collectives on their way, "
+            f"more than the limit of {size_text(s['memory_limit'])}"
+        )
     own = {n: (list(shape), dtype) for n, shape, dtype in parameters}
     for name, t in d["tensors"].items():
         if name not in own:

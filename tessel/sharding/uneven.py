@@ -32,6 +32,8 @@ def left_whole(segments: Sequence[Segment], axes: Sequence[MeshAxis], setting: S
         role = role_of(axis.name) if setting.roles else None
         if role is not None and role.only:
             _check_part(units, axis, role.only)
+            if not any(role.only in u.roles.values() for u in units):
+                found[_nothing_to_split(axis, role.only)] = None
         for unit in units:
             names = _NAMED.get(unit.op, {})
             if unit.node.op.kind not in _HEAVY and not names:
@@ -48,6 +50,16 @@ def left_whole(segments: Sequence[Segment], axes: Sequence[MeshAxis], setting: S
     lines = list(found)
     more = len(lines) - _MOST
     return lines if more <= 0 else [*lines[:_MOST], f"and {more} more that do not divide"]
+
+
+def _nothing_to_split(axis: MeshAxis, part: str) -> str:
+    """What an axis is there for that the model's inputs do not have, and what to do."""
+    where = "a first dimension" if part == "batch" else "token ids of two dimensions"
+    return (
+        f"{axis.name}={axis.size} is there to split the {part}, and no input has one ({where}): it splits little or "
+        "nothing. Of what the model makes of its inputs, say what to split (annotate what layers return, and "
+        "distribute by the annotations), or let every axis split anything (--free-axes)"
+    )
 
 
 def _check_part(units: Sequence[Unit], axis: MeshAxis, part: str) -> None:

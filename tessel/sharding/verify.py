@@ -21,7 +21,7 @@ from ..frontend.joint import Step
 from ..ir.node import Graph, Value
 from ..ir.sharding import Sharding
 from ..ir.types import Loc
-from ..ops.collective import COLLECTIVE
+from ..ops.collective import COLLECTIVE, units
 from ..passes.partition import Program
 from ..targets.mesh import Mesh
 from .annotate import Annotation, Annotations
@@ -110,6 +110,8 @@ class _Walk(Moves, Exchanges):
                 self.held[got] = Held(node.out, sharding or Sharding(()))
 
     def outputs(self) -> None:
+        for token in self.coming:
+            raise Fault(f"{self.title(token.node)}: a call is begun, and nobody waits for it")
         if self.at < len(self.steps):
             node = self.steps[self.at]
             wanted = {v for n in self.steps[self.at :] for v in n.outs} & set(self.graph.results())
@@ -152,7 +154,12 @@ class _Walk(Moves, Exchanges):
             nodes = [n for n in step if n is not None]
             if self.exchanged(nodes, queues):
                 continue
-            if nodes[0].op.name in COLLECTIVE or self.is_share(nodes):
+            if nodes[0].op.name == "collective_start":
+                self.begin(nodes)
+                self.report.collectives += len(units(nodes[0]))
+            elif nodes[0].op.name == "collective_wait":
+                self.end(nodes)
+            elif nodes[0].op.name in COLLECTIVE or self.is_share(nodes):
                 self.move(nodes)
                 self.report.collectives += nodes[0].op.name in COLLECTIVE
             else:

@@ -9,14 +9,17 @@ from typing import Any
 
 from ..ir.node import Builder, Node, Value, map_values
 from ..ir.sharding import Sharding
-from ..ops.collective import COLLECTIVE
+from ..ops.collective import units
 from ..passes._exchange import EXCHANGING, exchange_of, write_exchange
 from ..passes._factors import Rule, Split, layout, project, rule_of
+from ..passes._places import Places
 from ..passes._rank import Local
 from .verify_operations import Operations
 from .verify_shares import Fault, Held
 
 __all__ = ["Exchanges"]
+
+_FIRST = frozenset({"slice", "collective_start", "full", "iota"})  # what a ring has before its first attention
 
 
 class Exchanges(Operations):
@@ -35,16 +38,16 @@ class Exchanges(Operations):
             return self.pattern(self.patterns[whole], nodes, queues)
         if whole.op.name not in EXCHANGING:
             return False
-        cut = nodes[0].op.name == "slice" and self.held.get(nodes[0].operands[0])
-        if cut:  # of a mask, of which each step of a ring takes a part
-            if cut.value not in whole.args[3 if whole.op.name == "attention" else 4 :][:1]:
+        while seen[-1] and seen[-1][0].op.name in ("slice", "collective_start"):
+            if not self.of_ring(whole, seen[-1][0]):
                 return False
             seen.append([n for r, q in enumerate(queues) if (n := self.next(r, q)) is not None])
         first = seen[-1]
         if len(first) != len(nodes) or any(n.op != whole.op for n in first):
             return False
         self.settle_free()
-        args = [[seen[0][r].args[0] if cut and a == seen[0][r].out else a for a in n.args] for r, n in enumerate(first)]
+        masks = {n.out: n.args[0] for step in seen for n in step if n.op.name == "slice"}
+        args = [[masks.get(a, a) if isinstance(a, Value) else a for a in n.args] for n in first]
         rule = rule_of(whole)
         flat = [[v for v in some if isinstance(v, Value)] for some in args]
         lies = []
@@ -57,7 +60,7 @@ class Exchanges(Operations):
         split = self.joint_split(rule, lies)
         ex = exchange_of(rule, split)
         if ex is None:
-            if cut:
+            if masks:
                 raise Fault(f"{self.title(first[0])}: reads part of a mask, and no ring goes through its keys")
             return False
         ring = ex.kind == "ring"
@@ -67,7 +70,7 @@ class Exchanges(Operations):
         for rank, queue in enumerate(queues):
             attrs = dict(whole.attrs) | self.changed(whole, rule, apart, rank)
             expected = Builder()
-            outs = write_exchange(expected, ex, whole, args[rank], attrs, self.mesh, rank)
+            outs = write_exchange(expected, ex, whole, args[rank], attrs, Places(self.mesh, rank))
             actual: dict[Value, Value] = {}
             got = [step[rank] for step in seen]
             for i, want in enumerate(expected.nodes):
@@ -79,7 +82,7 @@ class Exchanges(Operations):
                 actual.update(zip(want.outs, n.outs, strict=True))
             done.append([actual[v] for v in outs])
             if rank == 0:
-                self.report.collectives += sum(n.op.name in COLLECTIVE for n in expected.nodes)
+                self.report.collectives += sum(len(units(n)) for n in expected.nodes)
         for made in done:
             for old, new, s in zip(whole.outs, made, results, strict=True):
                 assert s is not None
@@ -88,6 +91,21 @@ class Exchanges(Operations):
         self.report.operations += 1
         self.report.opaque[f"{whole.op.name} ({ex.kind})"] += 1
         return True
+
+    def of_ring(self, whole: Node, node: Node) -> bool:
+        """Whether a node of rank 0 is of a ring's first step: its part of the mask, or keys and values that go on."""
+        if node not in self.order:
+            return False
+        later = (n for n in self.ranks[0].nodes[self.order[node] :] if n.op.name not in _FIRST)
+        reads = [held.value for x in node.operands if (held := self.held.get(x)) is not None]
+        at = whole.op.name == "attention_backward"  # its operands stand behind the gradient
+        wanted = whole.args[1 + at : 3 + at] if node.op.name == "collective_start" else whole.args[3 + at : 4 + at]
+        return reads == list(wanted) and next((n.op for n in later), None) == whole.op
+
+    @cached_property
+    def order(self) -> dict[Node, int]:
+        """The places of rank 0's nodes."""
+        return {n: i for i, n in enumerate(self.ranks[0].nodes)}
 
     @cached_property
     def patterns(self) -> dict[Node, Local]:
@@ -122,7 +140,7 @@ class Exchanges(Operations):
                     args[place] = literal
             b = Builder()
             attrs = dict(whole.attrs) | self.changed(whole, rule, apart, rank)
-            results.append(write_exchange(b, ex, whole, args, attrs, self.mesh, rank))
+            results.append(write_exchange(b, ex, whole, args, attrs, Places(self.mesh, rank)))
             expected.append(b.nodes)
         if any(not _same(own[0], n, {}) for own, n in zip(expected, nodes, strict=True)):
             return False
@@ -137,7 +155,7 @@ class Exchanges(Operations):
                 actual.update(zip(want.outs, n.outs, strict=True))
             for old, new, s in zip(rule.results, results[rank], action.results, strict=True):
                 self.held[actual[new]] = Held(old, s)
-        self.report.collectives += sum(n.op.name in COLLECTIVE for n in expected[0])
+        self.report.collectives += sum(len(units(n)) for n in expected[0])
         self.go_on()
         self.report.operations += 1
         self.report.opaque[f"{whole.op.name} ({ex.kind})"] += 1

@@ -7,9 +7,9 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from ..ir.node import Node
+from ..ir.node import Builder, Node
 from ..ir.sharding import Sharding
-from ..ops.collective import COLLECTIVE
+from ..ops.collective import COLLECTIVE, units
 from ..solve.lemma import Verdict, moved
 from .verify_shares import QUESTION, Fault, Held, Shares, parts_of
 
@@ -57,6 +57,36 @@ class Moves(Shares):
             last = verdict
         over = f" over {', '.join(first.attrs['axes'])}" if "axes" in first.attrs else ""
         raise Fault(f"{self.title(first)}: {first.op.name}{over} of {self.told(held)} makes no share of it: {last.why}")
+
+    def begin(self, nodes: Sequence[Node]) -> None:
+        """A call: what each of its collectives brings is nobody's to read until it is waited for."""
+        first = nodes[0]
+        for r, n in enumerate(nodes):
+            if dict(n.attrs) != dict(first.attrs):
+                raise Fault(f"{self.title(first)}: rank {r} begins another call than rank 0: they would wait")
+        brings: list[list[Held]] = [[] for _ in nodes]
+        for parts in zip(*map(units, nodes), strict=True):
+            alone = [Builder(loc=n.loc).node(COLLECTIVE[name], x, **attrs) for n, (name, x, attrs) in zip(nodes, parts)]
+            self.move(alone)
+            for own, n in zip(brings, alone, strict=True):
+                own.append(self.held.pop(n.out))
+        self.calls += 1
+        for own, n in zip(brings, nodes, strict=True):
+            self.coming[n.out] = (self.calls, own)
+
+    def end(self, nodes: Sequence[Node]) -> None:
+        """The results of a call, which every rank waits for at the same place."""
+        numbers = set()
+        for r, n in enumerate(nodes):
+            token, *operands = n.args
+            number, brought = self.coming.pop(token, (0, []))
+            same = tuple(operands) == token.node.args and dict(n.attrs) == dict(token.node.attrs)
+            if not number or not same:
+                raise Fault(f"{self.title(n)}: rank {r} waits for a call that was not begun so, or waits twice")
+            numbers.add(number)
+            self.held.update(zip(n.outs, brought, strict=True))
+        if len(numbers) > 1:
+            raise Fault(f"{self.title(nodes[0])}: ranks wait for different calls")
 
     def goals(self, node: Node, held: Held, shape: Sequence[int]) -> Iterator[Sharding]:
         """The shardings that a collective could bring its operand to."""

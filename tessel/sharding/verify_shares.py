@@ -63,6 +63,8 @@ class Shares:
             else:
                 self.before.append([])
         self.at = 0
+        self.calls = 0
+        self.coming: dict[Value, tuple[int, list[Held]]] = {}  # by token: calls that nobody has waited for
         self.known: dict[Any, Verdict] = {}
 
     def next(self, rank: int, queue: Iterator[Node]) -> Node | None:

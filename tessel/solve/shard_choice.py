@@ -89,6 +89,8 @@ class Setting:
         pins: what the user asked of tensors.
         runs: only what ``passes/partition.py`` can lay out: no layouts that a sharding cannot say.
         capacity: times the even share of tokens that a device may send to another one's experts; None never sends them.
+        merged: collectives of small parameters share calls.
+        overlap: those of parameters go on while a device works; else it waits for each.
     """
 
     train: bool = False
@@ -102,6 +104,8 @@ class Setting:
     pins: Pins = NO_PINS
     runs: bool = False
     capacity: float | None = None
+    merged: bool = True
+    overlap: bool = True
 
 
 @dataclass(frozen=True)

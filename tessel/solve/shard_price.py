@@ -10,7 +10,8 @@ attention are split though one follows from the other: what a share of them make
 
 Time of work is a roofline: the longer of arithmetic and memory traffic at the rates that the device reaches in
 practice. A parameter's communication hides behind the work that uses it (the gather of the next one runs during this
-one, the reduction of the last gradient during this gradient): what is longer than that work is exposed.
+one, the reduction of the last gradient during this gradient): what is longer than that work is exposed. So it is where
+programs begin calls early (``passes/collectives.py``); else all of it is.
 """
 
 from __future__ import annotations
@@ -359,10 +360,11 @@ class Pricer:
             kinds = [(level, a.size) for level, a, c in zip(picked, self.axes, state) if c < 0]
             held = param_bytes(elements, itemsize, kinds, self.setting.optimizer if train else None)
             steps = list(self._param_steps(elements * itemsize, state, picked, first))
-            small = elements * itemsize < _BUCKET
+            small = self.setting.merged and elements * itemsize < _BUCKET
             ahead = sum(self._param_seconds(s, small) for s in steps if not s.backward)
             back = sum(self._param_seconds(s, small) for s in steps if s.backward)
-            exposed = max(0.0, ahead - k * choice.forward) + max(0.0, back - k * choice.backward)
+            beside = (k * choice.forward, k * choice.backward) if self.setting.overlap else (0.0, 0.0)
+            exposed = max(0.0, ahead - beside[0]) + max(0.0, back - beside[1])
             yield Weight(param, state, picked, exposed, ahead + back, held.total if first else 0.0, tuple(steps))
 
     def _gathers(self, axis: MeshAxis) -> bool:
