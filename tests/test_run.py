@@ -1,0 +1,128 @@
+"""``tessel run`` on real processes: plans with microbatches and with stages, checked against one device; errors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from click.testing import CliRunner, Result
+from groups import free_port
+
+from tessel.cli import main
+from tessel.cli.run import run as run_command
+from tessel.sharding.plan_file import read_plan
+
+MODEL = '''
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    """Its head has the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(32, 16)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(16, 32, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def make():
+    torch.manual_seed(0)
+    return Model(), (torch.randint(32, (8, 4)),)
+
+
+def other():
+    return nn.Linear(4, 4), (torch.ones(8, 4),)
+'''
+
+
+def tessel(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and plans of it."""
+    path = tmp_path_factory.mktemp("run")
+    (path / "model.py").write_text(MODEL)
+    both = ("plan", f"{path / 'model.py'}:make", "--target", "h100", "--train", "--microbatches", 4)
+    for name, more in (
+        ("microbatches", ("--mesh", "dp=2", "--whole", "--zero", 1)),
+        ("stages", ("--mesh", "pp=2", "--schedule", "zb1p")),
+    ):
+        made = tessel(*both, *more, "-o", path / f"{name}.json")
+        assert made.exit_code == 0, made.output
+    return path
+
+
+def process(rank: int, world: int, folder: str, ports: list[int], out: str) -> None:
+    """All plans, one after the other, each in a group of its own."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", TESSEL_CACHE_DIR=folder)
+    os.environ["CXX"] = "/nonexistent"  # operators by torch: what is compiled is tested elsewhere
+    with Path(out).with_suffix(f".{rank}").open("w") as f:
+        os.dup2(f.fileno(), 1)
+    for name, port in zip(("microbatches", "stages"), ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        run_command.main(
+            [f"{folder}/{name}.json", f"{folder}/model.py:make", "--check", "--steps", "1"], standalone_mode=False
+        )
+
+
+def test_microbatches_and_stages_run_and_are_checked(folder: Path) -> None:
+    folder.chmod(0o700)
+    mp.spawn(process, (2, str(folder), [free_port() for _ in range(2)], str(folder / "out")), nprocs=2)
+    said = (folder / "out.0").read_text()
+    assert (folder / "out.1").read_text() == ""
+    checks = [line for line in said.splitlines() if line.startswith("check: ")]
+    assert len(checks) == 2 and all("results and gradients of 2 ranks are one device's" in c for c in checks), said
+    assert said.count("as the plan's program says") == 2
+    assert "stage 1" in said and "rank 1: " in said and "to other stages" in said
+    parts = read_plan(folder / "stages.json").data["tensors"]["embed.weight"]["parts"]
+    assert parts == [0, 1]  # kept by both stages, and its gradients are added up
+
+
+def test_without_torchrun_it_says_how_to_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    got = tessel("run", folder / "stages.json", "model.py:make")
+    assert got.exit_code == 2
+    assert "torchrun --nproc-per-node 2 -m tessel run" in got.output
+
+
+@pytest.mark.slow
+def test_what_all_ranks_find_is_said_once(folder: Path) -> None:
+    """The plan of another model, and ranks that read different plans: one line, and everybody stops."""
+
+    def started(world: int, plan: str, model: str) -> str:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        command = [*start, "-m", "tessel", "run", plan, f"{folder}/model.py:{model}", "--timeout", "60"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TESSEL_CACHE_DIR": str(folder), "CXX": "/nonexistent"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode != 0
+        (said,) = (line for line in done.stderr.splitlines() if line.startswith("Error: rank "))
+        return said
+
+    assert "its parameters or its graph are others" in started(2, f"{folder}/microbatches.json", "other")
+    assert "the plan is for 2 devices (dp=2), this run has 1" in started(1, f"{folder}/microbatches.json", "make")
