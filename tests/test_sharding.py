@@ -126,6 +126,7 @@ def test_reshards_move_what_they_say(before: Sharding, after: Sharding) -> None:
     from tessel.ir.interp import interpret
     from tessel.ir.node import Graph, make_input
     from tessel.ir.types import TensorType
+    from tessel.passes._places import Places
     from tessel.passes._rank import Move, write_rank
 
     x = make_input("x", TensorType(SHAPE, torch.float64))
@@ -144,7 +145,7 @@ def test_reshards_move_what_they_say(before: Sharding, after: Sharding) -> None:
     world = InProcess(MESH)
     got = world.run(
         lambda r: interpret(
-            write_rank(graph, MESH, r, moves, [before], [after], []),
+            write_rank(graph, Places(MESH, r), moves, [before], [after], []),
             [share(chosen[term[r]] if how else parts[0], before, MESH, r).contiguous()],
         )[0]
     )

@@ -223,17 +223,22 @@ def refs(stmt: Stmt) -> Iterator[int]:
         yield stmt.arg.number
 
 
+def conds_of(stmt: Stmt) -> tuple[Cond, ...]:
+    """Every condition inside a statement."""
+    if isinstance(stmt, Load | Store | Carry | Next):
+        return stmt.access.mask
+    if isinstance(stmt, Test):
+        return stmt.conds
+    return stmt.mask if isinstance(stmt, Check) else ()
+
+
 def indices_of(stmt: Stmt) -> Iterator[Index]:
     """Every index expression inside a statement."""
     if isinstance(stmt, Load | Store | Carry | Next):
         yield from stmt.access.coords
-        yield from (c.index for c in stmt.access.mask)
     elif isinstance(stmt, IndexOf):
         yield stmt.index
-    elif isinstance(stmt, Test):
-        yield from (c.index for c in stmt.conds)
-    elif isinstance(stmt, Check):
-        yield from (c.index for c in stmt.mask)
+    yield from (c.index for c in conds_of(stmt))
 
 
 def axes_read(stmt: Stmt) -> set[str]:
@@ -304,7 +309,7 @@ class Kernel:
 
     def symbols(self) -> tuple[str, ...]:
         """Names of the sizes the kernel must be told, sorted."""
-        dims: list[Any] = [a.extent for a in self.axes]
+        dims: list[Any] = [*(a.extent for a in self.axes), *self.attrs.values()]
         for p in self.params:
             dims += [*p.type.shape, *p.type.strides]
         for stmt in self.statements():
@@ -319,6 +324,8 @@ class Kernel:
                             stack.append(atom.arg)
             if isinstance(stmt, Check):
                 dims.append(stmt.high)
+            for cond in conds_of(stmt):
+                dims += [cond.low, cond.high]
             if isinstance(stmt, Compute):
                 dims.extend(stmt.args)
         return tuple(sorted(symbols_of(dims)))
