@@ -60,7 +60,7 @@ def test_pictures_keep_to_their_frames(made: tuple[Element, str]) -> None:
         for x, y, w, h in boxes:
             assert x >= 0 and y >= 0 and w > 0 and x + w <= wide + 0.01 and y + h <= high
         for t in svg.all("text"):
-            x, y, inside = float(t.attrs["x"]), float(t.attrs["y"]), t.attrs.get("class") == "in"
+            x, y, inside = float(t.attrs["x"]), float(t.attrs["y"]), t.attrs.get("class", "").startswith("in")
             room = width(t.text, 9 if inside else 12)
             assert 0 <= y <= high
             if inside:  # in the middle of its box
@@ -94,3 +94,20 @@ def test_paper(made: tuple[Element, str]) -> None:
     for rule in ("max-width: none", "break-inside: avoid", "print-color-adjust: exact", "@page { size: A4 landscape"):
         assert rule in paper, rule
     assert "color-scheme: light dark" in text
+
+
+def test_words_in_boxes_stand_out(made: tuple[Element, str]) -> None:
+    """Contrast of text on every colour, by WCAG 2.2's formula: 4.5 to 1 at the least."""
+
+    def light(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return 0.05 + sum(a * b for a, b in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    _, text = made
+    colours = dict(re.findall(r"--c(\d): #(\w{6})", text))
+    (dark,) = re.findall(r"\n((?:\.cells \.k\d, )+)svg \.dark \{ color: #111", text)
+    assert len(colours) == 8
+    for number, colour in colours.items():
+        a, b = light(colour), light("111111" if f".k{number}," in dark else "ffffff")
+        assert max(a, b) / min(a, b) >= 4.5, colour
