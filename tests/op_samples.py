@@ -61,6 +61,7 @@ def samples() -> Iterator[Sample]:
         norms,
         expert_layers,
         packed_layers,
+        roundings,
         packed_caches,
         libraries,
         draws,
@@ -75,7 +76,7 @@ Case = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 UNARY_REAL = "neg abs sign exp exp2 expm1 sin cos tan atan sinh cosh tanh asinh erf erfc sigmoid relu floor ceil"
 UNARY_REAL += " round trunc isnan isinf logical_not copy gelu silu leaky_relu hardtanh hardsigmoid hardswish elu"
-UNARY_REAL += " softplus mish log_sigmoid reciprocal"
+UNARY_REAL += " softplus mish log_sigmoid reciprocal floor_pow2"
 BINARY = "add sub mul div floor_div trunc_div maximum minimum fmod remainder atan2 copysign hypot"
 BINARY += " eq ne lt le gt ge logical_and logical_or logical_xor"
 
@@ -300,6 +301,12 @@ def expert_layers() -> Iterator[Case]:
         some = {**attrs, "wanted": (True, False, False)}
         yield "experts_backward", (real(*out.shape), *operands, pre), some
     yield "dispatch", (ints(4, 6, 2),), {"experts": 2, "parts": 2, "room": 6}
+
+
+def roundings() -> Iterator[Case]:
+    e2m1 = {"exponent": 2, "mantissa": 1, "largest": 6.0}
+    for group, scale in ((8, "f32"), (8, "e8m0"), (0, "f32"), (-1, "f32"), (4, "e4m3")):
+        yield "rounded", (real(3, 5, 16),), {"group": group, **e2m1, "scale": scale}
 
 
 def packed_layers() -> Iterator[Case]:

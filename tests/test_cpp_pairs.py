@@ -10,6 +10,7 @@ import torch
 from kernels import Program, compiled, poisoned, rand
 
 from tessel.codegen.cpp.vector import rough
+from tessel.ops.rounding import floor_pow2
 from tessel.tiles.kernel import Kernel
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -31,6 +32,7 @@ UNARY: dict[str, Callable[..., torch.Tensor]] = {
     "ceil": torch.ceil,
     "round": torch.round,
     "trunc": torch.trunc,
+    "floor_pow2": floor_pow2,
 }
 BINARY: dict[str, Callable[..., torch.Tensor]] = {
     "add": torch.add,

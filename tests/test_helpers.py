@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 import tessel
+from tessel.ops.rounding import floor_pow2
 
 TEXT = (Path(tessel.__file__).parent / "codegen/templates/helpers.triton.j2").read_text()
 NAMES = re.findall(r"^# --- (\w+)$", TEXT, re.MULTILINE)
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 # Greatest error in units of the last place: f32, f64.
 UNARY: dict[str, tuple[float, float]] = {
     "neg": (0, 0),
+    "floor_pow2": (0, 0),
     "reciprocal": (0.51, 1),
     "sqrt": (0.51, 1),
     "trunc": (0, 0),
@@ -123,7 +125,7 @@ def reference(name: str) -> Callable[..., torch.Tensor]:
     modes = {"floor_div": "floor", "trunc_div": "trunc"}
     if name in modes:
         return lambda a, b: torch.div(a, b, rounding_mode=modes[name])
-    return getattr(torch, name)  # type: ignore[no-any-return]
+    return floor_pow2 if name == "floor_pow2" else getattr(torch, name)  # type: ignore[no-any-return]
 
 
 @cache

@@ -17,6 +17,7 @@ from . import (
     aten_view,
     cache_op,
     packed_op,
+    rounding_op,
 )
 from .lower import Table, merge
 
@@ -30,6 +31,7 @@ TABLE: Table = merge(
     aten_fused.TABLE,
     packed_op.TABLE,
     cache_op.TABLE,
+    rounding_op.TABLE,
 )
 
 __all__ = ["TABLE"]

@@ -30,6 +30,7 @@ from .packed import PACKED
 from .packed_stacks import PACKED_STACKS
 from .random import RANDOM
 from .reduce import REDUCE
+from .rounding import ROUNDING
 from .scan import SCAN
 from .selective import SELECTIVE
 from .sparse import SPARSE
@@ -59,6 +60,7 @@ OPS = table(
     PACKED_STACKS.values(),
     SPARSE.values(),
     CACHE.values(),
+    ROUNDING.values(),
     RANDOM.values(),
     EFFECT.values(),
     COLLECTIVE.values(),

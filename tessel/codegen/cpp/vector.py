@@ -36,7 +36,7 @@ __all__ = [
 
 KINDS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16", torch.bool: "bool"}
 _FUNCTIONS = """abs sign maximum minimum relu exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal sin cos tanh
-erf sigmoid floor ceil round trunc copysign isnan isinf"""
+erf sigmoid floor ceil round trunc copysign isnan isinf floor_pow2"""
 _OPERATORS = "add sub mul div neg eq ne lt le gt ge logical_and logical_or logical_xor logical_not where cast copy"
 _OPS = frozenset((_FUNCTIONS + " " + _OPERATORS).split())
 _OF_BOOL = frozenset(
@@ -45,7 +45,7 @@ _OF_BOOL = frozenset(
 )
 _OF_PAIRS = frozenset(
     """abs maximum minimum relu exp exp2 sqrt rsqrt reciprocal tanh erf sigmoid floor ceil round trunc copysign add sub
-    mul div neg cast copy pow""".split()
+    mul div neg cast copy pow floor_pow2""".split()
 )
 _KEEP_PARTS = frozenset("mul div neg abs cast copy".split())  # the result is as far off, in parts of it, as an operand
 _ROUGH = frozenset({"exp", "exp2", "sigmoid"})

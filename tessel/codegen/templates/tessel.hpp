@@ -131,6 +131,9 @@ INLINE float round(float x) { return __builtin_rintf(x); }
 INLINE double round(double x) { return __builtin_rint(x); }
 INLINE float copysign(float x, float y) { return __builtin_copysignf(x, y); }
 INLINE double copysign(double x, double y) { return __builtin_copysign(x, y); }
+// The exponent's bits alone.
+INLINE float floor_pow2(float x) { return bits_to_float(float_to_bits(x) & 0x7f800000u); }
+INLINE double floor_pow2(double x) { return __builtin_bit_cast(double, __builtin_bit_cast(u64, x) & 0x7ff0000000000000u); }
 
 // Integers divide without a trap: whoever divides by zero says so beside it.
 template <class T> INLINE T int_div(T a, T b) { return b == 0 ? (T)0 : b == (T)-1 ? (T)(0 - (u64)a) : (T)(a / b); }
@@ -517,6 +520,7 @@ INLINE vf minimum(vf a, vf b) { return a != a ? a : smaller(a, b); }
 INLINE vf relu(vf x) { return larger(vf{}, x); }
 INLINE vf number(vi test) { return as_floats((vu)test & 0x3f800000u); }
 INLINE vi isinf(vf x) { return abs(x) == INF; }
+INLINE vf floor_pow2(vf x) { return as_floats(as_words(x) & 0x7f800000u); }
 
 // p * 2^n where n is whole
 INLINE vf times_pow2(vf p, vf n) {
@@ -556,7 +560,7 @@ INLINE vp operator-(vp x) { return {-x.e, -x.o}; }
 INLINE vp fma(vp a, vp b, vp c) { return {fma(a.e, b.e, c.e), fma(a.o, b.o, c.o)}; }
 #define BOTH(name) \
   INLINE vp name(vp x) { return {name(x.e), name(x.o)}; }
-BOTH(abs) BOTH(relu) BOTH(sqrt) BOTH(round) BOTH(floor) BOTH(ceil) BOTH(trunc) BOTH(fraction)
+BOTH(abs) BOTH(relu) BOTH(sqrt) BOTH(round) BOTH(floor) BOTH(ceil) BOTH(trunc) BOTH(fraction) BOTH(floor_pow2)
 #undef BOTH
 #define BOTH(name) \
   INLINE vp name(vp a, vp b) { return {name(a.e, b.e), name(a.o, b.o)}; }
