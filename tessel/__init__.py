@@ -270,7 +270,8 @@ def quantize(
             result on the calibration data; without any, of the weights) or "250us" (predicted, of all layers on the
             target): bits and group are chosen layer by layer; see ``tessel.quant.bits``.
         widths: the bits that a budget chooses from.
-        shards: pieces that every layer's k will be cut in, which a budget's choices must allow.
+        shards: pieces that every layer's k will be cut in: what a budget chooses allows it, and a layer whose groups
+            would not stays whole.
         target: where speed is predicted, for ``rows`` rows of a layer's inputs; a layer that would be slower there than
             it is stays whole.
         work: a folder for finished layers. After an interruption the same call goes on where it was; another one is

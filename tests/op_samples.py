@@ -325,6 +325,8 @@ def packed_layers() -> Iterator[Case]:
     down = ints(2**31, 3, 6, 1, low=-(2**31)).to(torch.int32), real(3, 6, 1)
     routed = ints(3, 5, 2), real(5, 2)
     yield "packed_experts", (real(5, 16), stack, scale, zero, None, None, *down, None, None, None, *routed), {"bits": 4}
+    whole = (real(5, 16), stack, scale, zero, None, None, *down, None, None, None, *routed)
+    yield "packed_experts", whole, {"bits": 4, "inputs": 8}
     biased = (real(5, 16), stack, scale, None, real(3, 8), real(16), *down, None, real(3, 6), real(16), *routed)
     yield "packed_experts", biased, {"bits": 4, "act": "limited", "interleaved": True, "alpha": 1.7, "limit": 7.0}
     two_of_four = torch.tensor([3, 5, 6, 9, 10, 12])[ints(6, 6, 2, 8)] << torch.arange(0, 32, 4)

@@ -33,7 +33,7 @@ _RUNS = 15  # of each model, interleaved
 @click.option(
     "--widths", help="Bits that --budget chooses from, as 2,3,4,8 [all; with --out 4,8, which files can hold]."
 )
-@click.option("--shards", type=click.IntRange(min=1), default=1, help="Pieces that k will be cut in; for --budget.")
+@click.option("--shards", type=click.IntRange(min=1), default=1, help="Pieces that every k will be cut in.")
 @click.option("--method", default="rtn", show_default=True,
               help="rtn, mse, gptq, turboboa, smoothquant, awq, hadamard; + joins.")  # fmt: skip
 @click.option("--calibration", metavar="FILE.py:FUNCTION", help="Gives what the model is called with, call by call.")

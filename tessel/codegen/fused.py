@@ -22,7 +22,7 @@ from ..tiles.kernel import Kernel, Param
 from .helpers import helpers_for
 from .source import Source
 
-__all__ = ["grouped_source", "loss_source", "source_of", "tile_of"]
+__all__ = ["grouped_source", "loss_source", "packed_source", "packed_tile_of", "source_of", "tile_of"]
 
 _SCRATCH = 2048  # bytes that a program takes beside its tiles: barriers, and sums that warps exchange
 SPAN = 8  # blocks of classes that one program folds
@@ -103,7 +103,7 @@ def grouped_source(part: str, dtype: torch.dtype, target: Target, attrs: Mapping
     """
     check(part in ("inner", "product", "back", "outer"), lambda: f"no grouped kernel {part!r}")
     context = {"act": "silu", "interleaved": False, "alpha": 1.0, "limit": 0.0, "bias": False, "scaled": False}
-    context |= {"keep": False, "gathered": "", **attrs}
+    context |= {"keep": False, "gathered": "", "part": part, "packed": None, **attrs}
     params: list[tuple[str, torch.dtype]] = [("a", dtype), ("b", dtype)]
     sizes = list(_BY_EXPERT)
     if part == "inner":
@@ -120,6 +120,43 @@ def grouped_source(part: str, dtype: torch.dtype, target: Target, attrs: Mapping
         outs = [("out", dtype)]
         sizes = ["m", "n", "experts", "slots", "choices"]
     return _source("grouped", part, [*params, *_ROUTE], outs, sizes, context, target, dtype, {})
+
+
+_PACKED_SIZES = ["experts", "n", "k", "row_words", "groups", "slots", "choices"]
+
+
+def packed_tile_of(part: str, target: Target, dtype: torch.dtype) -> dict[str, int]:
+    """``tile_of``, where the matrices' numbers are made in registers, each out of a word, a scale and a zero."""
+    knobs = {**tile_of(part, target, dtype), "num_stages": 1}
+    return knobs if target.vendor == "interpret" else {**knobs, "BN": 32, "BK": 32}
+
+
+def packed_source(part: str, dtype: torch.dtype, target: Target, attrs: Mapping[str, Any]) -> Source:
+    """``inner`` or ``product`` of ``grouped.triton.j2``, of matrices stored in few bits.
+
+    Args:
+        part, dtype: as of ``grouped_source``; dtype is of tokens, and of what ``inner`` gives.
+        attrs: as of ``grouped_source``, and ``packed``: ``bits``, and the switches ``zero``, ``table``, ``once`` (a
+            step along k meets one group) and ``whole`` (the left operand is int8 with a scale a row).
+    """
+    check(part in ("inner", "product"), lambda: f"no grouped kernel {part!r} of packed matrices")
+    context = {"act": "silu", "interleaved": False, "alpha": 1.0, "limit": 0.0, "bias": False, "scaled": False}
+    context |= {"keep": False, "part": part, **attrs}
+    packed = context["packed"]
+    fits = not packed["whole"] or (packed["once"] and not packed["table"])
+    check(fits, lambda: f"grouped kernel {part!r}: whole numbers need a scale a step, and integers")
+    params: list[tuple[str, torch.dtype]] = [("a", torch.int8 if packed["whole"] else dtype), ("words", _I32)]
+    params += [("scales", _F32), *([("zeros", _F32)] * packed["zero"]), *([("table", _F32)] * packed["table"])]
+    params += [("a_scale", _F32)] * packed["whole"] + [("bias", dtype)] * context["bias"]
+    params += [("scale", _F32)] * (part == "product")
+    outs = [("h", dtype)] if part == "inner" else [("out", _F32)]
+    knobs, products = packed_tile_of(part, target, dtype), 2 if part == "inner" else 1
+    held = knobs["BK"] * (knobs["BM"] + products * knobs["BN"]) * dtype.itemsize
+    smem = max(held, knobs["BM"] * knobs["BN"] * 4) + _SCRATCH
+    stack = ("experts", "n", "two")
+    names = (("slots", "k"), ("slots", "n", "two"), (*stack, "row_words"), (*stack, "groups"))
+    largest = [product(2 if name == "two" else symbol(name) for name in of) for of in names]
+    return source_of("grouped", part, [*params, *_ROUTE], outs, _PACKED_SIZES, context, target, knobs, smem, largest)
 
 
 def _source(

@@ -16,6 +16,7 @@ from . import (
     aten_scan,
     aten_view,
     cache_op,
+    packed_experts_op,
     packed_op,
     rounding_op,
 )
@@ -32,6 +33,7 @@ TABLE: Table = merge(
     packed_op.TABLE,
     cache_op.TABLE,
     rounding_op.TABLE,
+    packed_experts_op.TABLE,
 )
 
 __all__ = ["TABLE"]

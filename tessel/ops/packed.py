@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import check
 from ..ir.node import Builder, Node, Op, Value
 from ..ir.types import Dim, dim_equal, product
+from .blocks import row_blocks
 from .common import arg_types, need_tensor, result, table
 from .dims import Piece
 from .emit import Emit, wide_dtype
@@ -32,6 +33,7 @@ __all__ = [
     "open_packed",
     "packed_linear_ref",
     "rounded_rows",
+    "whole_numbers",
 ]
 
 _MOST = 2**17
@@ -48,13 +50,15 @@ def dequantized(
     """
     per, wide = 32 // bits, wide_dtype(dtype)
     shifts = torch.arange(0, per * bits, bits, dtype=torch.int32, device=words.device)
-    codes = ((words[:, :, None] >> shifts) & (2**bits - 1)).reshape(words.shape[0], -1)[:, :k]
-    numbers = codes.to(wide) if table is None else table.to(wide)[codes.long()]
-    grouped = numbers.reshape(*scale.shape, -1)
-    if table is None:
-        offset = float(2 ** (bits - 1)) if zero is None else zero.to(wide)[:, :, None]
-        grouped = grouped - offset
-    return (grouped * scale.to(wide)[:, :, None]).reshape(-1, k).to(dtype)
+    made = torch.empty((words.shape[0], k), dtype=dtype, device=words.device)
+    for part in row_blocks(made):
+        codes = ((words[part, :, None] >> shifts) & (2**bits - 1)).flatten(1)[:, :k]
+        numbers = codes.to(wide) if table is None else table.to(wide)[codes]
+        grouped = numbers.unflatten(1, (scale.shape[1], -1))
+        if table is None:
+            grouped = grouped - (float(2 ** (bits - 1)) if zero is None else zero[part].to(wide)[:, :, None])
+        made[part] = (grouped * scale[part].to(wide)[:, :, None]).flatten(1)
+    return made
 
 
 def packed_linear_ref(
@@ -179,8 +183,13 @@ def by_integers(node: Node) -> bool:
     """Whether whole numbers are multiplied, where the CPU has instructions for them: both sides are integers of 8 bits
     or less, their sums fit into 32 bits, and groups hold whole words of four."""
     x, _, scale, _, _, lut = _all(node)
-    k, groups = x.shape[1], scale.shape[1]
-    return node.attrs.get("inputs") == 8 and lut is None and k < _MOST and (groups == 1 or k // groups % 4 == 0)
+    return whole_numbers(node.attrs.get("inputs", 0), x.shape[1], scale.shape[1], lut)
+
+
+def whole_numbers(inputs: int, k: Dim, groups: Dim, lut: Any) -> bool:
+    """``by_integers`` of a product over k; ``lut``: the weight's table or None."""
+    known = isinstance(k, int) and isinstance(groups, int)
+    return known and inputs == 8 and lut is None and k < _MOST and (groups == 1 or k // groups % 4 == 0)
 
 
 def open_packed(builder: Builder, node: Node) -> tuple[Value, ...]:

@@ -21,9 +21,16 @@ from .common import arg_types, need_tensor, result, table
 from .emit import Emit
 from .experts import by_expert, gated
 from .fold import need_float
-from .packed import dequantized, emit_weight
+from .packed import dequantized, emit_weight, whole_numbers
 
-__all__ = ["PACKED_STACKS", "join_packed", "open_unpacked", "packed_experts_ref", "unpacked_ref"]
+__all__ = [
+    "PACKED_STACKS",
+    "experts_by_integers",
+    "join_packed",
+    "open_unpacked",
+    "packed_experts_ref",
+    "unpacked_ref",
+]
 
 
 def unpacked_ref(
@@ -66,6 +73,7 @@ def packed_experts_ref(
     interleaved: bool = False,
     alpha: float = 1.0,
     limit: float = 0.0,
+    inputs: int = 0,
     linear: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """The layer by its definition, one expert after another, each unpacked where it is used.
@@ -75,6 +83,7 @@ def packed_experts_ref(
             None, what the codes stand for or None; down_words: [e, o, i * bits / 32] and so on.
         exponent: as of ``packed_linear``.
         act, interleaved, alpha, limit: as of ``experts``.
+        inputs: bits that tokens, and what becomes of gate and up, are rounded to, as of ``packed_linear``.
         linear: what multiplies: of the arguments and attributes of ``packed_linear_ref``, which it is without.
 
     Returns:
@@ -88,7 +97,7 @@ def packed_experts_ref(
     by_slot = scale.reshape(-1)
     first = (words, scales, zeros, bias)
     second = (down_words, down_scales, down_zeros, down_bias)
-    attrs: dict[str, int] = {"bits": bits, "exponent": exponent}
+    attrs: dict[str, int] = {"bits": bits, "inputs": inputs, "exponent": exponent}
     for e, slots in by_expert(index, words.shape[0], 0):
         up, down = ([None if t is None else t[e] for t in given] for given in (first, second))
         pre = linear(x[slots // choices], *up, lut, **attrs)
@@ -125,6 +134,8 @@ def _infer(x: Any, words: Any, *rest: Any, **attrs: Any) -> Any:
     down, index = rest[4], rest[9]
     fits = x.rank == index.rank == 2 and words.rank == down.rank == 3 and index.dtype == torch.int64
     check(fits, lambda: f"packed_experts: {x}, {words}, {down} and {index} are not of the ranks and dtypes it takes")
+    bits = attrs.get("inputs", 0)
+    check(bits in (0, *range(2, 9)), lambda: f"packed_experts: inputs of {bits} bits; 2 to 8, or 0, are possible")
     return result((x.shape[0], down.shape[1]), x.dtype, x), result((0,), x.dtype, x)
 
 
@@ -142,6 +153,14 @@ def _flops(node: Node) -> Dim:
     slots, down = product(rest[9].shape), rest[4]
     inner = words.shape[1] // 2
     return product((2, slots, x.shape[1], words.shape[1])) + product((2, slots, inner, down.shape[1]))
+
+
+def experts_by_integers(node: Node) -> bool:
+    """Whether both products of ``packed_experts`` may be ones of whole numbers, see ``by_integers``."""
+    x, words, scale, _, _, lut, _, down_scale, _, _, down_lut, _, _ = arg_types(node)
+    inputs = node.attrs.get("inputs", 0)
+    first = whole_numbers(inputs, x.shape[1], scale.shape[2], lut)
+    return first and whole_numbers(inputs, words.shape[1] // 2, down_scale.shape[2], down_lut)
 
 
 # ---------------------------------------------------------------- rewrites
@@ -221,6 +240,6 @@ PACKED_STACKS = table(
         flops=_flops,
         cost=1000,
         doc="packed_experts(x, words, scale, zero|None, bias|None, table|None, down: the same five, index, scale, "
-        "bits=, exponent=, act=, interleaved=, alpha=, limit=) -> (out, nothing)",
+        "bits=, exponent=, act=, interleaved=, alpha=, limit=, inputs=) -> (out, nothing)",
     ),
 )

@@ -5,8 +5,8 @@
 
 The fuse pass puts what unpacks into the product's loop, so that the weight is never written.
 
-Experts' matrices are unpacked by a node of their own, all of them at every call. On the CPU, where no gradient is asked
-for, the experts take them as they are stored:
+Experts' matrices are unpacked by a node of their own, all of them at every call. Where no gradient is asked for, the
+experts take them as they are stored:
 
     %5 = unpacked(%1, %2); %6 = unpacked(%3, %4)
     %7 = experts(%0, %5, None, %6, ...)        becomes     %7 = packed_experts(%0, %1, %2, ..., %3, %4, ...)
@@ -22,19 +22,42 @@ from ..ops.packed import KERNEL_DTYPES, has_kernel, open_packed
 from ..ops.packed_stacks import join_packed, open_unpacked
 from ..ops.sparse import open_sparse
 
-__all__ = ["run"]
+__all__ = ["notes", "run"]
 
 
 def run(graph: Graph, native: bool) -> Graph:
     """The graph with such layers opened; ``native``: it is for the CPU, whose kernel stays."""
-    if native:
-        graph = apply_rules(graph, (Rule("packed experts", ("experts",), join_packed),), None).live()
+    graph = apply_rules(graph, (Rule("packed experts", ("experts",), join_packed),), None).live()
     opened = (
         Rule("packed_linear", ("packed_linear",), partial(_open, native)),
         Rule("sparse_linear", ("sparse_linear",), partial(_open_sparse, native)),
         Rule("unpacked", ("unpacked",), open_unpacked),
     )
     return apply_rules(graph, opened, None).live()
+
+
+def notes(graph: Graph, native: bool) -> list[str]:
+    """What no kernel of the target does with such layers, of the graph before the pass: how many, where, and what is
+    done in its place."""
+    found: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if why := _without(node, native):
+            found.setdefault(why, []).append(node)
+    return [f"{len(nodes)} layers, the first at {nodes[0].loc.short or nodes[0]}: {why}" for why, nodes in found.items()]
+
+
+def _without(node: Node, native: bool) -> str:
+    if node.op.name not in ("packed_linear", "sparse_linear"):
+        return ""
+    sparse, dtype = node.op.name == "sparse_linear", str(node.operands[0].dtype).removeprefix("torch.")
+    if native:
+        there = node.operands[0].dtype in KERNEL_DTYPES if sparse else has_kernel(node)
+        what = "2:4 weights" if sparse else "weights of few bits"
+        return "" if there else f"no kernel for {what} and inputs of {dtype} on the CPU: the weight is written out"
+    if sparse:
+        return f"no kernel here uses products of 2:4 weights: zeros are put in, {dtype} is multiplied"
+    inputs = node.attrs.get("inputs")
+    return f"no kernel here multiplies integers: inputs of {inputs} bits are multiplied as {dtype}" if inputs else ""
 
 
 def _open(native: bool, builder: Builder, node: Node) -> tuple[Value, ...] | None:

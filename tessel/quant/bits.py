@@ -114,6 +114,15 @@ def _words_in_shards(n: int, k: int, f: Format, shards: int) -> str:
     return f"a group of {own} codes ends inside a word of {per}" if shards > 1 and own % per else ""
 
 
+def shard_limit(n: int, k: int, f: Format, shards: int) -> str:
+    """Why a weight ``[n, k]`` of this format cannot be cut along k into so many pieces; empty if it can.
+
+    >>> shard_limit(8, 384, integers(4, group=128), 2)
+    '(384 / 2 shards) % 128 = 64'
+    """
+    return _groups_in_shards(n, k, f, shards) or _words_in_shards(n, k, f, shards)
+
+
 def _tiles_in_groups(n: int, k: int, f: Format, shards: int) -> str:
     return f"a tile of {_TILE} columns reaches over groups of {f.group}" if f.group % _TILE > 0 else ""
 

@@ -48,7 +48,8 @@ def look(
             memory holds the activations of this one module.
 
     Raises:
-        TesselError: a layer's inputs hold NaN or infinity; the block cannot be differentiated.
+        TesselError: a layer's inputs hold NaN or infinity; the block cannot be differentiated; the model raises
+            something when it is called with an item.
     """
     seen: dict[str, Seen] = {}
     again = _Again(layers, seen) if block is not None and "turboboa" in steps else None
@@ -62,6 +63,8 @@ def look(
             x = x.reshape(-1, x.shape[-1])
             check(bool(torch.isfinite(x).all()), lambda: f"quantize: calibration gives {name} NaN or infinite inputs")
             k = x.shape[1]
+            if not len(x):
+                return
             mine = seen.get(name)
             if mine is None:
                 mine = seen[name] = Seen(torch.zeros(k, k, dtype=torch.float64) if whole else None, torch.zeros(k))
@@ -80,8 +83,14 @@ def look(
         handles.append(block.register_forward_hook(again, with_kwargs=True))
     try:
         with running(model):
-            for batch in batches:
-                call(model, batch)
+            for i, batch in enumerate(batches):
+                try:
+                    call(model, batch)
+                except TesselError:
+                    raise
+                except Exception as e:  # whatever a model's code raises
+                    what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+                    raise TesselError(f"quantize: the model cannot be called with calibration item {i}: {what}") from e
     finally:
         for h in handles:
             h.remove()

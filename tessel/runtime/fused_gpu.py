@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from ..codegen.fused import SPAN, grouped_source, loss_source
+from ..codegen.fused import SPAN, grouped_source, loss_source, packed_source, packed_tile_of
+from ..ops.packed import rounded_rows
 from ..targets import Target
 from .launch import load
 
-__all__ = ["FusedKernels", "GpuExperts", "GpuLoss"]
+__all__ = ["FusedKernels", "GpuExperts", "GpuLoss", "GpuPackedExperts"]
 
 _HELD = 1 << 25  # elements of a chunk of logits
 
@@ -233,6 +234,56 @@ class GpuExperts(FusedKernels):
         tiles = like.shape[0] * _cdiv(m, knobs["BM"]) * _cdiv(n, knobs["BN"])
         kernel((tiles,), a, b, order, bounds, to, m, n, like.shape[0], order.numel(), choices)
         return to
+
+
+class GpuPackedExperts(FusedKernels):
+    """``packed_experts``: the matrices' numbers are made where they are multiplied."""
+
+    def forward(self, x: torch.Tensor, *given: Any, **attrs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``packed_experts_ref``."""
+        up, down, index, weights = given[:5], given[5:10], given[10], given[11]
+        attrs = dict(attrs)
+        bits, inputs = attrs.pop("bits", 4), attrs.pop("inputs", 0)
+        attrs.pop("exponent", None)  # of a table's codes; the table is what is read
+        route = _route(index, up[0].shape[0], 0)
+        h = x.new_empty((index.numel(), up[0].shape[1] // 2))
+        self._multiply("inner", x, up, route, h, bits, inputs, [], attrs)
+        rows = torch.zeros((index.numel(), down[0].shape[1]), device=x.device)
+        self._multiply("product", h, down, route, rows, bits, inputs, [_wide(weights)], {"scaled": True})
+        return rows.unflatten(0, (-1, index.shape[1])).sum(1).to(x.dtype), x.new_empty(0)
+
+    def _multiply(
+        self,
+        part: str,
+        a: torch.Tensor,
+        stack: Any,
+        route: Any,
+        out: torch.Tensor,
+        bits: int,
+        inputs: int,
+        weights: list[torch.Tensor],
+        attrs: dict[str, Any],
+    ) -> None:
+        words, scales, zeros, bias, table = map(_dense, stack)
+        (order, bounds, choices), dtype, (_, k) = route, a.dtype, a.shape
+        groups, n = scales.shape[2], words.shape[1] // (2 if part == "inner" else 1)
+        knobs = packed_tile_of(part, self.target, dtype)
+        once = groups == 1 or k // groups % knobs["BK"] == 0
+        whole = inputs == 8 and once and table is None
+        own: list[torch.Tensor] = []
+        a = a.contiguous()
+        if inputs:
+            codes, row_scale = rounded_rows(a, inputs)
+            a = codes.to(torch.int8) if whole else (codes * row_scale).to(dtype)
+            own = [_wide(row_scale)] if whole else []
+        packed = {"bits": bits, "zero": zeros is not None, "table": table is not None, "once": once, "whole": whole}
+        attrs = {**attrs, "bias": bias is not None}
+        key = (part, dtype, *sorted(attrs.items()), *packed.values())
+        kernel = self.get(key, lambda: packed_source(part, dtype, self.target, {**attrs, "packed": packed}))
+        operands = [t for t in (a, words, scales, zeros, table, *own, bias, *weights) if t is not None]
+        tiles = (_cdiv(order.numel(), knobs["BM"]) + bounds.numel() - 1) * _cdiv(n, knobs["BN"])
+        sizes = (bounds.numel() - 1, n, k, words.shape[2], groups, order.numel(), choices)
+        kernel((tiles,), *operands, order, bounds, out, *sizes)
 
 
 def _dense(x: Any) -> Any:

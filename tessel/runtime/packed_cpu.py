@@ -19,6 +19,7 @@ from .native import build, stop
 __all__ = [
     "forward",
     "forward_experts",
+    "forward_experts_integers",
     "forward_integers",
     "forward_sparse",
     "multiplies_int8",
@@ -103,8 +104,13 @@ def forward_integers(
 
 
 def forward_experts(*args: Any, **attrs: Any) -> tuple[Tensor, Tensor]:
-    """See ``packed_experts_ref``."""
-    return packed_experts_ref(*args, **{**attrs, "linear": forward})
+    """See ``packed_experts_ref``; inputs that are rounded are multiplied as floats."""
+    return packed_experts_ref(*args, **attrs, linear=forward)
+
+
+def forward_experts_integers(*args: Any, **attrs: Any) -> tuple[Tensor, Tensor]:
+    """See ``packed_experts_ref``, of inputs of 8 bits and integers."""
+    return packed_experts_ref(*args, **attrs, linear=forward_integers)
 
 
 def forward_sparse(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:

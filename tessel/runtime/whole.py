@@ -17,9 +17,10 @@ import torch
 from ..errors import TesselError
 from ..ir.node import Node
 from ..ops.packed import by_integers
+from ..ops.packed_stacks import experts_by_integers
 from ..targets import Target
 from . import experts_cpu, loss_cpu, packed_cpu, scan_cpu
-from .fused_gpu import GpuExperts, GpuLoss
+from .fused_gpu import GpuExperts, GpuLoss, GpuPackedExperts
 from .linear import LINEAR, linear
 from .matmul_cpu import by_library
 from .scan_gpu import GpuSelective
@@ -38,7 +39,12 @@ _WHAT = {
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
-_GPU: dict[str, Any] = {"linear_cross_entropy": GpuLoss, "experts": GpuExperts, "selective_scan": GpuSelective}
+_GPU: dict[str, Any] = {
+    "linear_cross_entropy": GpuLoss,
+    "experts": GpuExperts,
+    "packed_experts": GpuPackedExperts,
+    "selective_scan": GpuSelective,
+}
 
 
 def _parted(kind: str) -> tuple[str, str]:
@@ -69,7 +75,7 @@ def whole(
     if node.op.name in LINEAR:
         return linear(node, how, target, folder)
     if node.op.name in ("packed_linear", "packed_experts", "sparse_linear"):
-        return _packed(node, how, target)
+        return _packed(node, how, target, folder)
     if node.op.name == "scaled_gradients":
         return loss_cpu.scaled, "in place, where the backward runs once"
     (name, part), dtype, features = _parted(node.op.name), node.operands[1].dtype, target.features
@@ -104,27 +110,40 @@ def _on_cpu(kind: str, dtype: torch.dtype, turned: bool) -> tuple[Callable[..., 
     return getattr(kernels, part), ""
 
 
-def _packed(node: Node, how: str, target: Target) -> tuple[Callable[..., Any] | None, str]:
+def _packed(node: Node, how: str, target: Target, folder: Path) -> tuple[Callable[..., Any] | None, str]:
     dtype, attrs, name = node.operands[0].dtype, node.attrs, node.op.name
+    if name == "packed_experts" and how not in ("native", "torch") and dtype.itemsize <= 4:
+        why = "Tessel's kernels: all experts of a layer at once, codes become numbers where they are multiplied"
+        return _on_gpu(name, target, folder).forward, why
     able = packed_cpu.multiplies_int8(target.features)
-    integers = name == "packed_linear" and able and by_integers(node)
+    fits = {"packed_linear": by_integers, "packed_experts": experts_by_integers}.get(name)
+    integers = able and fits is not None and fits(node)
     half = dtype == torch.bfloat16 and "avx512_bf16" not in target.features
     if how != "native" or (half and not integers):
         return None, f"its reference in torch: {str(dtype).removeprefix('torch.')} has no kernel here"
     table = name != "sparse_linear" and len(node.args) > 5 and node.args[5] is not None
+    from .packed_choice import Way, choose  # what it needs is needed for nothing else
+
+    possible = integers
+    way = Way(integers) if name == "packed_experts" else choose(node, integers, not half, target)
+    integers, times = way.integers, f"; {way.why}" * bool(way.why)
     try:
         if name == "sparse_linear":
             packed_cpu.prepare_sparse(dtype)
-            return packed_cpu.forward_sparse, "Tessel's kernel: zeros are put in where columns are read"
+            return packed_cpu.forward_sparse, f"Tessel's kernel: zeros are put in where columns are read{times}"
         packed_cpu.prepare(dtype, attrs["bits"], integers, table, attrs.get("exponent", 0))
     except TesselError as e:
         return None, f"its reference in torch: {e}"
+    whole_numbers = "inputs rounded a row, products of whole numbers"
     if name == "packed_experts":
-        return packed_cpu.forward_experts, "Tessel's kernels, an expert after another, of those that tokens ask for"
-    if integers:
-        return packed_cpu.forward_integers, "Tessel's kernel: inputs rounded a row, products of whole numbers"
-    why = "Tessel's kernel: codes become numbers in registers"
+        why = "Tessel's kernels, an expert after another, of those that tokens ask for"
+        if integers:
+            return packed_cpu.forward_experts_integers, f"{why}; {whole_numbers}"
+    elif integers:
+        return packed_cpu.forward_integers, f"Tessel's kernel: {whole_numbers}{times}"
+    else:
+        why = "Tessel's kernel: codes become numbers in registers"
     if attrs.get("inputs"):
         slow = "this CPU has no product of 8-bit integers" if not able else "not both sides are integers of whole words"
-        why += f"; inputs are rounded and multiplied as floats: {slow}"
-    return packed_cpu.forward, why
+        why += "; inputs are rounded and multiplied as floats" + ("" if possible else f": {slow}")
+    return packed_cpu.forward_experts if name == "packed_experts" else packed_cpu.forward, why + times
