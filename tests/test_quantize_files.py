@@ -82,6 +82,22 @@ def _put(key: str, value: torch.Tensor) -> Callable[[dict[str, Any], dict[str, A
     return lambda tensors, said: tensors.update({key: value})
 
 
+def _in_group(**more: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    return lambda tensors, said: said["config_groups"]["group_0"].update(more)
+
+
+def _whole(name: str) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    """A layer that is said to be quantized, and is not."""
+
+    def change(tensors: dict[str, Any], said: dict[str, Any]) -> None:
+        n, k = tensors[f"{name}.weight_shape"].tolist()
+        for part in ("packed", "scale", "shape"):
+            del tensors[f"{name}.weight_{part}"]
+        tensors[f"{name}.weight"] = torch.ones(n, k)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -100,6 +116,16 @@ def _put(key: str, value: torch.Tensor) -> Callable[[dict[str, Any], dict[str, A
         (_say(version=2), "version 2 of the layout"),
         (_put("up.weight_zero_point", torch.ones(12, 2, dtype=torch.int32)), "symmetric and has a weight_zero_point"),
         (_put("up.weight_g_idx", torch.arange(64)), "not in the model: up.weight_g_idx"),
+        (_put("up.input_scale", torch.ones(1)), "not in the model: up.input_scale"),
+        (_put("up.weight", torch.ones(96, 64)), "not in the model: up.weight"),
+        (_put("up.weight_shape", torch.tensor([96])), "a weight_shape of 1 numbers"),
+        (_put("up.weight_scale", torch.ones(96, 1)), "1 scales a row of 64 values, in groups of 32 as it says"),
+        (_whole("up"), "up is whole in the file, which says that it is not"),
+        (_say(config_groups=[]), r"config_groups is \[\]"),
+        (_say(config_groups={"group_0": {"targets": ["Linear"]}}), "weights None in config_groups"),
+        (_in_group(input_activations={"num_bits": 8, "dynamic": False}), "integers a token, dynamic, can be read"),
+        (_in_group(weights={"num_bits": 4, "symmetric": False}), "asymmetric and has no weight_zero_point"),
+        (_in_group(weights={"num_bits": 3}), r"weights \{'num_bits': 3\}"),
     ],
 )
 def test_files_that_do_not_fit(change: Any, words: str, tmp_path: Path) -> None:
@@ -156,3 +182,28 @@ def test_zero_points_lie_along_rows() -> None:
     zeros = torch.randint(0, 16, (5, 3))
     packed = pack(zeros.t(), 4).t()
     assert packed.shape == (1, 3) and int(packed[0, 0]) & 15 == int(zeros[0, 0])
+
+
+def test_zero_points_of_another_shape(tmp_path: Path) -> None:
+    save_quantized(tessel.quantize(Two(), "w4a16-g32-asym"), tmp_path)
+    tensors = files.load_file(tmp_path / "model.safetensors")
+    tensors["up.weight_zero_point"] = torch.ones(96, 2, dtype=torch.int32)
+    files.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(TesselError, match=r"up: zero points \(96, 2\) of 96 x 64 in 2 groups"):
+        load_quantized(Two(), tmp_path)
+
+
+def test_targets_by_pattern(tmp_path: Path) -> None:
+    """As others write them: patterns after ``re:`` in the groups and among what is ignored."""
+    small = tessel.quantize(Two(), "w4a16-g32")
+    save_quantized(small, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    said = config["quantization_config"]
+    said["config_groups"]["group_0"]["targets"], said["ignore"] = ["re:(up|down|lm_.*)$"], ["re:.*head"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    x = torch.randn(2, 64)
+    assert torch.equal(load_quantized(Two(), tmp_path)(x), small(x))
+    said["ignore"] = []
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TesselError, match="lm_head is whole in the file"):
+        load_quantized(Two(), tmp_path)

@@ -2,8 +2,9 @@
 
 A layer ``name`` is ``name.weight_packed`` (int32 ``[n, ceil(k / per)]``, codes along k), ``name.weight_scale`` ``[n,
 groups]``, ``name.weight_shape``, and, where codes do not count from the middle, ``name.weight_zero_point`` (int32
-``[ceil(n / per), groups]``, packed along n). Everything else keeps its name. ``config.json`` says what was done, as
-others who read the layout expect it; scales are written in float32.
+``[ceil(n / per), groups]``, packed along n). Experts' matrices are layers of their own (``files_stacks``). Everything
+else keeps its name. ``config.json`` says what was done, as others who read the layout expect it; scales are written in
+float32.
 """
 
 from __future__ import annotations
@@ -11,25 +12,27 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import TesselError, check
+from .experts import inputs_of
+from .files_packed import PARTS, PARTS_TOO, has_words, packed_tensors, read_packed, says_quantized, words_of
 from .files_sparse import SPARSE_PARTS, read_sparse, said_of_sparse, sparse_tensors
-from .formats import WHOLE_ROW, Format, Quantized, integers
+from .files_stacks import load_stacks, names_of_stack, owner_of, stack_tensors
+from .formats import Format
 from .kv_model import CACHE_KEY, cache_for, give_cache, read_cache, said_of_cache
-from .linear import QuantLinear, pack, unpack
+from .linear import QuantLinear
 from .sparse import SparseLinear
-from .stacks import Stack
+from .stacks import Stack, stack_of
 
 __all__ = ["load_quantized", "safetensors", "save_quantized", "write_whole"]
 
 _VERSION = "0.1"
 _MODEL, _CONFIG = "model.safetensors", "config.json"
-_PARTS = ("weight_packed", "weight_scale", "weight_shape")
 
 
 def safetensors() -> Any:
@@ -51,13 +54,13 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     files, folder = safetensors(), Path(folder)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     sparse = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
-    check(bool(layers or sparse), lambda: "save_quantized: no layer of this model is quantized")
-    stacks = [n for n, m in model.named_modules() if isinstance(m, Stack)]
-    check(not stacks, lambda: f"save_quantized: {stacks[0]} holds experts' matrices, for which the layout has no words")
+    stacks = {n: m for n, m in model.named_modules() if isinstance(m, Stack)}
+    check(bool(layers or sparse or stacks), lambda: "save_quantized: no layer of this model is quantized")
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     inside = {f"{n}.{part}" for n in layers for part in ("words", "scale", "zero", "divisor", "sign")}
     inside |= {f"{n}.{part}" for n in sparse for part in ("values", "mask")}
+    inside |= {f"{n}.{part}" for n in stacks for part in ("words", "scale", "zero")}
     for name, value in model.state_dict(keep_vars=False).items():
         if name not in inside and value.data_ptr() not in seen:
             tensors[name] = value.detach().contiguous()
@@ -66,15 +69,19 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     for name, layer in layers.items():
         for key, value in _packed(name, layer).items():
             tensors[f"{name}.{key}"] = value
+    for name, stack in stacks.items():
+        _need_words(name, stack.format, stack.extra_repr())
+        owner, own = stack_of(name)
+        tensors |= stack_tensors(owner, own, model.get_submodule(owner), stack)
     for name, two in sparse.items():
         tensors |= {f"{name}.{key}": value for key, value in sparse_tensors(two).items()}
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = getattr(model, "config", None)
     words: dict[str, Any] = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else {}
-    words["quantization_config"] = said = _said(model, layers)
+    words["quantization_config"] = said = _said(model, layers, stacks)
     if sparse:
         said["sparsity_config"] = said_of_sparse(sparse, [*layers, *said["ignore"]])
-        said["format"] = said["format"] if layers else "dense"
+        said["format"] = said["format"] if layers or stacks else "dense"
     if (cache := said_of_cache(model)) is not None:
         words[CACHE_KEY] = cache
     write_whole(folder / _MODEL, lambda path: files.save_file(tensors, path, metadata={"format": "pt"}))
@@ -93,59 +100,38 @@ def write_whole(file: Path, write: Any) -> None:
 
 
 def _packed(name: str, layer: QuantLinear) -> dict[str, Tensor]:
-    f = layer.format
-    plain = f.kind == "int" and f.bits in (4, 8) and not f.minimum and layer.divisor is None and layer.sign is None
+    _need_words(name, layer.format, layer.extra_repr(), layer.divisor is None and layer.sign is None)
+    return packed_tensors(layer.words, layer.scale, layer.zero, layer.format.bits, layer.in_features)
+
+
+def _need_words(name: str, format: Format, what: str, plain: bool = True) -> None:
     check(
-        plain,
+        plain and has_words(format),
         lambda: (
-            f"save_quantized: {name} ({layer.extra_repr()}) has no words in the compressed-tensors layout, "
+            f"save_quantized: {name} ({what}) has no words in the compressed-tensors layout, "
             "which has integers of 4 and 8 bits whose inputs are neither divided nor rotated"
         ),
     )
-    out = {
-        "weight_packed": layer.words.contiguous(),
-        "weight_scale": layer.scale.contiguous(),
-        "weight_shape": torch.tensor([layer.out_features, layer.in_features]),
-    }
-    if layer.zero is not None:
-        out["weight_zero_point"] = pack(layer.zero.t().round().long(), f.bits).t().contiguous()
-    return out
 
 
-def _weights(f: Format) -> dict[str, Any]:
-    strategy = "channel" if f.group == WHOLE_ROW else "group" if f.group > 0 else "tensor"
-    own = {"num_bits": f.bits, "type": "int", "symmetric": f.symmetric, "strategy": strategy, "dynamic": False}
-    return own | ({"group_size": f.group} if f.group > 0 else {"group_size": None})
-
-
-def _said(model: nn.Module, layers: dict[str, QuantLinear]) -> dict[str, Any]:
+def _said(model: nn.Module, layers: dict[str, QuantLinear], stacks: dict[str, Stack]) -> dict[str, Any]:
     groups: dict[tuple[Format, Format | None], list[str]] = {}
     for name, layer in layers.items():
         groups.setdefault((layer.format, layer.activation), []).append(name)
-    said: dict[str, Any] = {}
-    for i, ((weight, activation), names) in enumerate(groups.items()):
-        inputs = None
-        if activation is not None:
-            inputs = {
-                "num_bits": activation.bits,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "token",
-                "dynamic": True,
-            }
-        said[f"group_{i}"] = {
-            "targets": ["Linear"] if len(groups) == 1 else names,
-            "weights": _weights(weight),
-            "input_activations": inputs,
-        }
-    whole = [n for n, m in model.named_modules() if type(m) is nn.Linear]
+    for name, stack in stacks.items():
+        owner, own = stack_of(name)
+        module = model.get_submodule(owner)
+        groups.setdefault((stack.format, inputs_of(module)), []).extend(names_of_stack(owner, own, module, stack))
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "version": _VERSION,
-        "config_groups": said,
-        "ignore": whole,
+        "config_groups": {
+            f"group_{i}": words_of(*formats, ["Linear"] if len(groups) == 1 else names)
+            for i, (formats, names) in enumerate(groups.items())
+        },
+        "ignore": [n for n, m in model.named_modules() if type(m) is nn.Linear],
     }
 
 
@@ -160,7 +146,8 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
         folder: what ``save_quantized`` or another writer of the layout made.
 
     Raises:
-        TesselError: no such file, a format or method that is unknown, layers with missing, extra or wrong parts.
+        TesselError: no such file, a format or method that is unknown, layers with missing, extra or wrong parts, layers
+            that are whole and named among the quantized ones.
     """
     files, folder = safetensors(), Path(folder)
     try:
@@ -190,11 +177,15 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
         cache_for(model, cache)  # refuses what has no cache before anything is replaced
     names = sorted({n.rpartition(".")[0] for n in tensors if n.endswith((".weight_packed", ".weight_scale"))})
     modules = dict(model.named_modules())
+    rounding = []
+    for owner, own_names in _experts(names, modules).items():
+        names = [n for n in names if n not in own_names]
+        rounding.append(load_stacks(owner, modules[owner], own_names, lambda n: tensors.pop(n, None), said))
     for name in names:
         layer = modules.get(name)
         check(layer is not None, lambda name=name: f"load_quantized: the model has no layer {name}")  # type: ignore[misc]
         assert layer is not None
-        made = _read(name, layer, {p: tensors.pop(f"{name}.{p}", None) for p in (*_PARTS, "weight_zero_point")}, said)
+        made = _read(name, layer, {p: tensors.pop(f"{name}.{p}", None) for p in (*PARTS, *PARTS_TOO)}, said)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, made)
     sparse = sorted(n.removesuffix(".bitmask") for n in tensors if n.endswith(".bitmask"))
@@ -208,66 +199,37 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     inside = {f"{n}.{p}" for n in names for p in ("words", "scale", "zero", "divisor", "sign")}
     inside |= {f"{n}.{p}" for n in sparse for p in ("values", "mask")}
+    stacks = [n for n, m in model.named_modules() if isinstance(m, Stack)]
+    inside |= {f"{n}.{p}" for n in stacks for p in ("words", "scale", "zero")}
     missing = [n for n in left.missing_keys if n not in inside and n not in tied]
     wrong = [f"missing: {', '.join(missing[:4])}"] * bool(missing)
     wrong += [f"not in the model: {', '.join(left.unexpected_keys[:4])}"] * bool(left.unexpected_keys)
     check(not wrong, lambda: f"load_quantized: {folder} does not fit the model; {'; '.join(wrong)}")
+    whole = [n for n, m in model.named_modules() if type(m) is nn.Linear and says_quantized(n, said)]
+    check(not whole, lambda: f"load_quantized: {folder}: {whole[0]} is whole in the file, which says that it is not")
     if hasattr(model, "tie_weights"):
         model.tie_weights()  # type: ignore[operator]
+    for round_inputs in rounding:
+        round_inputs()
     if cache is not None:
         give_cache(model, cache)
     return model
 
 
+def _experts(names: Collection[str], modules: dict[str, nn.Module]) -> dict[str, set[str]]:
+    """Layers of experts in a file, by the module that has their stacks."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        owner = None if name in modules else owner_of(name, modules)
+        if owner is not None:
+            found.setdefault(owner, set()).add(name)
+    return found
+
+
 def _read(name: str, layer: nn.Module, parts: dict[str, Tensor | None], said: dict[str, Any]) -> QuantLinear:
-    absent = [p for p in _PARTS if parts[p] is None]
-    check(not absent, lambda: f"load_quantized: {name} has no {' and no '.join(absent)}")
-    words, scale, shape = (parts[p] for p in _PARTS)
-    assert words is not None and scale is not None and shape is not None
-    group = _group_of(name, said)
-    weights, inputs = group["weights"], group.get("input_activations")
-    bits, symmetric = weights.get("num_bits"), weights.get("symmetric", True)
-    check(bits in (4, 8) and weights.get("type", "int") == "int", lambda: f"load_quantized: {name}: weights {weights}")
-    n, k = (int(x) for x in shape)
-    weight: Any = getattr(layer, "weight", None)
-    check(
-        type(layer) is nn.Linear and tuple(weight.shape) == (n, k),
-        lambda: f"load_quantized: {name} is {n} x {k} in the file, {type(layer).__name__} in the model",
-    )
-    per, groups = 32 // bits, scale.shape[-1] if scale.dim() else 0
-    check(
-        words.dtype == torch.int32 and tuple(words.shape) == (n, -(-k // per)) and scale.dim() == 2
-        and scale.shape[0] in (1, n) and groups > 0 and k % groups == 0,
-        lambda: f"load_quantized: {name}: words {tuple(words.shape)} and scales {tuple(scale.shape)} of {n} x {k}",
-    )  # fmt: skip
-    zero = parts["weight_zero_point"]
-    check(
-        (zero is None) == bool(symmetric) or bool(symmetric),
-        lambda: f"load_quantized: {name} is asymmetric and has no weight_zero_point",
-    )
-    check(
-        zero is None or not symmetric or not bool(zero.any()),
-        lambda: f"load_quantized: {name} is symmetric and has a weight_zero_point that is not zero",
-    )
-    check(bool(torch.isfinite(scale.float()).all()), lambda: f"load_quantized: {name}: scales that are NaN or infinite")
-    codes = unpack(words, bits, k).float()
-    offset = 2 ** (bits - 1)
-    format = integers(bits, WHOLE_ROW if groups == 1 else k // groups, bool(symmetric))
-    if symmetric:
-        quantized = Quantized(codes - offset, scale.float(), format)
-    else:
-        assert zero is not None
-        zeros = unpack(zero.t().contiguous(), bits, n).t().float()
-        quantized = Quantized(codes, scale.float(), format, zeros)
-    activation = None if not inputs else integers(int(inputs["num_bits"]))
-    device = scale.device
-    own = nn.Linear(k, n, bias=layer.bias is not None, device=device, dtype=weight.dtype)  # type: ignore[arg-type]
+    if type(layer) is not nn.Linear:
+        raise TesselError(f"load_quantized: {name} is a linear layer in the file, {type(layer).__name__} in the model")
+    n, k = layer.out_features, layer.in_features
+    quantized, activation = read_packed(name, parts, said, (n, k))
+    own = nn.Linear(k, n, layer.bias is not None, device=quantized.codes.device, dtype=layer.weight.dtype)
     return QuantLinear.of(own, quantized, activation)
-
-
-def _group_of(name: str, said: dict[str, Any]) -> dict[str, Any]:
-    groups = list(said.get("config_groups", {}).values())
-    for group in groups:
-        if name in group.get("targets", ()) or "Linear" in group.get("targets", ()):
-            return group  # type: ignore[no-any-return]
-    raise TesselError(f"load_quantized: config_groups say nothing of {name}")
