@@ -3,6 +3,7 @@
 # make check   lint, types and the fast tests (under two minutes)
 # make lint    ruff and mypy alone
 # make test-dist    models under every kind of parallelism, as 2, 4 and 8 processes on this machine, one row after another
+# make test-quant   real models under every scheme of quantization, all by all, against the dequantized model
 # make test-faults  faults done to the cache of tuned tiles (killed writers, corrupt files, a full disk), with figures
 # make bench   side-by-side with peers on this machine
 # make gpu     the checks and timings that need a GPU
@@ -34,7 +35,7 @@ STAMP := $(VENV)/.installed
 # A machine that comes with its own torch and Triton needs no .venv.
 GPU_PYTHON ?= $(firstword $(wildcard $(PY)) python3)
 
-.PHONY: demo test test-dist test-faults check lint bench gpu setup clean distclean
+.PHONY: demo test test-dist test-quant test-faults check lint bench gpu setup clean distclean
 
 demo: setup
 	$(PY) examples/quickstart.py
@@ -44,6 +45,9 @@ test: setup
 
 test-dist: setup
 	OMP_NUM_THREADS=1 TESSEL_TEST_DIST=1 $(PY) -m pytest -q -s tests/test_dist_matrix.py
+
+test-quant: setup
+	OMP_NUM_THREADS=1 TESSEL_TEST_QUANT=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal tests/test_quant_models.py
 
 test-faults: setup
 	OMP_NUM_THREADS=1 $(PY) -W ignore tests/faults.py

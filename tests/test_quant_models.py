@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ import tessel
 from tessel.errors import TesselError
 from tessel.quant import hessian
 from tessel.quant.calibrate import look
-from tessel.quant.formats import integers, quantize, rounded
+from tessel.quant.experts import inputs_of
+from tessel.quant.formats import Format, integers, quantize, rounded
 from tessel.quant.hessian import rows_gain
 from tessel.quant.linear import QuantLinear
 from tessel.quant.scheme import NAMES, scheme
@@ -29,11 +32,16 @@ SCHEMES = [f"{n}-g32" if n in ("w4a16", "w4a8", "w3a16", "w2a16") else n for n i
     "w4a16-g32-asym",
     "w5a16-g32",
 ]
-EVERY_DAY = {("llama", "w4a8-g32"), ("mixtral", "w8a16"), ("bert", "fp8-row"), ("vit", "mxfp4"), ("mamba", "nf4")}
+MODELS = ("llama", "mixtral", "bert", "vit", "mamba")
+# Every scheme in one model, and every model with some; the full product by `make test-quant`.
+FAST = {"w4a8-g32": "llama", "w8a16": "mixtral", "fp8-row": "bert", "mxfp4": "vit", "nf4": "mamba"}
+FEW = FAST | {s: MODELS[i % 5] for i, s in enumerate(s for s in SCHEMES if s not in FAST)}
+ALL = "TESSEL_TEST_QUANT" in os.environ
 CASES = [
-    pytest.param(m, s, marks=() if (m, s) in EVERY_DAY else pytest.mark.slow)
-    for m in ("llama", "mixtral", "bert", "vit", "mamba")
+    pytest.param(m, s, marks=() if FAST.get(s) == m else pytest.mark.slow)
     for s in SCHEMES
+    for m in MODELS
+    if ALL or FEW[s] == m
 ]
 
 
@@ -54,7 +62,23 @@ def reference(model: nn.Module, small: nn.Module) -> nn.Module:
             layer.register_forward_pre_hook(lambda _, args, f=f: (rounded(args[0], f),))
         parent, _, last = name.rpartition(".")
         setattr(made.get_submodule(parent), last, layer)
+    for name, m in small.named_modules():
+        if (f := inputs_of(m)) is not None:
+            module: Any = made.get_submodule(name)
+            module.forward = partial(rounding_experts, module, f)
     return made
+
+
+def rounding_experts(module: Any, f: Format, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """A layer of experts, one token and choice after another, each product's inputs rounded."""
+    rows = []
+    for token, chosen, by in zip(x, index.tolist(), weights, strict=True):
+        made = []
+        for e in chosen:
+            pre = rounded(token[None], f) @ module.gate_up_proj[e].T
+            made.append(rounded(module._apply_gate(pre), f) @ module.down_proj[e].T)
+        rows.append((torch.cat(made) * by[:, None]).sum(0))
+    return torch.stack(rows)
 
 
 @pytest.mark.parametrize(("name", "scheme_name"), CASES)
@@ -193,6 +217,11 @@ def test_inputs_that_are_always_zero_and_data_of_one_row_are_fine() -> None:
         ({"scheme": "nvfp4", "method": "gptq", "calibration": [torch.ones(2, 64)]}, "0: .*no column-by-column"),
         ({"scheme": "fp8", "method": "turboboa", "calibration": [torch.ones(2, 64)]}, "turboboa rounds symmetric"),
         ({"rows": 0}, "0 rows, 1 shards: at least 1"),
+        ({"calibration": {"x": torch.ones(2, 64)}, "method": "gptq"}, r"call by call: \[batch\]"),
+        ({"calibration": iter(()), "method": "gptq"}, "the calibration data is an empty list"),
+        ({"calibration": [torch.ones(2, 63)], "method": "gptq"}, "calibration item 0: RuntimeError"),
+        ({"calibration": [torch.ones(2, 64), 3], "method": "gptq"}, "calibration item 1: "),
+        ({"calibration": [torch.full((2, 64), torch.nan)], "method": "smoothquant"}, "0 NaN or infinite inputs"),
         ({"skip": ("*",)}, "no linear layer outside"),
     ],
 )
@@ -212,3 +241,20 @@ def test_groups_that_do_not_divide_are_said_for_each_layer() -> None:
         n: f"left whole: groups of 64 of its weight do not divide k = {k}" for n, k in (("1", 96), ("2", 100))
     }
     assert small.quantization.before == sum(p.numel() * 4 for p in model.parameters())
+
+
+def test_groups_that_do_not_divide_a_shard_are_said() -> None:
+    model = nn.ModuleList([nn.Linear(k, 16) for k in (256, 384, 130)])
+    for name, want in (
+        ("w4a16", ["", "(384 / 2 shards) % 128 = 64", "groups of 128 of its weight do not divide k = 130"]),
+        ("w8a16", ["2 shards would share a scale"] * 3),
+    ):
+        small = tessel.quantize(model, name, shards=2)
+        found = {r.name: r.how for r in small.quantization.whole}
+        for m, (own, words) in zip(small, enumerate(want), strict=True):
+            assert isinstance(m, QuantLinear) == (not words) and words in found.get(str(own), "")
+
+
+def test_calibration_of_no_rows_is_as_if_it_never_came() -> None:
+    small = tessel.quantize(nn.Sequential(nn.Linear(64, 8)), "w4a16-g32", [torch.ones(0, 64)], method="gptq")
+    assert "the calibration data never reaches it" in small.quantization.layers[0].fallback
