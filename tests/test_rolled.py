@@ -127,6 +127,23 @@ def test_node_counts_do_not_depend_on_the_length(fn: Callable[..., Any]) -> None
     assert len(counts) == 1
 
 
+@pytest.mark.parametrize("fn", [written, delta_rule], ids=lambda f: f.__name__)
+def test_sizes_that_are_symbols(fn: Callable[..., Any]) -> None:
+    """A batch that has changed stays one; the length has changed too, and is the number that the loop counted to."""
+    torch._dynamo.reset()
+    made = tessel.compile(fn, target="cpu", fullgraph=True)
+    for batch, time in ((2, 12), (3, 12), (5, 12), (5, 16)):
+        given = torch.rand(batch, time, 3), torch.randn(batch, time, 3)
+        with torch.no_grad():
+            results = zip(*(x if isinstance(x, tuple) else (x,) for x in (made(*given), fn(*given))), strict=True)
+            for x, y in results:
+                torch.testing.assert_close(x, y)
+    runs = tessel.explain(made).compilations
+    assert len(runs) == 3 and max(r.captured for r in runs) <= runs[0].captured + 1
+    for run in runs:
+        assert [n.op.name for n in run.passes[0].graph.nodes].count(CASES[fn]) == 1
+
+
 def test_a_loop_is_one_kernel_where_its_state_is_a_line() -> None:
     with torch.no_grad():
         _, report = compiled(collected, torch.rand(2, 20, 40), torch.rand(2, 20, 40))

@@ -31,6 +31,7 @@ from .recompute import partition
 from .rolled import roll
 from .scans import lower_scans
 from .selective import fold_states
+from .sizes import settle
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def aot(
     Returns:
         What a Dynamo backend has to return.
     """
+    settle(gm)
     if lower_scans(gm) + roll(gm):
         complete_examples(gm)
         fold_states(gm)
@@ -202,12 +204,14 @@ def export_program(
     try:
         with exporting():
             program = torch.export.export(module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic, strict=False)
+        seen_notes()  # there is no report of an export
         join_attention(program.graph_module)
         _drop_checks(program.graph_module)
         join_experts(program.graph_module, train=False)
         return program.run_decompositions(for_export())
     except Exception as e:  # export raises everything that the model may raise, and classes of its own
-        raise TesselError(f"torch cannot export the model as one graph: {type(e).__name__}: {e}") from e
+        kept = "".join(f". {note}" for note in seen_notes() if "is traced as it is" in note)
+        raise TesselError(f"torch cannot export the model as one graph: {type(e).__name__}: {e}{kept}") from e
 
 
 def _drop_checks(gm: fx.GraphModule) -> None:
@@ -246,9 +250,7 @@ def import_program(program: torch.export.ExportedProgram) -> Imported:
     return _with_effects(imported, program, constants)
 
 
-def _with_effects(
-    imported: Imported, program: torch.export.ExportedProgram, constants: dict[str, Any]
-) -> Imported:
+def _with_effects(imported: Imported, program: torch.export.ExportedProgram, constants: dict[str, Any]) -> Imported:
     """Outputs that stand for mutations become effects; constants get their tensors."""
     graph = imported.graph
     by_name = {n.attrs["name"]: n for n in graph.inputs}
@@ -265,9 +267,7 @@ def _with_effects(
         elif kind != "TOKEN":
             outputs.append(value)
     graph = graph.replace(outputs=tuple(outputs), effects=tuple(effects))
-    return Imported(
-        graph, {**imported.constants, **constants}, imported.fallbacks, imported.hints, imported.device
-    )
+    return Imported(graph, {**imported.constants, **constants}, imported.fallbacks, imported.hints, imported.device)
 
 
 __all__ = ["CompileGraph", "GraphInfo", "aot", "export_graph", "export_program", "import_program"]

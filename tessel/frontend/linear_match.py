@@ -29,9 +29,9 @@ from torch import fx
 from ..ops.emit import wide_dtype
 from .labels import Factor, Labels, arranged, expanded, ones, seen_through
 from .linear_attention_op import operator as linear_attention
-from .loops import NotAffine, Step, Written, example, fixed, has_side_effects
+from .loops import NotAffine, Step, Written, affine_plan, example, has_side_effects
 
-__all__ = ["emit_linear_attention"]
+__all__ = ["emit_linear_attention", "is_known"]
 
 _TIME = -1  # the label of time, which a step's own tensors have not
 _MOST_TERMS = 16
@@ -52,6 +52,17 @@ def emit_linear_attention(step: Step, graph: fx.Graph) -> tuple[list[fx.Node], l
         NotAffine: it is no linear attention; the graph is as it was.
     """
     return _Found(step).write(graph)
+
+
+def is_known(step: Step) -> bool:
+    """Whether a step is linear attention or a linear recurrence, which ``emit`` writes without a loop."""
+    for look in (_Found, affine_plan):
+        try:
+            look(step)
+            return True
+        except NotAffine:
+            continue
+    return False
 
 
 @dataclass(frozen=True)
@@ -267,7 +278,7 @@ class _Found:
         self.step = step
         inputs = step.placeholders()
         outs = step.outputs()
-        if len(step.init) != 1 or not all(fixed(example(n)) for n in inputs) or not isinstance(outs[0], fx.Node):
+        if len(step.init) != 1 or not isinstance(outs[0], fx.Node):
             raise NotAffine
         self.carry, self.new = inputs[0], _stripped(outs[0])
         self.like = example(self.carry)
@@ -417,7 +428,7 @@ class _Found:
 
     def write(self, graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
         writer = Written(graph, self.step, [])
-        shape, dtype = self.like.shape, self.like.dtype
+        shape, dtype = writer.sizes(self.step.init[0]), self.like.dtype
         batch: list[int | None] = [*self.batch, *[None] * (2 - len(self.batch))]
         wide = wide_dtype(dtype)
 

@@ -30,6 +30,7 @@ __all__ = [
     "NotAffine",
     "Step",
     "Written",
+    "affine_plan",
     "complete_examples",
     "emit",
     "emit_affine",
@@ -132,7 +133,16 @@ def emit_affine(root: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[f
     Raises:
         NotAffine: they are not; the graph is as it was.
     """
-    return Written(root.graph, step, _Affine(step).plan()).write()
+    return Written(root.graph, step, affine_plan(step)).write()
+
+
+def affine_plan(step: Step) -> list[Any]:
+    """For each carry what it is, see ``_Affine.plan``.
+
+    Raises:
+        NotAffine: the carries are no linear recurrences.
+    """
+    return _Affine(step).plan()
 
 
 def _as_scan(root: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -196,7 +206,7 @@ class _Affine:
 
     def plan(self) -> list[Any]:
         """For each carry a ``_Line``, or the node that its new value is, free of carries."""
-        if not self.carries or not all(fixed(example(n)) for n in self.inputs):
+        if not self.carries:
             raise NotAffine
         for node in self.step.gm.graph.nodes:
             if node.op in ("call_function", "call_method"):
@@ -316,9 +326,9 @@ class Written:
             states = self.everywhere(line)
             self.batched[carry] = self.call(_before, start, states)
             return states
-        shape = (self.step.length, *like.shape)
+        shape = (self.step.length, *self.sizes(start))
         factor = self.value(line.a)
-        a, b = (self.full(x, shape, like.dtype, one) for x, one in ((factor, 1.0), (self.value(line.b), 0.0)))
+        a, b = (self.full(x, shape, like, one) for x, one in ((factor, 1.0), (self.value(line.b), 0.0)))
         if _is_zero(start):
             states = self.call(linear_scan, a, b, 0, False)
             states.meta[_FROM_ZEROS] = isinstance(factor, _Part)
@@ -330,12 +340,17 @@ class Written:
         states.meta[WITH_START] = start, with_start
         return states
 
-    def full(self, x: Any, shape: tuple[int, ...], dtype: torch.dtype, default: float) -> fx.Node:
+    def sizes(self, start: fx.Node) -> tuple[Any, ...]:
+        """The shape of a carry, nodes where a size is a symbol."""
+        shape = example(start).shape
+        return tuple(n if isinstance(n, int) else self.call(torch.Tensor.size, start, d) for d, n in enumerate(shape))
+
+    def full(self, x: Any, shape: tuple[Any, ...], like: torch.Tensor, default: float) -> fx.Node:
         """A factor or addend in the shape of all states."""
         x = default if x is None else x
         if not isinstance(x, _Part):
-            return self.call(torch.full, shape, x, dtype=dtype)
-        return self.call(filled, x.node, shape, dtype, x.timed)
+            return self.call(torch.full, shape, x, dtype=like.dtype, device=like.device)
+        return self.call(filled, x.node, shape, like.dtype, x.timed)
 
     def value(self, x: Any) -> Any:
         """An expression in nodes of the step, for all steps: a number or a ``_Part``."""

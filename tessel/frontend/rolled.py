@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from .linear_match import emit_linear_attention
+from .linear_match import emit_linear_attention, is_known
 from .loops import WITH_START, NotAffine, Step, complete_examples, emit, erase_unused, example, fixed, has_side_effects
 
 __all__ = ["roll"]
@@ -168,13 +168,21 @@ class _Loop:
         self.carry_of: dict[tuple[int, fx.Node], fx.Node] = {}
         for q, node in enumerate(self.first):
             self._look_at(q, node)
-        read = [*self.first, *(a for n in self.first for a in n.all_input_nodes)]
-        if any(not fixed(example(n)) for n in read):
-            raise _NoLoop  # sizes that no number stands for yet
         rest = [n for n in self.first if n not in self.stores]
         if has_side_effects(rest) or not self.slices or not (self.carries or self.stores):
             raise _NoLoop
         self._check_stores()
+        read = [*self.first, *(a for n in self.first for a in n.all_input_nodes)]
+        if any(not fixed(example(n)) for n in read) and not self._is_known():
+            raise _NoLoop  # sizes that no number stands for yet
+
+    def _is_known(self) -> bool:
+        """Whether it will be written without a loop, which needs no number but that of the steps."""
+        extras, graph = self._step(self._results())
+        inputs: dict[Any, fx.Node] = {}  # stand for what is sliced
+        xs = [inputs.setdefault((s.source, repr(s.index)), fx.Graph().placeholder("x")) for s in self.slices.values()]
+        made = fx.GraphModule({}, graph)
+        return is_known(Step(made, tuple(self.carries), tuple(xs), tuple(extras), self.stretch.repeats))
 
     # ------------------------------------------------------------ what each argument is
 
@@ -404,7 +412,7 @@ class _Loop:
         first, last = sorted((c.first, c.first + c.step * (n - 1)))
         step = abs(c.step)
         stop = last + width
-        if first == 0 and stop == s.example.shape[_own_dim(s, at)] and (step == 1 or wide):
+        if first == 0 and _is(s.example.shape[_own_dim(s, at)], stop) and (step == 1 or wide):
             taken = slice(None)
         else:
             taken = slice(first, stop, None if wide else step)
@@ -436,7 +444,7 @@ class _Loop:
         new = graph.call_function(torch.movedim, (ys, 0, dim)) if dim else ys
         if where.example.dtype != example(next(iter(self.stores)).args[2]).dtype:
             new = graph.call_method("to", (new, where.example.dtype))
-        if (counting.first, n) != (0, where.example.shape[dim]):
+        if counting.first or not _is(where.example.shape[dim], n):
             new = graph.call_function(torch.slice_scatter, (target, new, dim, counting.first, counting.first + n))
         else:
             new = graph.call_method("contiguous", (new,))
@@ -493,6 +501,11 @@ class _Loop:
         if len(pieces) == 1:
             return graph.call_method("contiguous", (whole,))
         return graph.call_function(torch.cat, (pieces, dim))
+
+
+def _is(size: Any, n: int) -> bool:
+    """Whether a size is a number whatever the call, and this one."""
+    return isinstance(size, int) and size == n
 
 
 def _counts(p: Any) -> bool:

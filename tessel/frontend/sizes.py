@@ -10,7 +10,7 @@ from torch import fx
 
 from ..ir.exprs import normal
 from ..ir.types import simplify_dim, symbol, unbacked
-from .compat import guarded_equalities
+from .compat import FakeTensor, guarded_equalities
 
 
 def to_ir(expr: Any) -> Any:
@@ -46,3 +46,34 @@ def equalities(example: torch.SymInt | None) -> dict[Any, Any]:
         if a != b and not isinstance(b, int):
             simpler[b] = a
     return simpler
+
+
+def settle(gm: fx.GraphModule) -> None:
+    """Make numbers of sizes that torch took for numbers while it traced, in what is known of a Dynamo graph's nodes.
+
+    A loop over ``range(x.shape[1])`` has as many steps as there were in the call that is traced: what was a symbol for
+    that size is a number from there on, but tensors made before still have the symbol.
+    """
+    for part in gm.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            if "example_value" in node.meta:
+                node.meta["example_value"] = _settled(node.meta["example_value"])
+
+
+def _settled(x: Any) -> Any:
+    if type(x) in (tuple, list):
+        return type(x)(map(_settled, x))
+    if not isinstance(x, FakeTensor) or x.layout is not torch.strided:
+        return x
+    before = (*x.shape, *x.stride())
+    after = list(map(_number, before))
+    if list(map(type, before)) == list(map(type, after)):
+        return x
+    shape, strides = after[: x.dim()], after[x.dim() :]
+    with x.fake_mode:
+        return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device, requires_grad=x.requires_grad)
+
+
+def _number(n: Any) -> Any:
+    found = n if isinstance(n, int) else n.node.maybe_as_int()
+    return n if found is None else found
