@@ -18,7 +18,7 @@ from torch import fx
 from .config import Options
 from .driver import Session, compile_graph, resolve_target
 from .errors import TesselError, check
-from .frontend import library_functions, recorded, scan_trace
+from .frontend import dynamo, library_functions, recorded, scan_trace
 from .frontend.capture import GraphInfo, aot
 from .frontend.dynamo import current_compilation
 from .frontend.importer import Imported
@@ -117,9 +117,20 @@ def tessel(
         target = given.pop("target", "auto")
         check(options is None, lambda: f"options given twice: {options!r} and {more!r}")
     session = Session(resolve_target(target), Options.of(given))
-    scan_trace.register()  # for what is traced from now on
-    library_functions.register()
+    dynamo.at_start(_prepare)
     return Backend(session)(gm, example_inputs)
+
+
+def _prepare(*_: object) -> None:
+    """What Dynamo has to know before it traces."""
+    scan_trace.register()
+    library_functions.register()
+    library_functions.seen_notes()  # of a trace that failed
+
+
+# Torch imports this module when ``torch.compile`` is asked for the backend, and calls the backend when the first graph
+# is traced already.
+dynamo.at_start(_prepare)
 
 
 def _own_frame(e: BaseException) -> str | None:

@@ -173,6 +173,32 @@ def test_what_is_not_equal_is_traced_as_it_is(change: Any, words: str, monkeypat
     assert any(place in n and "is traced as it is: " in n and words in n for n in notes), notes
 
 
+def test_the_first_graph_of_torchs_own_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.compile(fn, backend="tessel")`` knows a module that was loaded after the last compilation."""
+    name = NAMES[1]
+    torch.compile(lambda x: x + 1, backend="tessel")(torch.ones(2))  # torch has the backend
+    place = f"transformers.models.late.modeling_late_{len(library_functions._found)}"
+    module, original = types.ModuleType(place), inspect.unwrap(function(name))
+    late = types.FunctionType(
+        original.__code__, original.__globals__, name, original.__defaults__, original.__closure__
+    )
+    late.__module__ = place
+    setattr(module, name, late)
+    monkeypatch.setitem(sys.modules, place, module)
+    notes: list[str] = []
+    compile_graph = tessel.backend.compile_graph
+
+    def keep(imported: Any, info: Any, session: Any) -> Any:
+        notes.extend(info.notes)
+        return compile_graph(imported, info, session)
+
+    monkeypatch.setattr(tessel.backend, "compile_graph", keep)
+    tensors, of = call(name, 0, 9)
+    with torch.no_grad():
+        near(torch.compile(of(late), backend="tessel")(*tensors), of(late)(*tensors), 3e-5)
+    assert [n for n in notes if place in n and "is computed as tessel::linear_attention" in n]
+
+
 @pytest.mark.slow
 def test_the_chunked_delta_rule_is_as_exact_as_eager() -> None:
     """Gradients of decays are sums that cancel. The model computes its rule in float32 whatever its own dtype is, so

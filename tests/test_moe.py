@@ -256,6 +256,8 @@ def test_models(name: str, implementation: str) -> None:
         ("qwen3_moe", "grouped_mm"),
         ("gpt_oss", "grouped_mm"),
         ("gpt_oss", "batched_mm"),
+        ("mixtral", "eager"),
+        ("deepseek_v3", "eager"),
     ],
 )
 def test_exported_models(name: str, implementation: str) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "LimitReached",
     "NotCaptured",
     "OptimizedModule",
+    "at_start",
     "current_compilation",
     "limit_listener",
     "optimized",
@@ -65,6 +66,16 @@ def _function() -> str:
     except (AttributeError, LookupError):
         return "(function)"
     return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def at_start(prepare: Callable[..., None]) -> None:
+    """Call ``prepare`` before torch traces anything, from now on; a second time does nothing.
+
+    It gets what torch says of the compilation. ``torch._dynamo.reset()`` forgets it.
+    """
+    handler = torch._dynamo.callback_handler
+    if prepare not in handler.start_callbacks:
+        handler.register_start_callback(prepare)
 
 
 # Torch leaves out guards on hooks of submodules, and marks graphs for its profiler, which costs two calls a graph.

@@ -56,27 +56,31 @@ def seen_notes() -> list[str]:
 @contextmanager
 def exporting() -> Iterator[None]:
     """Functions of modules are their forms in the block: for a tracer that runs Python itself, as ``torch.export``
-    does. Loops over experts stay."""
+    does."""
     register()
-    held: list[tuple[types.ModuleType, str, Any]] = []
+    held: list[tuple[Any, str, Any]] = []
     try:
         for found in _found:
-            module, name = sys.modules.get(found.original.__module__), found.original.__name__
-            if module is not None and found.samples is not experts_samples:
-                held.append((module, name, vars(module)[name]))
-                setattr(module, name, _exported(found, vars(module)[name]))
+            place: Any = sys.modules.get(found.original.__module__) if found.cell is None else found.cell
+            name = found.original.__name__ if found.cell is None else "cell_contents"
+            if place is not None:
+                held.append((place, name, getattr(place, name)))
+                setattr(place, name, _exported(found, held[-1][-1]))
         yield
     finally:
-        for module, name, before in held:
-            setattr(module, name, before)
+        for place, name, before in held:
+            setattr(place, name, before)
 
 
 def _exported(found: _Function, before: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def function(*args: Any, **kwargs: Any) -> Any:
         packed = any(kwargs.get(name) is not None for name in ("cu_seqlens", "seq_idx"))  # refused by what wraps it
-        return before(*args, **kwargs) if packed or found.refused() else found.form(*args, **kwargs)
+        return (before if packed or _noted(found) else found.form)(*args, **kwargs)
 
-    return call
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (before if _noted(found, type(self), self.config) else found.form)(self, *args, **kwargs)
+
+    return function if found.cell is None else method
 
 
 @dataclass
@@ -88,6 +92,7 @@ class _Function:
         form: computes the same.
         what: that it is traced as, in words.
         samples: of calls, for a class and the config of its module if it is a method.
+        cell: where the ``forward`` that dispatches has a loop over experts; ``None`` for a function of a module.
         verdicts: why the form is not taken, empty if it is; by class.
     """
 
@@ -95,6 +100,7 @@ class _Function:
     form: Callable[..., Any]
     what: str
     samples: Callable[..., Iterator[Sample]]
+    cell: types.CellType | None = None
     verdicts: dict[Any, str] = field(default_factory=dict)
 
     def refused(self, *of: Any) -> str:
@@ -159,10 +165,11 @@ def _experts(module: types.ModuleType) -> Iterator[_Function]:
         forward = vars(kind).get("forward")
         if form is None or not isinstance(forward, types.FunctionType):
             continue
-        if "experts_interface" in forward.__code__.co_freevars:
-            original = inspect.unwrap(forward)
-            if isinstance(original, types.FunctionType):
-                yield _Function(original, form, "grouped products of all experts", experts_samples)
+        cells = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+        if "experts_interface" in cells:
+            original, cell = inspect.unwrap(forward), cells.get("original_forward")
+            if isinstance(original, types.FunctionType) and cell is not None:
+                yield _Function(original, form, "grouped products of all experts", experts_samples, cell)
 
 
 # ---------------------------------------------------------------- tracing
@@ -171,14 +178,16 @@ def _experts(module: types.ModuleType) -> Iterator[_Function]:
 @torch._dynamo.assume_constant_result
 def _taken(index: int, *of: Any) -> bool:
     """Whether the form of a function is traced in its place."""
-    if not for_tessel():
-        return False
-    found = _found[index]
+    return for_tessel() and not _noted(_found[index], *of)
+
+
+def _noted(found: _Function, *of: Any) -> str:
+    """Why the form of a function is not taken, empty if it is; ``seen_notes`` will say either."""
     refused = found.refused(*of)
     name = f"{found.original.__module__}.{found.original.__qualname__}"
     words = f"is traced as it is: {refused}" if refused else f"is computed as {found.what}: equal on samples"
     _local.notes = [*getattr(_local, "notes", []), f"{name} {words}"]
-    return not refused
+    return refused
 
 
 def _substitute(original: types.FunctionType, index: int) -> None:
@@ -198,5 +207,5 @@ def _substitute(original: types.FunctionType, index: int) -> None:
             return form(self, *args, *[kwargs[n] for n in names[1 + len(args) :]])
         return plain(self, *args, **kwargs)
 
-    traced = function if _found[index].samples is not experts_samples else method
+    traced = function if _found[index].cell is None else method
     torch.compiler.substitute_in_graph(original, skip_signature_check=True)(traced)
