@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import check
 from ..ir.node import Builder, Node, Op, Value
 from ..ir.types import Dim, dim_equal, product
+from .blocks import row_blocks
 from .common import arg_types, need_tensor, result, table
 from .emit import Emit
 from .fold import need_float
@@ -31,12 +32,15 @@ def dense(values: Tensor, mask: Tensor) -> Tensor:
     """
     n, quarters = values.shape[0], values.shape[1] // 2
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=mask.device)
-    four = ((mask[:, :, None] >> shifts) & 15).reshape(n, -1)[:, :quarters, None]
     places = torch.arange(4, dtype=torch.int32, device=mask.device)
-    there, first = (four >> places) & 1, (four & ((1 << places) - 1)) == 0
-    pair = values.unflatten(1, (quarters, 2))
-    kept = torch.where(first, pair[..., :1], pair[..., 1:])
-    return torch.where(there != 0, kept, torch.zeros((), dtype=values.dtype, device=values.device)).reshape(n, -1)
+    zero = torch.zeros((), dtype=values.dtype, device=values.device)
+    made = values.new_empty((n, 4 * quarters))
+    for part in row_blocks(made):
+        four = ((mask[part, :, None] >> shifts) & 15).flatten(1)[:, :quarters, None]
+        there, first = (four >> places) & 1, (four & ((1 << places) - 1)) == 0
+        pair = values[part].unflatten(1, (quarters, 2))
+        made[part] = torch.where(there != 0, torch.where(first, pair[..., :1], pair[..., 1:]), zero).flatten(1)
+    return made
 
 
 def sparse_linear_ref(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -18,27 +18,23 @@ Elements are integers (``int``), small floats (``float``: an exponent, a mantiss
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import check
-from ..frontend.rounding_op import rounded as rounded_op
-from ..ops.rounding import WHOLE_ROW, WHOLE_TENSOR, round_float, scales
+from ..ops.blocks import row_blocks
 
-__all__ = [
-    "FORMATS",
-    "WHOLE_ROW",
-    "WHOLE_TENSOR",
-    "Format",
-    "Quantized",
-    "integers",
-    "quantize",
-    "round_float",
-    "rounded",
-]
+__all__ = ["FORMATS", "Format", "Quantized", "integers", "quantize", "round_float", "rounded"]
+
+WHOLE_ROW = 0
+"""As a group: all values of a row share one scale."""
+
+WHOLE_TENSOR = -1
+"""As a group: all values of the tensor share one scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +146,32 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """The values that the codes stand for, float32."""
-        codes = self.codes if self.zero is None else self.codes - self._wide(self.zero)
-        return codes * self._wide(self.scale)
+        made = torch.empty_like(self.codes)
+        flat = made.view(-1, made.shape[-1])
+        for part, values in self.blocks():
+            flat[part] = values
+        return made
 
-    def _wide(self, x: Tensor) -> Tensor:
-        """One value an element."""
-        if self.format.group == WHOLE_TENSOR:
-            return x
-        x = x.repeat_interleave(_size(self.format, self.codes.shape), -1)
-        return x if self.format.rows == 1 else x.repeat_interleave(self.format.rows, -2)[..., : self.codes.shape[-2], :]
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Values that the codes stand for, some rows at a time: of the codes as a matrix ``[rows, k]``."""
+        flat = self.codes.reshape(-1, self.codes.shape[-1])
+        scale, zero = self._of_rows(self.scale), None if self.zero is None else self._of_rows(self.zero)
+        for part in row_blocks(flat):
+            grouped = flat[part].unflatten(1, (scale.shape[1], -1))
+            if zero is not None:
+                grouped = grouped - _own(zero, part)
+            yield part, (grouped * _own(scale, part)).flatten(1)
+
+    def _of_rows(self, x: Tensor) -> Tensor:
+        """Scales as ``[rows, groups]``, or one row for all."""
+        if self.format.rows > 1:
+            x = x.repeat_interleave(self.format.rows, -2)[..., : self.codes.shape[-2], :]
+        return x.reshape(-1, x.shape[-1])
+
+
+def _own(x: Tensor, part: slice) -> Tensor:
+    """Of scales ``[rows, groups]``, or one row for all, those of some rows ``[rows, groups, 1]``."""
+    return (x if len(x) == 1 else x[part])[..., None]
 
 
 def quantize(x: Tensor, format: Format, clip: float = 1.0) -> Quantized:
@@ -173,24 +186,53 @@ def quantize(x: Tensor, format: Format, clip: float = 1.0) -> Quantized:
         TesselError: x holds NaN or infinity, or the group does not divide its last dimension (both numbers named).
     """
     check(x.is_floating_point() and x.dim() > 0, lambda: f"quantize: {x.dtype} of rank {x.dim()} is no row of floats")
-    check(bool(torch.isfinite(x).all()), lambda: f"quantize: {_count_bad(x)} of {x.numel()} values are NaN or infinite")
-    grouped, shape = _grouped(x.float(), format)
+    x = x.detach()
+    low, high = _extremes(x, format)
+    bad = not bool(torch.isfinite(low).all() & torch.isfinite(high).all())
+    check(not bad, lambda: f"quantize: {_count_bad(x)} of {x.numel()} values are NaN or infinite")
+    shape = (*x.shape[:-1], low.shape[1]) if format.group != WHOLE_TENSOR else (1,) * x.dim()
     if not format.symmetric:
-        return _asymmetric(grouped, format, clip, shape)
-    largest = grouped.abs().amax(-1) * clip
+        scale, zero = _of_range(low, high, format, clip)
+        codes = _coded(x, scale, lambda own, part: (own + _own(zero, part)).round().clamp(0, format.top))
+        return Quantized(codes, scale.reshape(shape), format, zero.reshape(shape))
+    largest = torch.maximum(-low, high).mul(clip).reshape(shape)
     if format.rows == 1:
         scale = wide = scales_of(largest, format)
     else:
         scale = scales_of(_largest_of_rows(largest, format.rows), format)
         wide = scale.repeat_interleave(format.rows, -2)[..., : largest.shape[-2], :]
-    return Quantized(to_codes(grouped / wide[..., None], format).reshape(shape), scale, format)
+    codes = _coded(x, wide.reshape(low.shape), lambda own, part: to_codes(own, format))
+    return Quantized(codes, scale, format)
+
+
+def _extremes(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """The least and the largest value of each group, float32 ``[rows, groups]``, NaN of one that holds NaN; ``[1, 1]``
+    of one scale for all."""
+    size, row = _size(format, x.shape), x.shape[-1]
+    check(row % size == 0, lambda: f"quantize: groups of {size} do not divide rows of {row} values")
+    flat = x.reshape(-1, row)
+    low, high = (torch.empty(flat.shape[0], row // size, device=x.device) for _ in range(2))
+    for part in row_blocks(flat):
+        grouped = flat[part].float().unflatten(1, (row // size, size))
+        low[part], high[part] = grouped.amin(-1), grouped.amax(-1)
+    if format.group == WHOLE_TENSOR:
+        return low.amin().reshape(1, 1), high.amax().reshape(1, 1)
+    return low, high
+
+
+def _coded(x: Tensor, scale: Tensor, code: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """What ``code`` makes of values over their scales ``[rows, groups]``, in x's shape, float32."""
+    made = torch.empty(x.shape, device=x.device)
+    flat, to = x.reshape(-1, x.shape[-1]), made.view(-1, x.shape[-1])
+    for part in row_blocks(flat):
+        own = flat[part].float().unflatten(1, (scale.shape[1], -1)) / _own(scale, part)
+        to[part] = code(own, part).flatten(1)
+    return made
 
 
 def rounded(x: Tensor, format: Format) -> Tensor:
     """What ``quantize(x, format).dequantize()`` gives for a symmetric format, in x's dtype, and NaN for NaN: for inputs
-    that are rounded as they come. The gradient of small floats is that of x as it is, see ``frontend/rounding_op``."""
-    if format.kind == "float":
-        return rounded_op(x, format.group, format.exponent, format.mantissa, format.largest, format.scale)
+    that are rounded as they come."""
     grouped, shape = _grouped(x.float(), format)
     scale = scales_of(grouped.abs().amax(-1), format)[..., None]
     return (to_codes(grouped / scale, format) * scale).reshape(shape).to(x.dtype)
@@ -203,8 +245,8 @@ def _largest_of_rows(largest: Tensor, rows: int) -> Tensor:
     return torch.nn.functional.pad(largest, (0, 0, 0, short)).unflatten(-2, (-1, rows)).amax(-2)
 
 
-def _asymmetric(grouped: Tensor, format: Format, clip: float, shape: torch.Size) -> Quantized:
-    low, high = grouped.amin(-1), grouped.amax(-1)
+def _of_range(low: Tensor, high: Tensor, format: Format, clip: float) -> tuple[Tensor, Tensor]:
+    """Scales and zeros of asymmetric groups with these least and largest values."""
     if not format.minimum:
         low, high = low.clamp(max=0), high.clamp(min=0)
     middle = (low + high) / 2 if format.minimum else torch.zeros_like(low)
@@ -213,14 +255,24 @@ def _asymmetric(grouped: Tensor, format: Format, clip: float, shape: torch.Size)
     # A group of one value is that value, whatever its scale.
     scale = torch.where(scale == 0, torch.ones_like(scale) if not format.minimum else low.abs().clamp(min=1e-30), scale)
     zero = -low / scale
-    zero = zero if format.minimum else zero.round().clamp(0, format.top)
-    codes = (grouped / scale[..., None] + zero[..., None]).round().clamp(0, format.top)
-    return Quantized(codes.reshape(shape), scale, format, zero)
+    return scale, zero if format.minimum else zero.round().clamp(0, format.top)
 
 
 def scales_of(largest: Tensor, format: Format) -> Tensor:
-    """The scale of each group from its largest magnitude, see ``ops.rounding.scales``; groups of zeros get one."""
-    return scales(largest, format.top, format.scale)
+    """The scale of each group from its largest magnitude; groups of zeros get one.
+
+    ``e8m0``: 2^(floor(log2 largest) - the exponent of the format's largest value), the rule of the MX specification:
+    what lies above the largest value saturates.
+    """
+    if format.scale == "e8m0":
+        scale = torch.exp2(torch.floor(torch.log2(largest)) - math.floor(math.log2(format.top)))
+    elif format.scale == "e4m3":
+        whole = largest.amax() / (448.0 * format.top)
+        whole = torch.where(whole == 0, torch.ones_like(whole), whole)
+        scale = round_float(largest / (format.top * whole), 4, 3, 448.0) * whole
+    else:
+        scale = largest / format.top
+    return torch.where((scale == 0) | ~torch.isfinite(scale), torch.ones_like(scale), scale)
 
 
 def to_codes(scaled: Tensor, format: Format) -> Tensor:
@@ -240,6 +292,18 @@ def nearest(x: Tensor, table: Sequence[float]) -> Tensor:
     """
     entries = torch.tensor(table, dtype=x.dtype)
     return entries[torch.bucketize(x, (entries[1:] + entries[:-1]) / 2)]
+
+
+def round_float(x: Tensor, exponent: int, mantissa: int, largest: float) -> Tensor:
+    """Round to a small float of these bits (half to even, subnormals kept); beyond ``largest`` it saturates.
+
+    >>> round_float(torch.tensor([0.3, 2.4, 5.1, 9.0]), exponent=2, mantissa=1, largest=6.0)
+    tensor([0.5000, 2.0000, 6.0000, 6.0000])
+    """
+    least = 2 - 2 ** (exponent - 1)  # the exponent of the smallest normal number
+    _, power = torch.frexp(x)  # |x| in [2^(power-1), 2^power)
+    step = torch.exp2((power - 1).clamp(min=least).to(x.dtype) - mantissa)
+    return ((x / step).round() * step).clamp(-largest, largest)
 
 
 def _size(format: Format, shape: Sequence[int]) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..frontend.packed_op import packed_linear
+from ..ops.blocks import row_blocks
 from ..ops.packed import dequantized
 from .formats import WHOLE_ROW, Format, Quantized, quantize, rounded  # noqa: F401  (quantize: of the example)
 from .transforms import rotate
@@ -32,16 +33,33 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     >>> pack(torch.tensor([[1, 2, 3]]), 4)
     tensor([[801]], dtype=torch.int32)
     """
-    per = 32 // bits
-    whole = nn.functional.pad(codes.long(), (0, -codes.shape[1] % per)).unflatten(1, (-1, per))
-    words = (whole << torch.arange(0, per * bits, bits, device=codes.device)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    (n, k), per = codes.shape, 32 // bits
+    words = torch.empty((n, -(-k // per)), dtype=torch.int32, device=codes.device)
+    for part in row_blocks(codes):
+        whole = nn.functional.pad(codes[part].to(torch.uint8), (0, -k % per))
+        if 8 % bits == 0:  # bytes first, which are words as they lie
+            words[part] = _joined(whole, 8 // bits, bits).view(torch.int32)
+        else:
+            words[part] = _joined(whole.int(), per, bits)
+    return words
 
 
-def unpack(words: Tensor, bits: int, k: int) -> Tensor:
-    """What ``pack`` packed, int64 ``[n, k]``."""
-    shifts = torch.arange(0, 32 // bits * bits, bits, device=words.device)
-    return ((words.long()[:, :, None] >> shifts) & (2**bits - 1)).reshape(words.shape[0], -1)[:, :k]
+def _joined(codes: Tensor, count: int, bits: int) -> Tensor:
+    """``count`` codes side by side as one number, the first lowest."""
+    apart = codes.unflatten(1, (-1, count))
+    made = apart[:, :, 0].contiguous()
+    for i in range(1, count):
+        made |= apart[:, :, i] << (i * bits)
+    return made
+
+
+def unpack(words: Tensor, bits: int, k: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """What ``pack`` packed, ``[n, k]``."""
+    codes = torch.empty((words.shape[0], k), dtype=dtype, device=words.device)
+    shifts = torch.arange(0, 32 // bits * bits, bits, dtype=torch.int32, device=words.device)
+    for part in row_blocks(codes):
+        codes[part] = ((words[part, :, None] >> shifts) & (2**bits - 1)).flatten(1)[:, :k]
+    return codes
 
 
 def table_of(format: Format) -> Tensor | None:
@@ -64,16 +82,23 @@ def table_of(format: Format) -> Tensor | None:
     return torch.cat([values, -values])
 
 
-def _codes(weight: Quantized) -> Tensor:
-    """Codes as numbers from 0."""
-    format = weight.format
+def _numbered(weight: Quantized) -> Tensor:
+    """Codes as numbers from 0, bytes."""
+    format, codes = weight.format, weight.codes
+    made = torch.empty(codes.shape, dtype=torch.uint8, device=codes.device)
     if format.kind == "int":
-        return weight.codes + (2 ** (format.bits - 1) if weight.zero is None else 0)
+        offset = 2 ** (format.bits - 1) if weight.zero is None else 0
+        for part in row_blocks(codes):
+            made[part] = codes[part] + offset
+        return made
     lut = table_of(format)
     assert lut is not None
-    order = torch.sort(lut, stable=True)
-    places = torch.searchsorted(order.values, weight.codes.contiguous()).clamp(max=len(lut) - 1)
-    return order.indices[places]
+    order = torch.sort(lut.to(codes.device), stable=True)
+    numbers = order.indices.to(torch.uint8)
+    for part in row_blocks(codes):
+        places = torch.searchsorted(order.values, codes[part].contiguous(), out_int32=True).clamp_(max=len(lut) - 1)
+        made[part] = numbers[places]
+    return made
 
 
 def _by_rows(x: Tensor, n: int, rows: int) -> Tensor:
@@ -88,7 +113,7 @@ def stored(weight: Quantized, device: torch.device) -> tuple[Tensor, Tensor, Ten
     n, bits, rows = weight.codes.shape[0], weight.format.bits, weight.format.rows
     zero, lut = weight.zero, table_of(weight.format)
     return (
-        pack(_codes(weight), bits).to(device),
+        pack(_numbered(weight), bits).to(device),
         _by_rows(weight.scale, n, rows).to(device),
         None if zero is None else _by_rows(zero, n, rows).to(device),
         None if lut is None else lut.to(device),

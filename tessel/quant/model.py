@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,21 @@ from torch import Tensor, nn
 
 from ..errors import TesselError, check, did_you_mean
 from ..targets import Target, get_target
-from .bits import Spent, shard_limit, spend
+from .bits import Spent, spend
 from .calibrate import Seen, look
 from .formats import WHOLE_ROW, WHOLE_TENSOR, Format, Quantized, quantize
 from .hessian import gptq, rows_gain, turboboa
 from .kv_model import cache_for, give_cache
 from .linear import QuantLinear, divided
+from .moments import shape_of
 from .report import LayerReport, QuantReport, Speed, time_text
 from .resume import Work, run_of
 from .scheme import Scheme, scheme
 from .sparse import SparseLinear, sparse_layer
-from .speed import seconds
-from .sqnr import expected, sqnr
+from .speed import seconds, sparse_seconds
+from .sqnr import expected, sqnr_of
 from .stacks import quantize_stacks
-from .transforms import awq_scales, shape_of_outliers, signs, smooth_scales
+from .transforms import awq_scales, outliers, signs, smooth_scales
 
 __all__ = ["METHODS", "quantize_model"]
 
@@ -95,8 +96,6 @@ def quantize_model(
     _check_scheme(chosen, steps)
     device = None if target is None else get_target(target)
     check(rows >= 1 and shards >= 1, lambda: f"quantize: {rows} rows, {shards} shards: at least 1 of each")
-    one = isinstance(calibration, Mapping | str)
-    check(not one, lambda: "quantize: calibration is a list of what the model is called with, call by call: [batch]")
     batches = None if calibration is None else list(calibration)
     needs = [s for s in steps if s in _NEED_DATA]
     check(batches is None or bool(batches), lambda: "quantize: the calibration data is an empty list; leave it out")
@@ -143,7 +142,7 @@ def quantize_model(
                 made, row = kept.read(name, layer, s, _weight(layer).dtype)  # type: ignore[union-attr]
                 report.resumed += 1
             else:
-                made, row = _layer(name, layer, s, steps, seen.get(name), device, rows, shards)
+                made, row = _layer(name, layer, s, steps, seen.get(name), device, rows)
                 if kept is not None and isinstance(made, QuantLinear):
                     kept.write(name, made, row)
             report.layers.append(row) if made is not None else report.whole.append(row)
@@ -247,40 +246,47 @@ def _layer(
     seen: Seen | None,
     target: Target | None = None,
     rows: int = 1,
-    shards: int = 1,
 ) -> tuple[QuantLinear | SparseLinear | None, LayerReport]:
     """The layer in the scheme's format, or None where it stays whole; and what became of it."""
     weight = _weight(layer)
     assert weight is not None
     dtype = weight.dtype
-    weight = weight.detach().float().cpu()
+    weight = weight.detach().cpu()
     n, k = weight.shape
     before = sum(p.numel() * p.element_size() for p in layer.parameters())
-    odd, kurtosis = tuple(shape_of_outliers(weight)), _kurtosis(weight)
+    found = shape_of(weight)
+    odd, kurtosis = tuple(outliers(found.largest)), found.kurtosis
 
-    def whole(why: str, speed: Speed | None = None) -> tuple[None, LayerReport]:
-        row = LayerReport(name, (n, k), f"left whole: {why}", None, None, odd, before, before, "", kurtosis, speed)
-        return None, row
+    def whole(why: str, slower: Speed | None = None) -> tuple[None, LayerReport]:
+        speed = None if slower is None else Speed(rows, slower.before, slower.before)
+        how = f"left whole: {why}"
+        return None, LayerReport(name, (n, k), how, None, None, odd, before, before, "", kurtosis, speed, slower)
+
+    def too_slow(speed: Speed) -> tuple[None, LayerReport]:
+        less, more = time_text(speed.before), time_text(speed.after)
+        assert target is not None
+        return whole(f"{rows} rows are predicted to take {more} on {target.name}, {less} as it is", speed)
 
     if s is None:
         return whole("the budget has room for it")
+    speed = None
     if s.sparse:
-        return sparse_layer(name, layer, weight, None if seen is None else seen.gram)
+        if target is not None and k % 4 == 0:
+            speed = Speed(rows, seconds(n, k, rows, dtype, None, target), sparse_seconds(n, k, rows, dtype, target))
+            if speed.after >= speed.before:
+                return too_slow(speed)
+        made_sparse, row = sparse_layer(name, layer, weight, None if seen is None else seen.gram)
+        return made_sparse, replace(row, speed=speed)
     format = s.weight
     assert format is not None
     for what, f in (("weight", format), ("inputs", s.activation)):
         if f is not None and f.group > 0 and k % f.group:
             return whole(f"groups of {f.group} of its {what} do not divide k = {k}")
-    if why := shard_limit(n, k, format, shards):
-        return whole(f"its weight cannot be cut into {shards} shards: {why}")
-    speed = None
     if target is not None:
-        times = [seconds(n, k, rows, dtype, f, target) for f in (None, format)]
-        speed = Speed(rows, *times)
+        own = seconds(n, k, rows, dtype, format, target, s.activation)
+        speed = Speed(rows, seconds(n, k, rows, dtype, None, target), own)
         if speed.after >= speed.before:
-            less, more = time_text(speed.before), time_text(speed.after)
-            why = f"{rows} rows are predicted to take {more} on {target.name}, {less} as it is"
-            return whole(why, Speed(rows, speed.before, speed.before))
+            return too_slow(speed)
     fallback = ""
     if seen is None and any(step in _NEED_DATA for step in steps):
         fallback = "rounded to nearest: the calibration data never reaches it"
@@ -293,7 +299,7 @@ def _layer(
             divisor = awq_scales(torch.cat(seen.rows), weight, format)
         if "hadamard" in steps:
             sign = signs(k)
-        ready = divided(weight, divisor, sign)
+        ready = weight if divisor is None and sign is None else divided(weight, divisor, sign)
         quantized, why = _round(ready, format, steps, seen, divisor, sign)
     except TesselError as e:
         raise TesselError(f"quantize: {name}: {e}") from e
@@ -302,7 +308,7 @@ def _layer(
     group = k if format.group == WHOLE_ROW else format.group
     uniform = format.kind == "int" and format.symmetric and group > 0
     closed = expected(format.bits, group) if uniform else None
-    got, how = sqnr(ready, quantized.dequantize()), _words(format, s.activation)
+    got, how = sqnr_of((ready[part], own) for part, own in quantized.blocks()), _words(format, s.activation)
     row = LayerReport(name, (n, k), how, got, closed, odd, before, after, why or fallback, kurtosis, speed)
     return made, row
 
@@ -315,18 +321,12 @@ def _stacks(
     format, own = s.weight, [step for step in steps if step == "mse"]
     more = [step for step in steps if step not in ("rtn", "mse")]
     note = f"rounded to nearest: {' and '.join(more)} of experts is not known" if more else ""
+    if s.activation is not None:
+        note = "; ".join(filter(None, (note, "its inputs stay whole")))
     return quantize_stacks(
         model, format, _words(format, None), lambda name: _skipped(name, skip),
-        lambda one: _round(one, format, own, None, None, None)[0], note, s.activation,
+        lambda one: _round(one, format, own, None, None, None)[0], note,
     )  # fmt: skip
-
-
-def _kurtosis(weight: Tensor) -> float | None:
-    """Of a weight's values; None where they are all alike or no numbers."""
-    apart = (weight - weight.mean()).double()
-    spread = float(apart.square().mean())
-    found = float(apart.pow(4).mean()) / spread**2 if spread > 0 else float("nan")
-    return found if found < float("inf") else None
 
 
 def _round(
@@ -356,8 +356,7 @@ def _round(
     if "mse" not in steps:
         return quantize(weight, format), ""
     tried = (quantize(weight, format, clip) for clip in _CLIPS)
-    best = min(tried, key=lambda q: float((q.dequantize() - weight).square().sum()))
-    return best, ""
+    return max(tried, key=lambda q: sqnr_of((weight[part], own) for part, own in q.blocks())), ""
 
 
 def _words(weight: Format, activation: Format | None) -> str:

@@ -39,6 +39,7 @@ class LayerReport:
         fallback: what the method could not do here; empty if nothing.
         kurtosis: of the weight's values: 3 for normal ones, more where few are far larger than the others.
         speed: predicted, where a target was named that there is a model of.
+        slower: what the scheme was predicted to take where that is why the layer was left whole.
     """
 
     name: str
@@ -52,13 +53,14 @@ class LayerReport:
     fallback: str = ""
     kurtosis: float | None = None
     speed: Speed | None = None
+    slower: Speed | None = None
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> LayerReport:
         """What ``dataclasses.asdict`` gave, also after JSON."""
         odd = tuple((int(i), float(ratio)) for i, ratio in d["outliers"])
-        speed = None if d.get("speed") is None else Speed(**d["speed"])
-        return cls(**{**d, "shape": tuple(d["shape"]), "outliers": odd, "speed": speed})
+        times = {name: None if d.get(name) is None else Speed(**d[name]) for name in ("speed", "slower")}
+        return cls(**{**d, "shape": tuple(d["shape"]), "outliers": odd, **times})
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,10 @@ class QuantReport:
                 f"predicted on {self.target}, {first.rows} rows: {time_text(before)} -> {time_text(after)} "
                 f"for all products, {before / after:.2f} times as fast"
             )
+        if slower := [(x.name, x.slower) for x in self.whole if x.slower is not None]:
+            yield f"left whole, since {self.scheme} is predicted to be slower on {self.target}: {len(slower)} layers"
+            for name, s in slower:
+                yield f"  {name}: {time_text(s.after)} for {s.rows} rows, {time_text(s.before)} whole"
         if self.measured is not None:
             m = self.measured
             near = "" if m.sqnr is None else f"; SQNR of the output {m.sqnr:.1f} dB"

@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import check
 from ..frontend.packed_op import sparse_linear
+from ..ops.blocks import row_blocks
 from ..ops.sparse import dense
 from .hessian import BLOCK, damped, inverse_factor
 from .linear import pack
+from .moments import shape_of
 from .report import LayerReport
 from .sqnr import sqnr
-from .transforms import shape_of_outliers
+from .transforms import outliers
 
 __all__ = ["SparseLinear", "kept_of", "pruned", "pruned_by", "sparse_layer"]
 
@@ -33,9 +36,14 @@ def kept_of(importance: Tensor) -> Tensor:
     >>> kept_of(torch.tensor([[1.0, 3.0, 2.0, 3.0]]))
     tensor([[False,  True, False,  True]])
     """
-    four = importance.unflatten(-1, (-1, 4))
-    order = four.sort(dim=-1, descending=True, stable=True).indices[..., :2]
-    return torch.zeros_like(four, dtype=torch.bool).scatter_(-1, order, True).flatten(-2)
+    kept = torch.empty_like(importance, dtype=torch.bool)
+    flat, to = importance.reshape(-1, importance.shape[-1]), kept.view(-1, importance.shape[-1])
+    for part in row_blocks(flat):
+        own = flat[part].unflatten(1, (-1, 4)).movedim(2, 0).contiguous()
+        for i in range(4):  # kept: at most one of the other three goes before it
+            before = sum((own[j] >= own[i] if j < i else own[j] > own[i]).to(torch.uint8) for j in range(4) if j != i)
+            to[part, i::4] = before < 2
+    return kept
 
 
 def pruned(weight: Tensor) -> Tensor:
@@ -98,9 +106,11 @@ class SparseLinear(nn.Module):
         given = own.weight.detach() if weight is None else weight
         (n, k), device = kept.shape, own.weight.device
         made = cls(k, n)
-        values = given.to(device, own.weight.dtype)[kept.to(device)].reshape(n, k // 2)
+        values = torch.empty((n, k // 2), dtype=own.weight.dtype, device=device)
+        for part in row_blocks(kept):
+            values[part] = given[part][kept[part].to(given.device)].reshape(-1, k // 2)
         made.register_buffer("values", values)
-        made.register_buffer("mask", pack(kept.int(), 1).to(device))
+        made.register_buffer("mask", pack(kept, 1).to(device))
         bias = getattr(own, "bias", None)
         made.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         made.train(layer.training)
@@ -131,15 +141,19 @@ def sparse_layer(
         weight: of the layer, ``[n, k]``.
         h: of its inputs, see ``hessian``; None: magnitudes decide.
     """
-    given = weight.detach().float().cpu()
+    given = weight.detach().cpu()
     n, k = given.shape
-    odd, before = tuple(shape_of_outliers(given)), sum(p.numel() * p.element_size() for p in layer.parameters())
+    shape, before = shape_of(given), sum(p.numel() * p.element_size() for p in layer.parameters())
+    odd = tuple(outliers(shape.largest))
     if k % 4:
         why = f"left whole: four do not divide k = {k}"
-        return None, LayerReport(name, (n, k), why, None, None, odd, before, before)
+        return None, LayerReport(name, (n, k), why, None, None, odd, before, before, "", shape.kurtosis)
+    check(
+        bool(torch.isfinite(shape.largest).all()), lambda: f"quantize: {name}: the weight holds NaN or infinite values"
+    )
     kept, changed, why = (pruned(given), given, "") if h is None else pruned_by(given, h)
     made = SparseLinear.of(layer, kept, changed)
     after = sum(t.numel() * t.element_size() for t in (*made.buffers(), *made.parameters()))
     how = "2:4 sparse, the larger two of four" if h is None or why else "2:4 sparse, the others make up for zeros"
-    got = sqnr(given, made.weight.float().cpu())
-    return made, LayerReport(name, (n, k), how, got, None, odd, before, after, why)
+    got = sqnr(given, made.weight.cpu())
+    return made, LayerReport(name, (n, k), how, got, None, odd, before, after, why, shape.kurtosis)

@@ -9,27 +9,39 @@ A layer far below its expectation has outliers: that is what the report looks fo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..errors import check
+from ..ops.blocks import row_blocks
+from .moments import energy
 
-__all__ = ["best_uniform", "expected", "lloyd_max", "peak_energy", "rate_distortion", "sqnr"]
+__all__ = ["best_uniform", "expected", "lloyd_max", "peak_energy", "rate_distortion", "sqnr", "sqnr_of"]
 
 _REACH, _POINTS = 12.0, 24_001  # the normal density beyond 12 is 1e-32
 
 
 def sqnr(x: Tensor, y: Tensor) -> float:
-    """``10 log10(sum x^2 / sum (x - y)^2)``, in dB; infinite where nothing differs, computed in float64.
+    """``10 log10(sum x^2 / sum (x - y)^2)``, in dB; infinite where nothing differs, to 1e-5 dB.
 
     Raises:
         TesselError: the shapes differ.
     """
     check(x.shape == y.shape, lambda: f"sqnr: shapes {tuple(x.shape)} and {tuple(y.shape)} differ")
-    signal = float(x.double().square().sum())
-    noise = float((x.double() - y.double()).square().sum())
+    flat, other = (t.reshape(-1, t.shape[-1] if t.dim() else 1) for t in (x, y))
+    return sqnr_of((flat[part], other[part]) for part in row_blocks(flat))
+
+
+def sqnr_of(blocks: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """``sqnr`` of pairs of blocks."""
+    signal = noise = 0.0
+    for x, y in blocks:
+        wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        signal += energy(x.to(wide))
+        noise += energy(x.to(wide) - y.to(wide))
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import check
 from .formats import Format, quantize
 
-__all__ = ["awq_scales", "hadamard", "rotate", "signs", "smooth_scales"]
+__all__ = ["awq_scales", "hadamard", "outliers", "rotate", "signs", "smooth_scales"]
 
 
 def smooth_scales(largest: Tensor, weight: Tensor, alpha: float = 0.5) -> Tensor:
@@ -35,7 +35,7 @@ def smooth_scales(largest: Tensor, weight: Tensor, alpha: float = 0.5) -> Tensor
         lambda: f"smooth_scales: {largest.shape[0]} channels of inputs for a weight of {weight.shape[1]}",
     )
     check(bool(torch.isfinite(largest).all()), lambda: "smooth_scales: the calibration data holds NaN or infinity")
-    top = weight.abs().amax(0).clamp(min=1e-8)
+    top = weight.abs().amax(0).float().clamp(min=1e-8)
     scales = largest.clamp(min=1e-8) ** alpha / top ** (1 - alpha)
     return torch.where(largest > 0, scales, torch.ones_like(scales)).clamp(1e-5, 1e5)
 
@@ -96,10 +96,13 @@ def hadamard(size: int, sign: Tensor | None = None) -> Tensor:
     return rotate(torch.eye(size), sign)
 
 
-def shape_of_outliers(x: Tensor, most: int = 8) -> Sequence[tuple[int, float]]:
-    """The channels of ``x`` (last dimension) that stick out: number and how often the median channel's size, largest
-    first."""
-    size = x.reshape(-1, x.shape[-1]).abs().amax(0).float()
+def outliers(size: Tensor, most: int = 8) -> Sequence[tuple[int, float]]:
+    """The channels that stick out, of their largest magnitudes ``[k]``: number and how often the median channel's size,
+    largest first.
+
+    >>> outliers(torch.tensor([1.0, 9.0, 1.0]))
+    [(1, 9.0)]
+    """
     ratio = size / size.median().clamp(min=1e-12)
     order = torch.argsort(ratio, descending=True, stable=True)[:most]
     return [(int(i), round(float(ratio[i]), 2)) for i in order if ratio[i] > 4]
