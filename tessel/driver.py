@@ -27,7 +27,7 @@ from .frontend.capture import GraphInfo
 from .frontend.compat import without_modes
 from .frontend.importer import Imported
 from .ir.node import Graph, Node
-from .passes import inplace
+from .passes import inplace, quantize
 from .passes._groups import ATTENTION, refusal
 from .passes._products import to_library
 from .passes.pipeline import CPU_ONLY, GPU_ONLY, PASSES, Trace, run_pipeline
@@ -407,6 +407,8 @@ def _run_passes(imported: Imported, options: Options, place: Place, record: Comp
             if name == "inplace":
                 record.bytes_before = bytes_moved(graph, hints)
                 record.notes.extend(inplace.notes(graph))
+            if name in ("packed", "unpack"):
+                record.notes.extend(quantize.notes(graph, native=name == "packed"))
             start = time.perf_counter()
             got = run(graph, options)
             done = Pass(name, time.perf_counter() - start, len(got.nodes), got)

@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ import torch
 from tessel.codegen import cpp
 from tessel.codegen.source import Source
 from tessel.codegen.triton import render
+from tessel.config import Options
+from tessel.frontend.capture import export_program, import_program
 from tessel.ir.types import Dim, TensorType
 from tessel.ops import OPS
+from tessel.passes.pipeline import CPU_ONLY, PASSES, run_pipeline
 from tessel.runtime.native import NativeKernel, build
 from tessel.targets import get_target
 from tessel.tiles.index import Cond, Index, floordiv, value, var
@@ -37,6 +40,7 @@ from tessel.tiles.kernel import (
     Store,
     Test,
 )
+from tessel.tiles.lower import lower
 
 INTERPRET = get_target("triton-interpret")
 BOOLS = {"eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "isnan", "isinf"}
@@ -170,6 +174,14 @@ def interpret(
     source = render(kernel, INTERPRET, knobs)
     run(source, tensors, sizes)
     return source
+
+
+def gpu_kernels(fn: Callable[..., torch.Tensor], *args: torch.Tensor) -> list[Kernel]:
+    """The tile programs that a GPU's passes make of a function, attention by template too."""
+    graph = import_program(export_program(fn, args)).graph
+    passes = [p for p in PASSES if p[0] not in CPU_ONLY]
+    made = run_pipeline(graph, Options(attention="template"), passes=passes)
+    return [lower(n) for n in made.nodes if n.op.name == "kernel"]
 
 
 def poisoned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import gpu_kernels
 
 import tessel
+from tessel.codegen.offline import offline_compile
+from tessel.codegen.triton import render
+from tessel.targets import get_target
 
 TARGETS = ("cpu", "triton-interpret")
 TEMPLATE = {"attention": "template"}
@@ -269,3 +273,33 @@ def test_all_keys_hidden_by_infinity() -> None:
             *[rand(1, 2, 6, 16)] * 2,
         )  # fmt: skip
         assert torch.equal(got, torch.zeros(1, 2, 4, 16))
+
+
+# ---------------------------------------------------------------- GPUs, offline
+
+
+def one_query(q: Any, k: Any, v: Any) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ("a100", "h100", "b200", "mi300x"))
+def test_offline(target: str) -> None:
+    """One query for a long cache, its keys in parts that a merge follows; pages, for one query and for several."""
+    record = get_target(target)
+    assert record.limits is not None
+    cache = (4, 8, 4096, 128)
+    decode = [rand(4, 32, 1, 128), rand(*cache), rand(*cache)]
+    pages, table = [rand(80, 16, 8, 128)] * 2, torch.arange(64)[None].expand(4, 64)
+    kernels = gpu_kernels(one_query, *(x.bfloat16() for x in decode))
+    assert len(kernels) > 1, "parts of the keys and their merge"
+    for m in (1, 16):
+        args = [x.bfloat16() for x in (rand(4, 32, m, 128), *pages)]
+        kernels += gpu_kernels(by_table, *args, table, torch.full((4,), 1000))
+    assert sum(k.family == "attention" for k in kernels) == 3
+    sources = [render(k, record) for k in kernels]
+    for source, got in zip(sources, offline_compile(sources, record.arch), strict=True):
+        what = f"{source.name} on {record.arch} with {dict(source.knobs)}"
+        assert got.ok, f"{what}: {got.error}"
+        assert got.shared_bytes is not None and not got.spills, what
+        assert got.shared_bytes <= source.smem_bytes <= record.limits.shared_bytes_per_block, what

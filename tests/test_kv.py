@@ -13,15 +13,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import gpu_kernels
 from torch import Tensor, nn
 
 import tessel
 from tessel.codegen.offline import offline_compile
 from tessel.codegen.triton import render
-from tessel.config import Options
 from tessel.errors import TesselError
-from tessel.frontend.capture import export_graph
-from tessel.passes.pipeline import CPU_ONLY, PASSES, run_pipeline
 from tessel.quant.files import load_quantized, save_quantized
 from tessel.quant.formats import integers, quantize
 from tessel.quant.kv import Packed, QuantCache, QuantCacheLayer, pack_keys, pack_values
@@ -29,7 +27,6 @@ from tessel.quant.scheme import scheme
 from tessel.quant.sqnr import sqnr
 from tessel.targets import get_target
 from tessel.tiles.kernel import Kernel
-from tessel.tiles.lower import lower
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -328,15 +325,8 @@ def offline_kernel(m: int, bits: int) -> Kernel:
     """Attention to packed keys and values as the GPU's passes make it."""
     attend, args = case(m, 16, 128, 64, 64, bits, torch.bfloat16, heads=8)
 
-    class Attention(nn.Module):
-        def forward(self, *given: Tensor) -> Tensor:
-            return attend(*given)
-
-    graph = export_graph(Attention(), tuple(args)).graph
-    passes = [p for p in PASSES if p[0] not in CPU_ONLY]
-    made = run_pipeline(graph, Options(attention="template"), passes=passes).nodes
-    (found,) = (n for n in made if n.op.name == "kernel" and n.attrs["family"] == "attention")
-    return lower(found)
+    (found,) = (k for k in gpu_kernels(attend, *args) if k.family == "attention")
+    return found
 
 
 @pytest.mark.slow

@@ -62,16 +62,22 @@ def linear_source(part: str, dtype: torch.dtype, target: Target, keys: int, kind
         params += [("start", _F32)] * switches["start"]
         outs = [("states", _F32)] if switches["keep"] else [("o", dtype), ("last", _F32)]
     else:
-        params += [("states", _F32), ("grad", dtype), *([("grad_last", _F32)] if switches["last_grad"] else [])]
-        outs = [("d_q", _F32), ("d_k", _F32), ("d_v", dtype)]
-        outs += [("d_beta", _F32)] * switches["delta"] + [("d_decay", _F32)] * switches["decay"]
-        outs += [("d_start", _F32)] * switches["start"]
+        by_step = part == "backward"
+        params += [("states", _F32)] * (part != "adjoints") + [("grad", dtype)]
+        more = [("d_u", _F32)] * (switches["delta"] and not by_step)
+        of_keys = [("d_q", _F32), ("d_k", _F32)]
+        of_steps = [("d_beta", _F32)] * switches["delta"] + [("d_decay", _F32)] * switches["decay"]
+        if part == "gradients":
+            params, outs = [*params, ("adjoints", _F32), *more], [*of_keys, *of_steps]
+        else:
+            params += [("grad_last", _F32)] * switches["last_grad"]
+            outs = [*of_keys, ("d_v", dtype), *of_steps] if by_step else [("adjoints", _F32), *more, ("d_v", dtype)]
+            outs += [("d_start", _F32)] * switches["start"]
     knobs = tile_of(target, keys)
     name = f"linear_attention_{part}"
     args = (*(f"{p}_ptr" for p, _ in (*params, *outs)), *_SIZES)
     module = environment().get_template("linear_attention.triton.j2").module
-    macro = "backward_channels" if part == "backward" and switches["channels"] else part
-    text = str(getattr(module, macro)({"name": name, "args": args, "half": _HALF[dtype], **switches}))
+    text = str(getattr(module, part)({"name": name, "args": args, "half": _HALF[dtype], **switches}))
     code = "\n".join(line.rstrip() for line in text.split("\n") if line.strip()) + "\n"
     size = TensorType((symbol("numel"),), dtype)
     record = tuple(Param(p, size.with_(dtype=d), i >= len(params), i) for i, (p, d) in enumerate((*params, *outs)))

@@ -33,6 +33,7 @@ __all__ = [
     "open_packed",
     "packed_linear_ref",
     "rounded_rows",
+    "whole_numbers",
 ]
 
 _MOST = 2**17
@@ -182,8 +183,13 @@ def by_integers(node: Node) -> bool:
     """Whether whole numbers are multiplied, where the CPU has instructions for them: both sides are integers of 8 bits
     or less, their sums fit into 32 bits, and groups hold whole words of four."""
     x, _, scale, _, _, lut = _all(node)
-    k, groups = x.shape[1], scale.shape[1]
-    return node.attrs.get("inputs") == 8 and lut is None and k < _MOST and (groups == 1 or k // groups % 4 == 0)
+    return whole_numbers(node.attrs.get("inputs", 0), x.shape[1], scale.shape[1], lut)
+
+
+def whole_numbers(inputs: int, k: Dim, groups: Dim, lut: Any) -> bool:
+    """``by_integers`` of a product over k; ``lut``: the weight's table or None."""
+    known = isinstance(k, int) and isinstance(groups, int)
+    return known and inputs == 8 and lut is None and k < _MOST and (groups == 1 or k // groups % 4 == 0)
 
 
 def open_packed(builder: Builder, node: Node) -> tuple[Value, ...]:

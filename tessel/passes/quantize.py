@@ -43,7 +43,8 @@ def notes(graph: Graph, native: bool) -> list[str]:
     for node in graph.nodes:
         if why := _without(node, native):
             found.setdefault(why, []).append(node)
-    return [f"{len(nodes)} layers, the first at {nodes[0].loc.short or nodes[0]}: {why}" for why, nodes in found.items()]
+    first = {why: nodes[0].loc.short or str(nodes[0]) for why, nodes in found.items()}
+    return [f"{len(nodes)} layers, the first at {first[why]}: {why}" for why, nodes in found.items()]
 
 
 def _without(node: Node, native: bool) -> str:

@@ -18,7 +18,6 @@ Elements are integers (``int``), small floats (``float``: an exponent, a mantiss
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,15 +25,21 @@ import torch
 from torch import Tensor
 
 from ..errors import check
+from ..frontend.rounding_op import rounded as rounded_op
 from ..ops.blocks import row_blocks
+from ..ops.rounding import WHOLE_ROW, WHOLE_TENSOR, round_float, scales
 
-__all__ = ["FORMATS", "Format", "Quantized", "integers", "quantize", "round_float", "rounded"]
-
-WHOLE_ROW = 0
-"""As a group: all values of a row share one scale."""
-
-WHOLE_TENSOR = -1
-"""As a group: all values of the tensor share one scale."""
+__all__ = [
+    "FORMATS",
+    "WHOLE_ROW",
+    "WHOLE_TENSOR",
+    "Format",
+    "Quantized",
+    "integers",
+    "quantize",
+    "round_float",
+    "rounded",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +237,9 @@ def _coded(x: Tensor, scale: Tensor, code: Callable[[Tensor, slice], Tensor]) ->
 
 def rounded(x: Tensor, format: Format) -> Tensor:
     """What ``quantize(x, format).dequantize()`` gives for a symmetric format, in x's dtype, and NaN for NaN: for inputs
-    that are rounded as they come."""
+    that are rounded as they come. The gradient of small floats is that of x as it is, see ``frontend/rounding_op``."""
+    if format.kind == "float":
+        return rounded_op(x, format.group, format.exponent, format.mantissa, format.largest, format.scale)
     grouped, shape = _grouped(x.float(), format)
     scale = scales_of(grouped.abs().amax(-1), format)[..., None]
     return (to_codes(grouped / scale, format) * scale).reshape(shape).to(x.dtype)
@@ -259,20 +266,8 @@ def _of_range(low: Tensor, high: Tensor, format: Format, clip: float) -> tuple[T
 
 
 def scales_of(largest: Tensor, format: Format) -> Tensor:
-    """The scale of each group from its largest magnitude; groups of zeros get one.
-
-    ``e8m0``: 2^(floor(log2 largest) - the exponent of the format's largest value), the rule of the MX specification:
-    what lies above the largest value saturates.
-    """
-    if format.scale == "e8m0":
-        scale = torch.exp2(torch.floor(torch.log2(largest)) - math.floor(math.log2(format.top)))
-    elif format.scale == "e4m3":
-        whole = largest.amax() / (448.0 * format.top)
-        whole = torch.where(whole == 0, torch.ones_like(whole), whole)
-        scale = round_float(largest / (format.top * whole), 4, 3, 448.0) * whole
-    else:
-        scale = largest / format.top
-    return torch.where((scale == 0) | ~torch.isfinite(scale), torch.ones_like(scale), scale)
+    """The scale of each group from its largest magnitude, see ``ops.rounding.scales``; groups of zeros get one."""
+    return scales(largest, format.top, format.scale)
 
 
 def to_codes(scaled: Tensor, format: Format) -> Tensor:
@@ -292,18 +287,6 @@ def nearest(x: Tensor, table: Sequence[float]) -> Tensor:
     """
     entries = torch.tensor(table, dtype=x.dtype)
     return entries[torch.bucketize(x, (entries[1:] + entries[:-1]) / 2)]
-
-
-def round_float(x: Tensor, exponent: int, mantissa: int, largest: float) -> Tensor:
-    """Round to a small float of these bits (half to even, subnormals kept); beyond ``largest`` it saturates.
-
-    >>> round_float(torch.tensor([0.3, 2.4, 5.1, 9.0]), exponent=2, mantissa=1, largest=6.0)
-    tensor([0.5000, 2.0000, 6.0000, 6.0000])
-    """
-    least = 2 - 2 ** (exponent - 1)  # the exponent of the smallest normal number
-    _, power = torch.frexp(x)  # |x| in [2^(power-1), 2^power)
-    step = torch.exp2((power - 1).clamp(min=least).to(x.dtype) - mantissa)
-    return ((x / step).round() * step).clamp(-largest, largest)
 
 
 def _size(format: Format, shape: Sequence[int]) -> int:

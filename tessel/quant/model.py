@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import TesselError, check, did_you_mean
 from ..targets import Target, get_target
-from .bits import Spent, spend
+from .bits import Spent, shard_limit, spend
 from .calibrate import Seen, look
 from .formats import WHOLE_ROW, WHOLE_TENSOR, Format, Quantized, quantize
 from .hessian import gptq, rows_gain, turboboa
@@ -96,6 +96,8 @@ def quantize_model(
     _check_scheme(chosen, steps)
     device = None if target is None else get_target(target)
     check(rows >= 1 and shards >= 1, lambda: f"quantize: {rows} rows, {shards} shards: at least 1 of each")
+    one = isinstance(calibration, Mapping | str)
+    check(not one, lambda: "quantize: calibration is a list of what the model is called with, call by call: [batch]")
     batches = None if calibration is None else list(calibration)
     needs = [s for s in steps if s in _NEED_DATA]
     check(batches is None or bool(batches), lambda: "quantize: the calibration data is an empty list; leave it out")
@@ -142,7 +144,7 @@ def quantize_model(
                 made, row = kept.read(name, layer, s, _weight(layer).dtype)  # type: ignore[union-attr]
                 report.resumed += 1
             else:
-                made, row = _layer(name, layer, s, steps, seen.get(name), device, rows)
+                made, row = _layer(name, layer, s, steps, seen.get(name), device, rows, shards)
                 if kept is not None and isinstance(made, QuantLinear):
                     kept.write(name, made, row)
             report.layers.append(row) if made is not None else report.whole.append(row)
@@ -246,6 +248,7 @@ def _layer(
     seen: Seen | None,
     target: Target | None = None,
     rows: int = 1,
+    shards: int = 1,
 ) -> tuple[QuantLinear | SparseLinear | None, LayerReport]:
     """The layer in the scheme's format, or None where it stays whole; and what became of it."""
     weight = _weight(layer)
@@ -282,6 +285,8 @@ def _layer(
     for what, f in (("weight", format), ("inputs", s.activation)):
         if f is not None and f.group > 0 and k % f.group:
             return whole(f"groups of {f.group} of its {what} do not divide k = {k}")
+    if why := shard_limit(n, k, format, shards):
+        return whole(f"its weight cannot be cut into {shards} shards: {why}")
     if target is not None:
         own = seconds(n, k, rows, dtype, format, target, s.activation)
         speed = Speed(rows, seconds(n, k, rows, dtype, None, target), own)
@@ -321,11 +326,9 @@ def _stacks(
     format, own = s.weight, [step for step in steps if step == "mse"]
     more = [step for step in steps if step not in ("rtn", "mse")]
     note = f"rounded to nearest: {' and '.join(more)} of experts is not known" if more else ""
-    if s.activation is not None:
-        note = "; ".join(filter(None, (note, "its inputs stay whole")))
     return quantize_stacks(
         model, format, _words(format, None), lambda name: _skipped(name, skip),
-        lambda one: _round(one, format, own, None, None, None)[0], note,
+        lambda one: _round(one, format, own, None, None, None)[0], note, s.activation,
     )  # fmt: skip
 
 

@@ -7,19 +7,22 @@ unpacked. Where a compiler sees that a layer of experts reads them, it multiplie
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import TesselError
 from ..frontend.packed_op import unpacked
+from .experts import ExpertInputs
 from .formats import Format, Quantized
 from .linear import stored
 from .report import LayerReport
 from .sqnr import sqnr_of
 
-__all__ = ["Stack", "put_stacks", "quantize_stacks", "quantized_stack", "stacked"]
+__all__ = ["Stack", "own_stacks", "put_stacks", "quantize_stacks", "quantized_stack", "stack_of", "stacked"]
 
 
 class Stack(nn.Module):
@@ -62,15 +65,20 @@ def stacked(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter, bool]]
 
     Modules of experts are known by their class's name, or by what transformers marks them with.
     """
-    found = {}
-    for name, module in model.named_modules():
-        turned = getattr(module, "is_transposed", None)
-        if turned is None and not type(module).__name__.endswith("Experts"):
-            continue
-        for own, p in module.named_parameters(recurse=False):
-            if p.dim() == 3 and p.is_floating_point():
-                found[f"{name}.{own}" if name else own] = (module, p, bool(turned))
-    return found
+    return {
+        f"{name}.{own}" if name else own: (module, p, turned)
+        for name, module in model.named_modules()
+        for own, p, turned in own_stacks(module)
+    }
+
+
+def own_stacks(module: nn.Module) -> list[tuple[str, nn.Parameter, bool]]:
+    """Of one module, see ``stacked``."""
+    turned = getattr(module, "is_transposed", None)
+    if turned is None and not type(module).__name__.endswith("Experts"):
+        return []
+    parameters = module.named_parameters(recurse=False)
+    return [(own, p, bool(turned)) for own, p in parameters if p.dim() == 3 and p.is_floating_point()]
 
 
 def put_stacks(module: nn.Module, stacks: dict[str, Stack]) -> None:
@@ -89,6 +97,7 @@ def quantize_stacks(
     skipped: Callable[[str], bool],
     round_one: Callable[[Tensor], Quantized],
     note: str = "",
+    inputs: Format | None = None,
 ) -> tuple[list[LayerReport], list[LayerReport]]:
     """Put all stacks of a model into a format, in place; what became of them, and of those that stay whole.
 
@@ -97,24 +106,38 @@ def quantize_stacks(
         skipped: which names stay as they are.
         round_one: rounds one matrix ``[n, k]``, float32.
         note: what the method could not do here.
+        inputs: what the inputs of experts are rounded to; None: nothing.
     """
-    rows, whole = [], []
-    by_module: dict[int, tuple[nn.Module, dict[str, Stack]]] = {}
-    for name, (module, p, turned) in stacked(model).items():
-        if skipped(name):
+    rows: list[LayerReport] = []
+    whole: list[LayerReport] = []
+    rounding = ExpertInputs(inputs)
+    for owner, module in list(model.named_modules()):  # one after another, whose parameters are then let go
+        stacks: dict[str, Stack] = {}
+        made: list[LayerReport] = []
+        for own, p, turned in own_stacks(module):
+            name = f"{owner}.{own}" if owner else own
+            if skipped(name):
+                continue
+            k, before = p.shape[1 if turned else 2], p.numel() * p.element_size()
+            shape = (p.shape[0], p.shape[2 if turned else 1], k)
+            if format.group > 0 and k % format.group:
+                why = f"left whole: groups of {format.group} do not divide k = {k}"
+                whole.append(LayerReport(name, shape, why, None, None, (), before, before))
+                continue
+            try:
+                stacks[own], got = quantized_stack(p, format, turned, round_one)
+            except TesselError as e:
+                raise TesselError(f"quantize: {name}: {e}") from e
+            after = sum(t.numel() * t.element_size() for t in stacks[own].buffers())
+            made.append(LayerReport(name, shape, f"{words}; {shape[0]} experts", got, None, (), before, after, note))
+        if not stacks:
             continue
-        k, before = p.shape[1 if turned else 2], p.numel() * p.element_size()
-        shape = (p.shape[0], p.shape[2 if turned else 1], k)
-        if format.group > 0 and k % format.group:
-            why = f"left whole: groups of {format.group} do not divide k = {k}"
-            whole.append(LayerReport(name, shape, why, None, None, (), before, before))
-            continue
-        stack, got = quantized_stack(p, format, turned, round_one)
-        after = sum(t.numel() * t.element_size() for t in stack.buffers())
-        rows.append(LayerReport(name, shape, f"{words}; {shape[0]} experts", got, None, (), before, after, note))
-        by_module.setdefault(id(module), (module, {}))[1][name.rpartition(".")[2]] = stack
-    for module, stacks in by_module.values():
         put_stacks(module, stacks)
+        why = rounding.put(module)
+        said = f", inputs int{inputs.bits}" if inputs is not None and not why else ""
+        for row in made:
+            notes = "; ".join(filter(None, (row.fallback, why)))
+            rows.append(replace(row, how=row.how + said, fallback=notes))
     return rows, whole
 
 
@@ -130,6 +153,16 @@ def quantized_stack(
 
 def _held(name: str) -> str:
     return f"{name}_stack"
+
+
+def stack_of(name: str) -> tuple[str, str]:
+    """Of a stack's name in a model: the module that holds it, and the parameter in whose place it is.
+
+    >>> stack_of("layers.0.experts.down_proj_stack")
+    ('layers.0.experts', 'down_proj')
+    """
+    owner, _, held = name.rpartition(".")
+    return owner, held.removesuffix("_stack")
 
 
 @cache

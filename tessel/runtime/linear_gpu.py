@@ -77,20 +77,31 @@ class GpuLinear:
                 found[5] = grad_last.clone()
             return tuple(found)
         kind = {"delta": beta is not None, "start": start is not None, "last_grad": grad_last is not None}
-        kernel = self._kernel("backward", q, **kind, **_factors(decay))
-        chunks = -(-steps // kernel.source.knobs["C"])
+        kind |= _factors(decay)
+        # With a factor for every channel one kernel goes back step by step; else the adjoints of the states are kept, and
+        # gradients of all chunks are made side by side.
+        parts = ("backward",) if kind["channels"] else ("adjoints", "gradients")
+        kernels = [self._kernel(part, q, **kind) for part in parts]
+        chunks, blocks = -(-steps // kernels[0].source.knobs["C"]), _blocks(kernels[0], v)
         states = torch.empty((b * h, chunks, keys, values), device=device)
         self._run_forward(q, k, v, decay, beta, start, [states], keep=True)
-        blocks = _blocks(kernel, v)
         dq, dk = (torch.empty((blocks, b, h, steps, keys), device=device) for _ in range(2))
         dv = torch.empty(v.shape, dtype=v.dtype, device=device)
-        parts = [none if x is None else torch.empty((blocks, *x.shape), device=device) for x in (beta, decay)]
+        of_steps = [none if x is None else torch.empty((blocks, *x.shape), device=device) for x in (beta, decay)]
         down = [none if start is None else torch.empty_like(start, memory_format=torch.contiguous_format)]
         given = [x.contiguous() for x in (q, k, v, decay, beta) if x is not None]
-        given += [states, grad.contiguous(), *([] if grad_last is None else [grad_last.contiguous()])]
-        outs = [dq, dk, dv, *(x for x in parts if x.numel()), *(x for x in down if x.numel())]
-        kernel((b * h * blocks,), *given, *outs, steps, keys, values)
-        dbeta, ddecay = (x.sum(0) if x.numel() else x for x in parts)
+        ends = [] if grad_last is None else [grad_last.contiguous()]
+        wanted = [x for x in of_steps if x.numel()]
+        starts = [x for x in down if x.numel()]
+        grad, sizes = grad.contiguous(), (steps, keys, values)
+        if kind["channels"]:
+            kernels[0]((b * h * blocks,), *given, states, grad, *ends, dq, dk, dv, *wanted, *starts, *sizes)
+        else:
+            between = [torch.empty_like(states)]  # adjoints where chunks end, and gradients of what steps write
+            between += [] if beta is None else [torch.empty(v.shape, device=device)]
+            kernels[0]((b * h * blocks,), *given, grad, *ends, *between, dv, *starts, *sizes)
+            kernels[1]((b * h * chunks * blocks,), *given, states, grad, *between, dq, dk, *wanted, *sizes)
+        dbeta, ddecay = (x.sum(0) if x.numel() else x for x in of_steps)
         return dq.sum(0).to(q.dtype), dk.sum(0).to(k.dtype), dv, ddecay, dbeta, *down
 
 

@@ -323,10 +323,63 @@ INLINE void unpacked(const Layer<T>& a, i64 n, i64 k0, i64 ks, u8* room, T* to) 
   }
 }
 
-// Products with columns that fill(n, k0, ks, room, to) makes: some at a time for few rows, else panels.
-// `room` has a byte for each of the ks elements and a word's more.
-template <class T, class Fill>
-INLINE int by_columns(const Layer<T> a, i64 threads, Fill fill) {
+// ---------------------------------------------------------------- panels
+
+// Two values of each lane as a pair of bf16, the first in the low half.
+INLINE vu halves(vf low, vf high) {
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+  if constexpr (LANES == 16) {
+    vu both, place;
+    for (u32 l = 0; l < LANES; ++l) place[l] = l | (l + 16) << 16;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
+    asm("vpermw %1, %2, %0" : "=v"(both) : "v"(both), "v"(place));
+    return both;
+  }
+#endif
+  vu got;
+  for (i64 l = 0; l < LANES; ++l) got[l] = to_bf16(low[l]) | (u32)to_bf16(high[l]) << 16;
+  return got;
+}
+
+// Values k0 .. k0 + ks of some columns as a panel: words are turned, so that a vector holds one of each column, and
+// unpacked after that, a scale a lane. Parts of k and groups are whole words. `words`: room for those of the panel.
+template <int KIND, int BITS, class T>
+INLINE void unpack_panel(const Layer<T>& a, const float* table, i64 n0, i64 columns, i64 k0, i64 ks, u32* words, T* to) {
+  constexpr i64 per = 32 / BITS;
+  const i64 row = a.k / per, groups = a.k / a.group, count = ks / per;
+  turn_words((const u16*)(a.words + n0 * row + k0 / per), 2 * row, columns, count, 0, WIDTH, WIDTH, words);
+  for (i64 p = 0; p < count;) {
+    const i64 g = (k0 + p * per) / a.group, end = min(count, ((g + 1) * a.group - k0) / per);
+    for (i64 n = 0; n < WIDTH; n += LANES) {
+      vf scale = {}, zero = {};
+      for (i64 l = 0; l < min(LANES, columns - n); ++l) {
+        const i64 from = (n0 + n + l) * groups + g;
+        scale[l] = a.scale[from];
+        if (a.zero) zero[l] = a.zero[from] - (float)(1 << (BITS - 1));
+      }
+      for (i64 q = p; q < end; ++q) {
+        const vu w = at(words + q * WIDTH + n);
+#pragma GCC unroll 32
+        for (i64 i = 0; i < per; i += 2) {
+          const vf low = (number<KIND, BITS>(w, i, table) - zero) * scale;
+          const vf high = (number<KIND, BITS>(w, i + 1, table) - zero) * scale;
+          if constexpr (sizeof(T) == 2) put((u32*)to + (q * per + i) / 2 * WIDTH + n, halves(low, high));
+          else {
+            put(to + (q * per + i) * WIDTH + n, low);
+            put(to + (q * per + i + 1) * WIDTH + n, high);
+          }
+        }
+      }
+    }
+    p = end;
+  }
+}
+
+// Products with columns that fill(n, k0, ks, room, to) makes: some at a time for few rows, else panels, which
+// panel(n0, columns, k0, ks, to, spare) makes, or fill does where panel gives false.
+// `room` has a byte for each of the ks elements and a word's more; spare has four for each of a panel.
+template <class T, class Fill, class Panel>
+INLINE int by_columns(const Layer<T> a, i64 threads, Fill fill, Panel panel) {
   constexpr i64 COLUMNS = 8, ROOM = 64;
   if (a.m <= 3 * FEW) {
     const i64 room = (COLUMNS * (i64)sizeof(T) + 1) * (a.k + ROOM);
@@ -353,6 +406,7 @@ INLINE int by_columns(const Layer<T> a, i64 threads, Fill fill) {
   const auto left = [=](i64) __attribute__((always_inline)) -> Rows<T> { return {a.x, a.k}; };
   const auto from = [=](i64) __attribute__((always_inline)) -> Nowhere { return {}; };
   const auto pack = [=](i64, i64 n0, i64 columns, i64 k0, i64 ks, T* to, char* spare) __attribute__((always_inline)) -> int {
+    if (panel(n0, columns, k0, ks, to, spare)) return 0;
     T* const rows = (T*)spare;
     u8* const room = (u8*)(rows + columns * ks);
     for (i64 j = 0; j < columns; ++j) fill(n0 + j, k0, ks, room, rows + j * ks);
@@ -378,7 +432,21 @@ INLINE int linear(const Layer<T> a, i64 threads) {
       if constexpr (BITS <= 4)
         if (a.group * 8 == chunk) return few_rows<KIND, BITS, T, 8>(a, threads);
     }
-  return by_columns(a, threads, [=](i64 n, i64 k0, i64 ks, u8* room, T* to) __attribute__((always_inline)) { unpacked<KIND, BITS>(a, n, k0, ks, room, to); });
+  const auto fill = [=](i64 n, i64 k0, i64 ks, u8* room, T* to) __attribute__((always_inline)) { unpacked<KIND, BITS>(a, n, k0, ks, room, to); };
+  alignas(64) float entries[16];
+  const float* const table = entries;
+  if (a.table)
+    for (i64 i = 0; i < 16; ++i) entries[i] = a.table[BITS < 8 ? i & ((1 << BITS) - 1) : i];
+  const auto panel = [=](i64 n0, i64 columns, i64 k0, i64 ks, T* to, char* spare) __attribute__((always_inline)) -> bool {
+    if constexpr (8 % BITS == 0 && (KIND != TABLE || BITS < 8)) {
+      constexpr i64 per = 32 / BITS;
+      if (a.k % per || k0 % per || ks % per || a.group % per) return false;
+      unpack_panel<KIND, BITS>(a, table, n0, columns, k0, ks, (u32*)spare, to);
+      return true;
+    }
+    return false;
+  };
+  return by_columns(a, threads, fill, panel);
 }
 
 }  // namespace tessel::gemm::packed
