@@ -140,8 +140,8 @@ def packed_source(part: str, dtype: torch.dtype, target: Target, attrs: Mapping[
             step along k meets one group) and ``whole`` (the left operand is int8 with a scale a row).
     """
     check(part in ("inner", "product"), lambda: f"no grouped kernel {part!r} of packed matrices")
-    context = {"act": "silu", "interleaved": False, "alpha": 1.0, "limit": 0.0, "bias": False, "scaled": False}
-    context |= {"keep": False, "part": part, **attrs}
+    context: dict[str, Any] = {"act": "silu", "interleaved": False, "alpha": 1.0, "limit": 0.0, "bias": False}
+    context |= {"scaled": False, "keep": False, "part": part, **attrs}
     packed = context["packed"]
     fits = not packed["whole"] or (packed["once"] and not packed["table"])
     check(fits, lambda: f"grouped kernel {part!r}: whole numbers need a scale a step, and integers")

@@ -35,7 +35,7 @@ SCALES = ("f32", "e8m0", "e4m3")
 """What scales are kept in; see ``quant/formats.py``."""
 
 _EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
-_E4M3 = {"exponent": 4, "mantissa": 3, "largest": 448.0}
+_E4M3 = (4, 3, 448.0)  # bits of exponent and mantissa, the largest number
 
 
 def floor_pow2(x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def scales(most: Tensor, top: float, kind: str) -> Tensor:
     elif kind == "e4m3":
         whole = most.amax() / (448.0 * top)
         whole = torch.where(whole == 0, torch.ones_like(whole), whole)
-        scale = round_float(most / (top * whole), **_E4M3) * whole
+        scale = round_float(most / (top * whole), *_E4M3) * whole
     else:
         scale = most / top
     return torch.where((scale == 0) | ~torch.isfinite(scale), torch.ones_like(scale), scale)
@@ -142,7 +142,7 @@ def _scales(e: Emit, most: Value, top: float, kind: str) -> Value:
     elif kind == "e4m3":
         whole = e("div", e("amax", most, dims=tuple(range(len(most.shape))), keepdim=True), 448.0 * top)
         whole = e("where", e("eq", whole, 0.0), 1.0, whole)
-        scale = e("mul", _round_float(e, e("div", most, e("mul", whole, top)), **_E4M3), whole)
+        scale = e("mul", _round_float(e, e("div", most, e("mul", whole, top)), *_E4M3), whole)
     else:
         scale = e("div", most, top)
     fine = e("logical_and", e("ne", scale, 0.0), e("lt", e("abs", scale), float("inf")))

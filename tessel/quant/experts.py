@@ -52,7 +52,8 @@ class ExpertInputs:
             return f"its inputs stay whole: {act}"
         own: Any = module
         own.packed_attrs = (f.bits, act)
-        module.__class__ = _rounding(type(module))
+        kind: Any = type(module)
+        module.__class__ = _rounding(kind)
         return ""
 
 

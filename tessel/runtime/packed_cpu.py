@@ -105,12 +105,12 @@ def forward_integers(
 
 def forward_experts(*args: Any, **attrs: Any) -> tuple[Tensor, Tensor]:
     """See ``packed_experts_ref``; inputs that are rounded are multiplied as floats."""
-    return packed_experts_ref(*args, **attrs, linear=forward)
+    return packed_experts_ref(*args, **{**attrs, "linear": forward})
 
 
 def forward_experts_integers(*args: Any, **attrs: Any) -> tuple[Tensor, Tensor]:
     """See ``packed_experts_ref``, of inputs of 8 bits and integers."""
-    return packed_experts_ref(*args, **attrs, linear=forward_integers)
+    return packed_experts_ref(*args, **{**attrs, "linear": forward_integers})
 
 
 def forward_sparse(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
