@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from .native import build, stop
 
 __all__ = [
     "forward",
+    "forward_either",
     "forward_experts",
     "forward_experts_integers",
     "forward_integers",
@@ -101,6 +102,15 @@ def forward_integers(
 ) -> Tensor:
     """See ``packed_linear_ref``, of inputs of 8 bits and integers: sums are exact up to where scales come in."""
     return _run(_name(x.dtype, bits, True, False, 0), x, words, scale, zero, bias, None)
+
+
+def forward_either(integers: Callable[[int], bool]) -> Callable[..., Tensor]:
+    """``forward_integers`` or ``forward``, by what ``integers`` says of the number of rows of each call."""
+
+    def run(x: Tensor, *args: Any, **attrs: Any) -> Tensor:
+        return (forward_integers if integers(x.shape[0]) else forward)(x, *args, **attrs)
+
+    return run
 
 
 def forward_experts(*args: Any, **attrs: Any) -> tuple[Tensor, Tensor]:

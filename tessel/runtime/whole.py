@@ -122,11 +122,14 @@ def _packed(node: Node, how: str, target: Target, folder: Path) -> tuple[Callabl
     if how != "native" or (half and not integers):
         return None, f"its reference in torch: {str(dtype).removeprefix('torch.')} has no kernel here"
     table = name != "sparse_linear" and len(node.args) > 5 and node.args[5] is not None
-    from .packed_choice import Way, choose  # what it needs is needed for nothing else
+    possible, times = integers, ""
+    if name != "packed_experts":
+        from .packed_choice import choose  # what it needs is needed for nothing else
 
-    possible = integers
-    way = Way(integers) if name == "packed_experts" else choose(node, integers, not half, target)
-    integers, times = way.integers, f"; {way.why}" * bool(way.why)
+        way = choose(node, integers, not half, target)
+        times = f"; {way.why}" * bool(way.why)
+        if way.known is not None:
+            integers = way.integers(way.known)
     try:
         if name == "sparse_linear":
             packed_cpu.prepare_sparse(dtype)
@@ -140,6 +143,10 @@ def _packed(node: Node, how: str, target: Target, folder: Path) -> tuple[Callabl
         if integers:
             return packed_cpu.forward_experts_integers, f"{why}; {whole_numbers}"
     elif integers:
+        if way.known is None and not half:
+            packed_cpu.prepare(dtype, attrs["bits"])
+            each = f"{whole_numbers}, or of floats, as its rows are"
+            return packed_cpu.forward_either(way.integers), f"Tessel's kernels: {each}{times}"
         return packed_cpu.forward_integers, f"Tessel's kernel: {whole_numbers}{times}"
     else:
         why = "Tessel's kernel: codes become numbers in registers"
