@@ -220,6 +220,7 @@ def plan(
     from .sharding.planned import plan_model  # the search is not needed for anything else
     from .sharding.planner import Request
 
+    calls: dict[str, Any] = {k: n for k, n in (("bucket", bucket), ("in_flight", in_flight)) if n is not None}
     request = Request(
         train=model.training if train is None else train,
         optimizer=optimizer,
@@ -230,7 +231,7 @@ def plan(
         capacity=capacity,
         gpus_per_node=gpus_per_node,
         roles=not free_axes,
-        **{k: n for k, n in (("bucket", bucket), ("in_flight", in_flight)) if n is not None},
+        **calls,
     )
     return plan_model(
         model, args, kwargs, mesh=mesh, target=target, request=request, annotations=annotations, progress=progress

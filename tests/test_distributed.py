@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from torch import nn
 
 import tessel
 from tessel.errors import TesselError
-from tessel.frontend.joint import capture_step
+from tessel.frontend.joint import Step, capture_step
 from tessel.ops.collective import together
+from tessel.passes.collectives import Overlap
 from tessel.runtime.collectives import ProcessGroups
 from tessel.runtime.shares import share
 from tessel.sharding.distributed import Distributed, distribute
@@ -67,13 +70,18 @@ def loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def step(rank: int, cases: Cases) -> None:
-    """Every case, on one rank of one group of processes."""
+@cache
+def example() -> tuple[Model, torch.Tensor, Step]:
     torch.manual_seed(0)
     module, ids = Model(), torch.randint(64, (4, 8))
+    return module, ids, capture_step(module, (ids,), train=True)
+
+
+def step(rank: int, cases: Cases) -> None:
+    """Every case, on one rank of one group of processes."""
+    module, ids, captured = example()
     want = module(ids)
     loss(want, ids).backward()
-    captured = capture_step(module, (ids,), train=True)
     for name, (mesh, lines, run) in cases.items():
         laid = lay_out(captured, Mesh(mesh), annotations(lines), ring=("sp",))
         placed = distribute(module, laid, run=run)  # type: ignore[arg-type]
@@ -162,6 +170,46 @@ def collectives(rank: int) -> None:
             for data in (numbers,) if attrs.get("combine") == "sum" else (numbers, flags):
                 want = together(name, [data[r] for r in group], given)[me]
                 assert torch.equal(by.run(name, data[rank], given), want), (name, axes)
+                more = [~x if x.dtype == torch.bool else 3 * x for x in data]
+                call = by.start(name, (data[rank], more[rank]), (given, given))
+                wants = want, together(name, [more[r] for r in group], given)[me]
+                assert all(map(torch.equal, by.finish(call), wants)), f"a call of two: {name} over {axes}"
+
+
+# parameters that are gathered, gradients that are scattered and added up; sums of activations
+CALLED: Cases = {
+    "kept split": ({"dp": 2}, DATA + KEPT, "interpreted"),
+    "tensor": ({"dp": 1, "tp": 2}, TENSOR, "interpreted"),
+}
+
+
+def call(rank: int) -> None:
+    """Collectives that are merged and begun early give, bit for bit, what they give one by one."""
+    module, ids, captured = example()
+    for name, (mesh, lines, run) in CALLED.items():
+        found = []
+        for overlap in (None, Overlap(8192, 2**20)):
+            laid = lay_out(captured, Mesh(mesh), annotations(lines), overlap=overlap)
+            placed = distribute(module, laid, run=run)  # type: ignore[arg-type]
+            got = placed(ids)
+            loss(got, ids).backward()
+            assert placed.sent == laid.bytes, name
+            found.append([got.detach(), *(p.grad for p in placed.module.parameters() if p.grad is not None)])
+        assert len(found[0]) == len(found[1]) and all(map(torch.equal, *found)), name
+        rows = laid.collectives()
+        assert any(c.beside for c in rows), name
+        if name == "kept split":
+            calls = {(p.graph.name, c.call) for p in laid.programs() for c in p.collectives()}
+            assert len(calls) < len(rows) - 8, (calls, rows)
+    # a program that does not wait for what it begins is stopped
+    x = torch.ones(4)
+    by = ProcessGroups(Mesh({"dp": 2}))
+    row = next(c for c in laid.collectives() if c.kind == "all_reduce")
+    attrs = {"axes": ("dp",), "parts": 2, "combine": "sum"}
+    words = "ended the forward without waiting for all_reduce over dp"
+    with pytest.raises(TesselError, match=words), by.running("forward", [replace(row, axes=("dp",))]):
+        by.start("all_reduce", (x,), (attrs,))
+    dist.barrier()
 
 
 def process(rank: int, world: int, cases: Cases, port: int, folder: str) -> None:
@@ -173,6 +221,7 @@ def process(rank: int, world: int, cases: Cases, port: int, folder: str) -> None
         optimize(rank)
         if world == 2:
             draw(rank)
+            call(rank)
         else:
             collectives(rank)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from tessel.cli import main
 from tessel.errors import TesselError
 from tessel.ir.sharding import Sharding
 from tessel.sharding import planner
+from tessel.sharding.html import plan_page
 from tessel.sharding.plan_file import ShardingPlan, fingerprint_of, parse_plan, read_plan, schema
 from tessel.sharding.planner import Captured, Request, capture_model, make_plan, problem_of
+from tessel.sharding.text import findings, plan_text
 from tessel.solve.shard_choice import Setting
 from tessel.solve.shard_price import Pricer
 from tessel.targets import get_target
@@ -118,7 +121,7 @@ def test_microbatches_and_annotations(captured: Captured, config: Path) -> None:
     assert kinds & {"reduce-scatter", "all-reduce"}
     for wrong, words in (
         ({"no.such": Sharding(())}, "no parameter has that name"),
-        ({"norm.weight": Sharding(((), ()))}, re.escape("whose shape is [256]")),
+        ({"norm.weight": Sharding(((), ()))}, re.escape("norm.weight has 1, its shape is [256]")),
         ({"up_proj.weight": Sharding((("dp",), ("tp",)))}, "no way to run it fits up_proj.weight as {dp,tp}"),
     ):
         if "up_proj.weight" not in wrong:
@@ -225,12 +228,41 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]
             "does not divide by",
         ),
         (edit(lambda d: d["tensors"]["lm_head.weight"].update(shape="x")), "expected array, got 'x'"),
+        (
+            edit(lambda d: program(d, (0, 0), (0, 0), (2, 0), (1, 0))),
+            "all_reduce 3 of the forward is no part of call 1",
+        ),
+        (edit(lambda d: program(d, (0, 2), (0, 3))), "all_reduce 1 of the forward is no part of call 0"),
+        (edit(lambda d: d["settings"].update(in_flight_bytes=-1)), "in_flight_bytes: -1 is not from 0"),
     ],
 )
 def test_bad_plans_are_refused(data: dict[str, Any], text: Callable[[dict[str, Any]], str], words: str) -> None:
     with pytest.raises(TesselError, match=words) as e:
         parse_plan(text(data))
     assert len(str(e.value)) < 600
+
+
+def program(data: dict[str, Any], *calls: tuple[int, int]) -> None:
+    """A plan with a program of these calls: of each collective its call, and how many operations are beside it."""
+    row = {"phase": "forward", "kind": "all_reduce", "axes": ["tp"], "bytes": 8, "tensor": "x", "where": "", "why": ""}
+    rows = [{**row, "call": call, "beside": beside} for call, beside in calls]
+    data.update(inputs={}, aliases={}, program={"bytes": 8 * len(rows), "collectives": rows})
+
+
+def test_calls_are_told(data: dict[str, Any]) -> None:
+    """Merged ones, those beside computation, and their memory; plans of version 1 know neither."""
+    program(data, (0, 3), (0, 3), (2, 0), (3, 1))
+    made = parse_plan(json.dumps(data))
+    assert "4 collectives in 3 calls" in plan_text(made) and "75% of the bytes go on beside" in plan_text(made)
+    page = plan_page(made)
+    assert "Calls that are merged, or go on beside computation" in page and "4 collectives in 3 calls" in page
+    assert findings(made, [], {}) == findings(parse_plan(json.dumps(data)), [], {})
+    spent = {**data["settings"], "memory_limit": math.ceil(data["memory"]["total"]) + 10}
+    told = findings(parse_plan(json.dumps({**data, "settings": spent})), [], {})
+    assert any("of collectives on their way, more than the limit" in line for line in told)
+    old = {k: n for k, n in data["settings"].items() if k not in ("bucket_bytes", "in_flight_bytes")}
+    first = parse_plan(json.dumps({**data, "version": 1, "settings": old}))
+    assert "in 3 calls" not in plan_text(first) and plan_page(first)
 
 
 def test_another_model_or_world(plan: ShardingPlan, tmp_path: Path) -> None:

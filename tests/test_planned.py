@@ -118,6 +118,11 @@ def changed(plan: ShardingPlan, change: Any) -> ShardingPlan:
         (lambda d: d["program"]["collectives"][0].update(bytes=1), "collective 0 of the plan is .* 1 bytes"),
         (lambda d: d["program"]["collectives"].pop(), r"the plan has \d+ collectives, the program"),
         (
+            lambda d: d["program"]["collectives"][0].update(beside=99),
+            "in call 0 beside 99 operations, .* the program that",
+        ),
+        (lambda d: d["settings"].update(bucket_bytes=0, in_flight_bytes=0), "collective . of the plan is .* in call"),
+        (
             lambda d: next(n for n in d["nodes"] if n["name"] == "blocks.0.up:matmul").update(splits={"dp": "q"}),
             "blocks.0.up:matmul: dp splits 'q'; matmul has",
         ),

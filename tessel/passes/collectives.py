@@ -213,10 +213,13 @@ class _Run:
 
     def one(self, move: Move, index: int) -> _One:
         (step,), v = move.steps, move.value
-        sizes = [v.dtype.itemsize * prod(s.local_shape(v.shape, self.mesh)) for s in (step.before, step.after)]  # type: ignore[arg-type]
+        operand, result = (
+            int(v.dtype.itemsize * prod(s.local_shape(v.shape, self.mesh)))  # type: ignore[arg-type]
+            for s in (step.before, step.after)
+        )
         come = sources(step.before, step.after, step.axes, self.mesh) if step.kind == "collective_permute" else ()
         key = (step.kind, step.axes, v.dtype, v.type.device, step.combine, come)
-        return _One(move, key, _layer(move.loc.module), index, *map(int, sizes))
+        return _One(move, key, _layer(move.loc.module), index, operand, result)
 
     # ------------------------------------------------------------ in order
 
@@ -232,9 +235,9 @@ class _Run:
         while self.ones:
             ready = next((list(some) for some in self.ready.values() if some), [])
             if ready:
-                call = self.bucket(ready[0], ready)
-                self.room(call)
-                self.start(call)
+                some = self.bucket(ready[0], ready)
+                self.room(some)
+                self.start(some)
             else:
                 self.wait(next(iter(self.flying)))
         for call in list(self.flying):

@@ -299,9 +299,8 @@ def _check_calls(rows: Sequence[Mapping[str, Any]]) -> None:
             i > 0 and own[-1].get("call", i - 1) == call
             and all(own[-1].get(k) == c.get(k) for k in ("kind", "axes", "beside"))
         )  # fmt: skip
-        check(
-            same, lambda c=c, i=i, call=call: f"program: {c['kind']} {i} of the {c['phase']} is no part of call {call}"
-        )  # type: ignore[misc]
+        if not same:
+            raise TesselError(f"program: {c['kind']} {i} of the {c['phase']} is no part of call {call}")
         own.append(c)
 
 
