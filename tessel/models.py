@@ -88,7 +88,12 @@ def load_batches(spec: str) -> list[Any]:
     check(callable(make), lambda: f"calibration {spec!r}: no function {name!r}")
     assert make is not None
     try:
-        return list(make())
+        given = make()
+        if isinstance(given, Mapping | str):
+            raise TesselError(f"calibration {spec!r} gives a {type(given).__name__}; a list of calls: return [batch]")
+        return list(given)
+    except TesselError:
+        raise
     except Exception as e:
         raise TesselError(f"calibration {spec!r} raised {_one_line(e, getattr(module, '__file__', None))}") from e
 

@@ -162,6 +162,10 @@ def test_the_command(tmp_path: Path) -> None:
         "import torch\nfrom torch import nn\n"
         "def make():\n    return nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), (torch.randn(4, 64),)\n"
         "def data():\n    for _ in range(3):\n        yield torch.randn(16, 64)\n"
+        "def one():\n    return {'input': torch.ones(4, 64)}\n"
+        "def nothing():\n    return iter(())\n"
+        "def nan():\n    return [torch.full((4, 64), float('nan'))]\n"
+        "def spoilt():\n    model, args = make()\n    model[1].weight.data[2, 3] = torch.inf\n    return model, args\n"
     )
     out = tmp_path / "out"
     args = ["quantize", f"{source}:make", "--scheme", "w4a16-g32", "--method", "gptq", "--out", str(out)]
@@ -172,10 +176,15 @@ def test_the_command(tmp_path: Path) -> None:
     assert isinstance(model[0], QuantLinear)
     for more, words in (
         (["--calibration", f"{source}:none"], "no function 'none'"),
+        (["--calibration", f"{source}:one"], "gives a dict; a list of calls"),
+        (["--calibration", f"{source}:nothing"], "the calibration data is an empty list"),
+        (["--calibration", f"{source}:nan"], "NaN or infinite inputs"),
         (["--scheme", "w9"], "unknown scheme"),
     ):
-        bad = CliRunner().invoke(main, [*args, *more])
-        assert bad.exit_code == 2 and words in bad.output
+        bad = CliRunner().invoke(main, [*args, *more, "--work", str(tmp_path / "work")])
+        assert bad.exit_code == 2 and words in " ".join(bad.output.split()), bad.output
+    spoilt = CliRunner().invoke(main, ["quantize", f"{source}:spoilt", "--scheme", "w8a16"])
+    assert spoilt.exit_code == 2 and "quantize: 1: quantize: 1 of 256 values are NaN or infinite" in spoilt.output
 
 
 def test_zero_points_lie_along_rows() -> None:

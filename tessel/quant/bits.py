@@ -367,7 +367,7 @@ def _measured(
     probes = batches[:_PROBES]
     try:
         with running(model):
-            want = [result_of(call(model, batch)) for batch in probes]
+            want = [result_of(call(model, batch, f"item {i}")) for i, batch in enumerate(probes)]
             for batch in batches[_PROBES:]:
                 call(model, batch)
     finally:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import TesselError, check
 
-__all__ = ["Seen", "call", "look", "running"]
+__all__ = ["Seen", "call", "empty", "look", "running"]
 
 _SAMPLE = 1024  # rows of a layer's inputs that AWQ looks at
 _NO_CACHE = {"past_key_values": None, "past_key_value": None, "cache_params": None, "use_cache": False}
@@ -84,13 +85,7 @@ def look(
     try:
         with running(model):
             for i, batch in enumerate(batches):
-                try:
-                    call(model, batch)
-                except TesselError:
-                    raise
-                except Exception as e:  # whatever a model's code raises
-                    what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-                    raise TesselError(f"quantize: the model cannot be called with calibration item {i}: {what}") from e
+                call(model, batch, f"item {i}")
     finally:
         for h in handles:
             h.remove()
@@ -156,8 +151,28 @@ def running(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def call(model: nn.Module, batch: Any) -> Any:
-    """The model's result for one item of calibration data: a mapping, a tuple of arguments, or one argument."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+def call(model: nn.Module, batch: Any, which: str = "an item") -> Any:
+    """The model's result for one item of calibration data: a mapping, a tuple of arguments, or one argument.
+
+    Raises:
+        TesselError: the model raises something; ``which`` item it is.
+    """
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+    except TesselError:
+        raise
+    except Exception as e:  # whatever a model's code raises
+        what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise TesselError(f"quantize: the model cannot be called with {which} of the calibration data: {what}") from e
+
+
+def empty(batches: Sequence[Any]) -> bool:
+    """Whether there are no values in calibration data at all.
+
+    >>> empty([torch.ones(0, 8)]), empty([{"x": torch.ones(2, 8)}]), empty([3])
+    (True, False, False)
+    """
+    leaves = tree_leaves(list(batches))
+    return all(isinstance(x, Tensor) and x.numel() == 0 for x in leaves)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import TesselError, check, did_you_mean
 from ..targets import Target, get_target
 from .bits import Spent, shard_limit, spend
-from .calibrate import Seen, look
+from .calibrate import Seen, empty, look
 from .formats import WHOLE_ROW, WHOLE_TENSOR, Format, Quantized, quantize
 from .hessian import gptq, rows_gain, turboboa
 from .kv_model import cache_for, give_cache
@@ -101,6 +101,8 @@ def quantize_model(
     batches = None if calibration is None else list(calibration)
     needs = [s for s in steps if s in _NEED_DATA]
     check(batches is None or bool(batches), lambda: "quantize: the calibration data is an empty list; leave it out")
+    nothing = batches is not None and empty(batches)
+    check(not nothing, lambda: f"quantize: the {len(batches or ())} items of the calibration data hold no values")
     check(
         not needs or batches is not None,
         lambda: (
@@ -274,6 +276,8 @@ def _layer(
         return whole("the budget has room for it")
     speed = None
     if s.sparse:
+        if k % (4 * shards) and shards > 1:
+            return whole(f"four weights do not divide k = {k} in {shards} shards")
         if target is not None and k % 4 == 0:
             speed = Speed(rows, seconds(n, k, rows, dtype, None, target), sparse_seconds(n, k, rows, dtype, target))
             if speed.after >= speed.before:
