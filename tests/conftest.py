@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -27,6 +28,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache directory of the module's own: nothing built before is found."""
     with pytest.MonkeyPatch.context() as m:
         m.setenv("TESSEL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache directory that the modules of this run that use it have in common, in all its processes: kernels of few
+    bits take the compiler seconds each, and many tests need the same ones."""
+    base = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("TESSEL_CACHE_DIR", str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"))
         yield
 
 

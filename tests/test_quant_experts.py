@@ -24,7 +24,7 @@ from tessel.runtime import packed_cpu
 from tessel.runtime.fused_gpu import GpuPackedExperts
 from tessel.targets import get_target
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 files = pytest.importorskip("safetensors.torch")
 

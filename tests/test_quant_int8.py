@@ -26,7 +26,7 @@ from tessel.runtime import packed_cpu
 from tessel.runtime.native import find_compiler
 from tessel.targets import get_target
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 def by_whole_numbers(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:

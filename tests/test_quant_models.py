@@ -24,7 +24,7 @@ from tessel.quant.scheme import NAMES, scheme
 from tessel.quant.sparse import SparseLinear
 from tessel.quant.stacks import Stack, stacked
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 SCHEMES = [n for n in NAMES if scheme(n).weight is not None or scheme(n).sparse]  # caches have tests of their own
 # Groups of 128 reach over the 64 columns that most layers of these models have.
@@ -219,8 +219,11 @@ def test_inputs_that_are_always_zero_and_data_of_one_row_are_fine() -> None:
         ({"rows": 0}, "0 rows, 1 shards: at least 1"),
         ({"calibration": {"x": torch.ones(2, 64)}, "method": "gptq"}, r"call by call: \[batch\]"),
         ({"calibration": iter(()), "method": "gptq"}, "the calibration data is an empty list"),
-        ({"calibration": [torch.ones(2, 63)], "method": "gptq"}, "calibration item 0: RuntimeError"),
-        ({"calibration": [torch.ones(2, 64), 3], "method": "gptq"}, "calibration item 1: "),
+        ({"calibration": [torch.ones(0, 64)], "method": "gptq"}, "the 1 items of the calibration data hold no values"),
+        ({"calibration": [torch.ones(2, 63)], "budget": "20dB"}, "item 0 of the calibration data: RuntimeError"),
+        ({"calibration": [torch.ones(0, 64)], "budget": "20dB"}, "hold no values"),
+        ({"calibration": [torch.ones(2, 63)], "method": "gptq"}, "item 0 of the calibration data: RuntimeError"),
+        ({"calibration": [torch.ones(2, 64), 3], "method": "gptq"}, "item 1 of the calibration data: "),
         ({"calibration": [torch.full((2, 64), torch.nan)], "method": "smoothquant"}, "0 NaN or infinite inputs"),
         ({"skip": ("*",)}, "no linear layer outside"),
     ],
@@ -255,6 +258,21 @@ def test_groups_that_do_not_divide_a_shard_are_said() -> None:
             assert isinstance(m, QuantLinear) == (not words) and words in found.get(str(own), "")
 
 
-def test_calibration_of_no_rows_is_as_if_it_never_came() -> None:
-    small = tessel.quantize(nn.Sequential(nn.Linear(64, 8)), "w4a16-g32", [torch.ones(0, 64)], method="gptq")
-    assert "the calibration data never reaches it" in small.quantization.layers[0].fallback
+def test_a_layer_that_calibration_gives_no_rows() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 8), nn.Linear(64, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x[:0]).sum(0)
+
+    a, b = tessel.quantize(Half(), "w4a16-g32", [torch.randn(9, 64)], method="gptq").quantization.layers
+    assert a.fallback == "" and "the calibration data never reaches it" in b.fallback
+
+
+def test_a_sparse_layer_that_shards_do_not_divide() -> None:
+    model = nn.ModuleList([nn.Linear(24, 8), nn.Linear(20, 8)])
+    small = tessel.quantize(model, "2:4", shards=2)
+    assert [type(m) is SparseLinear for m in small] == [True, False]
+    assert small.quantization.whole[0].how == "left whole: four weights do not divide k = 20 in 2 shards"

@@ -9,7 +9,7 @@ from torch import Tensor
 import tessel
 from tessel.quant.formats import integers, quantize
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 def whole_bytes(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import tessel
 from tessel.quant.formats import FORMATS, quantize, rounded
 from tessel.quant.scheme import scheme
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 # Of every scheme whose inputs are small floats.
 INPUTS = {n: scheme(n).activation for n in ("fp8", "fp8-row", "fp8-block", "mxfp8", "mxfp4", "nvfp4")}

@@ -25,7 +25,7 @@ from tessel.quant.stacks import Stack, stacked
 from tessel.runtime import packed_cpu
 from tessel.targets import get_target
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 def two_of_four(n: int, k: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

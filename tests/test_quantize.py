@@ -23,7 +23,7 @@ from tessel.quant.model import METHODS
 from tessel.quant.scheme import scheme as scheme_of
 from tessel.runtime import packed_cpu
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 def bf16_kernel() -> bool:
