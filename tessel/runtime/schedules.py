@@ -1,6 +1,6 @@
 """Pipeline schedules of torch.distributed.pipelining, behind one call.
 
-Supported: torch 2.11 to 2.15. Only public names are used; what a stage sends is counted where it is handed to torch.
+Supported: torch 2.11 to 2.15. One name that is not public is used, and only by 2.11; what a stage sends is counted where it is handed to torch.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ def stage_class(sent: Message) -> type[pipelining.PipelineStage]:
 
         def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
             return _counted(super().get_bwd_send_ops(bwd_chunk_id))
+
+        def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+            # torch 2.11 lets neighbours greet each other first; of gloo, a rank cannot ask for itself
+            return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     def _counted(ops: list[dist.P2POp]) -> list[dist.P2POp]:
         for op in ops:
