@@ -1,6 +1,7 @@
 """Pipeline schedules of torch.distributed.pipelining, behind one call.
 
-Supported: torch 2.11 to 2.15. One name that is not public is used, and only by 2.11; what a stage sends is counted where it is handed to torch.
+Supported: torch 2.11 to 2.15. One name that is not public is used, and only by 2.11. What a stage sends is counted
+where it is handed to torch.
 """
 
 from __future__ import annotations
