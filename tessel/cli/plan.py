@@ -293,5 +293,8 @@ def read_annotations(path: Path) -> dict[str, Any]:
         axes = [[] if d is None else [d] if isinstance(d, str) else d for d in dims]
         words = all(isinstance(d, list) and all(isinstance(a, str) for a in d) for d in axes)
         check(words, lambda n=name: f"--annotate {path}: {n}: a dimension is an axis, a list of axes or null")  # type: ignore[misc]
-        found[name] = Sharding(tuple(tuple(d) for d in axes))
+        try:
+            found[name] = Sharding(tuple(tuple(d) for d in axes))
+        except TesselError as e:
+            raise TesselError(f"--annotate {path}: {name}: {e}") from e
     return found

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -127,6 +128,7 @@ def _run(
     module, args, kwargs = load_model(model, **size)
     if not isinstance(module, torch.nn.Module):
         raise TesselError(f"run: {model} is a function; a plan is of a module")
+    _check_size(plan, model, module)
     train = bool(settings["train"])
     by_steps = "pipeline" in plan.data or settings["microbatches"] > 1
     placed = distribute_model(
@@ -152,6 +154,22 @@ def _run(
         raise TesselError(f"{total} bytes were sent in a step, the plan's programs send {placed.planned}")
     sent, calls = placed.by.sent.bytes - before[1], placed.by.sent.calls - before[2]
     return [*lines, _table(plan, placed, optimizer, took, sent, calls, total)]
+
+
+def _check_size(plan: ShardingPlan, model: str, module: torch.nn.Module) -> None:
+    """Refuse a model that is small because only its type was named, where the plan is for one of full size."""
+    from ..sharding.planner import parameters_of
+
+    if not model.startswith("hf:") or model.endswith(".json"):
+        return
+    own, said = sum(prod(shape) for _, shape, _ in parameters_of(module)), plan.data["model"]["parameters"]
+    check(
+        own == said,
+        lambda: (
+            f"run: {model} names a type, of which a small model is run, {own:,} parameters; the plan is for {said:,}. "
+            "Plan with --whole (and the same --layers) to run that small one, or name a config file: hf:FILE.json"
+        ),
+    )
 
 
 def _has_tokens(plan: ShardingPlan) -> bool:

@@ -235,7 +235,7 @@ class Loc:
     module: str = ""
 
     def __str__(self) -> str:
-        where = f"{self.file}:{self.line}" if self.file else ""
+        where = f"{self.file}:{self.line}" if self.file and self.line else self.file
         return " in ".join(p for p in (where, self.module) if p) or "(no location)"
 
     @property

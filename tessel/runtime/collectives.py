@@ -163,7 +163,14 @@ class ProcessGroups:
         """
         mine = [[what, r.kind, list(r.axes), r.tensor, r.loc.short, r.call] for what, rows in programs for r in rows]
         self._store.set(f"rows {self.rank}", json.dumps(mine))
-        self._store.wait([f"rows {r}" for r in range(self.mesh.devices)], timedelta(seconds=self.seconds))
+        try:
+            self._store.wait([f"rows {r}" for r in range(self.mesh.devices)], timedelta(seconds=self.seconds))
+        except RuntimeError as e:
+            late = ", ".join(str(r) for r in range(self.mesh.devices) if not self._store.check([f"rows {r}"]))
+            raise TesselError(
+                f"rank {self.rank} waited {self.seconds:.0f} s for the other ranks to lay out the model; not done: rank "
+                f"{late}. Give more time (seconds=, --timeout) if they are only slow"
+            ) from e
         first = json.loads(self._store.get("rows 0"))
         for rank in range(1, self.mesh.devices):
             other = json.loads(self._store.get(f"rows {rank}"))

@@ -140,8 +140,8 @@ class Distributed(torch.nn.Module):
         held = next((x.device for x in (*self.module.parameters(), *self.module.buffers())), torch.device("cpu"))
         self._dtensors = DTensors(mesh, rank, held.type)
         forward, backward = spmd.forward, spmd.backward
+        by.agree([(what, p.collectives()) for what, p, _ in spmd.phases()])  # or a rank would wait in a group alone
         by.prepare(_groups(spmd))
-        by.agree([(what, p.collectives()) for what, p, _ in spmd.phases()])
         if any(n.op.random for n in forward.graph.nodes):
             by.check_random_state()
         self._plain = rank_runner(spmd.step.forward, forward, by, run, "inference" if backward is None else "forward")

@@ -115,9 +115,14 @@ def entries_of(answer: Answer, pricer: Pricer, chain: Sequence[Segment], shifts:
             instead[key] = alternatives(picked, pricer, answer.price)
         _Writer(out, picked, names, params).write(instead.pop(key, {}) if key in instead else {})
         instead.setdefault(key, {})  # equal segments: said once
-    whole = [n["name"] for n in out.nodes if n["op"] in ("call", "call_random") and not n["splits"]]
+    calls = {u.node: None for p in answer.segments for u, c in p.choices.items() if "target" in u.node.attrs
+             if not any(c.splits)}  # fmt: skip
+    whole = list(dict.fromkeys(f"{n.attrs['target']} at {n.loc.short}" for n in calls))
     if whole:
-        out.notes.append(f"kept whole on every device, since nothing says how to split them: {', '.join(whole[:8])}")
+        out.notes.append(
+            "kept whole on every device, since no dims string says how a custom operator may be split: "
+            + ", ".join(whole[:8])
+        )
     out.notes.append("products that read one tensor (query, key, value; gate, up) are priced as one wide product")
     return out
 

@@ -27,6 +27,7 @@ from ..solve.shard_search import Answer, Search
 from ..solve.transient import transient_bytes
 from ..solve.units import Param, Segment, numel
 from .pipeline import Staged, Way, gives_weights, schedules_for
+from .words import size_text
 
 __all__ = ["StageSearch", "search_stages"]
 
@@ -334,8 +335,8 @@ def _shortage(searches: Mapping[int, StageSearch]) -> str:
     least = {w: min(float(x.least[0, n]) for x in s.spans(w, 0)) for w in s.ways}
     way, need = min(least.items(), key=lambda x: x[1])
     return (
-        f"no cut into {s.p} stages fits {s.limit / 2**30:.4g} GiB a device: the whole model holds at least "
-        f"{need / 2**30:.4g} GiB on the devices of all stages ({way}), {need / 2**30 / s.p:.4g} GiB a stage if it were "
+        f"no cut into {s.p} stages fits {size_text(s.limit)} a device: the whole model holds at least "
+        f"{size_text(need)} on the devices of all stages ({way}), {size_text(need / s.p)} a stage if it were "
         "cut evenly, and more where it is not. What helps: more stages, more devices on other axes, more microbatches, "
         "a smaller optimizer"
     )

@@ -502,4 +502,7 @@ def _check_pinned(pinned: Mapping[str, Sharding], captured: Captured) -> None:
             raise TesselError(f"annotation {pattern!r}: no parameter has that name; parameters are {names}, ...")
         for name, shape in found:
             if len(shape) != sharding.rank:
-                raise TesselError(f"annotation {pattern!r}: {sharding} for {name}, whose shape is {list(shape)}")
+                raise TesselError(
+                    f"annotation {pattern!r}: {sharding} has {sharding.rank} entries, one a dimension; {name} has "
+                    f"{len(shape)}, its shape is {list(shape)}"
+                )

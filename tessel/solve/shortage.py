@@ -79,6 +79,8 @@ def _advice(pricer: Pricer, core: list[str]) -> str:
 
 def _size(nbytes: float) -> str:
     """Bytes in the unit that memory is sold in, and in the one that it is counted in."""
+    if nbytes < 1e5:
+        return f"{nbytes / 1e3:.4g} kB"
     if nbytes < 1e9:
         return f"{nbytes / 1e6:.4g} MB"
     return f"{nbytes / 1e9:.4g} GB ({nbytes / 2**30:.1f} GiB)"

@@ -19,6 +19,8 @@ from math import prod
 from ..errors import TesselError, check
 from ..ir.sharding import AXIS
 
+_MOST = 1_000_000  # devices: what a plan file may say
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
@@ -62,6 +64,8 @@ class Mesh(Mapping[str, int]):
                 whole and size > 0,
                 lambda n=name, s=size: f"mesh axis {n!r} has size {s!r}; a size is a whole number of at least 1",  # type: ignore[misc]
             )
+        count = prod(axes.values())
+        check(count <= _MOST, lambda: f"a mesh of {count:,} devices, more than {_MOST:,}")
         for name in links or {}:
             check(
                 name in axes,
