@@ -165,8 +165,7 @@ def program_of(graph: Graph, mesh: Mesh, seeds: dict[str, str], outputs: dict[in
 
 
 def called(program: Program, overlap: Overlap) -> list[Action]:
-    ends = (program.inputs, program.outputs, program.effects)
-    return overlapped(program.graph, program.mesh, program.actions, *ends, overlap)
+    return overlapped(program.graph, program.mesh, program.actions, program.inputs, overlap)
 
 
 def sums(n: int, shape: Sequence[int] = (8, 8), dtype: torch.dtype = torch.float32) -> Program:

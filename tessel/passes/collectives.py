@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeAlias
@@ -66,7 +66,7 @@ class Overlap:
 
 def overlapped(
     graph: Graph, mesh: Mapping[str, int], actions: Sequence[Action], inputs: Sequence[Sharding | None],
-    outputs: Sequence[Sharding | None], effects: Sequence[Sharding], overlap: Overlap,
+    overlap: Overlap, apart: Collection[int] = (),
 ) -> list[Action]:  # fmt: skip
     """A program's actions with its collectives merged and begun early.
 
@@ -74,15 +74,13 @@ def overlapped(
         graph: of the whole tensors.
         mesh: axis to size.
         actions: as ``partition`` gives them, collectives one by one.
-        inputs, outputs, effects: how the graph's inputs arrive and its results leave.
+        inputs: how the graph's inputs arrive.
         overlap: how much may be merged and be on its way at once.
+        apart: outputs, by number, that are not merged with others: somebody waits for them alone.
     """
     there = {(n.out, s) for n, s in zip(graph.inputs, inputs, strict=True) if s is not None}
-    leaving: list[Held] = [
-        (v, s) for v, s in zip(graph.outputs, outputs, strict=True) if isinstance(v, Value) and s is not None
-    ]
-    leaving += [(v, s) for (_, v), s in zip(graph.effects, effects, strict=True)]
-    run = _Run(mesh, list(_singles(actions, there)), leaving, overlap, there)
+    alone = {v for i in apart if isinstance(v := graph.outputs[i], Value)}
+    run = _Run(mesh, list(_singles(actions, there)), overlap, there, alone)
     run.all()
     return _settled(run.out)
 
@@ -173,10 +171,10 @@ class _Run:
     """One walk over a program: what is emitted, in order, and what is on its way."""
 
     def __init__(
-        self, mesh: Mapping[str, int], actions: Sequence[Move | Local], leaving: Sequence[Held], overlap: Overlap,
-        there: set[Held],
+        self, mesh: Mapping[str, int], actions: Sequence[Move | Local], overlap: Overlap, there: set[Held],
+        alone: set[Value],
     ) -> None:  # fmt: skip
-        self.mesh, self.actions, self.leaving, self.overlap, self.there = mesh, actions, leaving, overlap, set(there)
+        self.mesh, self.actions, self.overlap, self.there, self.alone = mesh, actions, overlap, set(there), alone
         self.out: list[Action] = []
         self.ones: dict[Held, _One] = {}  # by result, those that have not begun
         self.readers: dict[Held, list[_One]] = {}  # of these, by operand
@@ -218,7 +216,7 @@ class _Run:
             for s in (step.before, step.after)
         )
         come = sources(step.before, step.after, step.axes, self.mesh) if step.kind == "collective_permute" else ()
-        key = (step.kind, step.axes, v.dtype, v.type.device, step.combine, come)
+        key = (step.kind, step.axes, v.dtype, v.type.device, step.combine, come, v in self.alone)
         return _One(move, key, _layer(move.loc.module), index, operand, result)
 
     # ------------------------------------------------------------ in order

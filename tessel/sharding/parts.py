@@ -19,13 +19,14 @@ from ..frontend.joint import tensors_of
 from ..frontend.split import Part, capture_parts
 from ..ir.sharding import Sharding
 from ..passes._layouts import Seed
+from ..passes.collectives import Overlap
 from ..solve.pipeline import SCHEDULES, bubble
 from ..targets.mesh import Mesh
 from .annotate import Annotation, Annotations, annotations_of, seeds
 from .microbatches import microbatch
 from .pipeline import AXIS
 from .plan_file import ShardingPlan
-from .spmd import Spmd, lay_out_prepared, prepared_step
+from .spmd import Spmd, lay_out_prepared, overlap_of, prepared_step
 
 __all__ = ["CutModel", "Laid", "Pipeline", "cut_model"]
 
@@ -99,7 +100,7 @@ class Laid:
 
 def _lay_out(
     parts: Sequence[Part], mesh: Mesh, annotations: Annotations, tensors: int,
-    handed: Sequence[Sharding | None] = (),
+    handed: Sequence[Sharding | None] = (), overlap: Overlap | None = None,
 ) -> list[Laid]:  # fmt: skip
     """Lay parts out one after the other, each result as the next part takes it.
 
@@ -141,7 +142,8 @@ def _lay_out(
         last = i == len(parts) - 1
         wanted = handed[i] if i < len(handed) else None
         results = {0: wanted} if wanted is not None and step.results == 1 else {}
-        spmd = lay_out_prepared(step, mesh, list(said.values()), whole_results=last, results=results)
+        how = {"results": results, "overlap": overlap}
+        spmd = lay_out_prepared(step, mesh, list(said.values()), whole_results=last, **how)  # type: ignore[arg-type]
         for node, sharding in zip(graph.inputs, spmd.forward.inputs, strict=True):
             if node.attrs["role"] == "param" and sharding is not None:
                 known.setdefault(str(node.attrs["name"]), (spmd.forward.layouts.of[node.out], sharding))
@@ -224,7 +226,8 @@ def cut_model(
     if plan is not None and annotations is None:
         annotations = _annotations_of(plan, tensors_of(micro_args, micro_kwargs))
     said = annotations if annotations is not None else annotations_of(model)
-    return CutModel(pipeline, _lay_out(parts, mesh, said, len(tensors), handed), batched)
+    overlap = Overlap() if plan is None else overlap_of(plan.data)
+    return CutModel(pipeline, _lay_out(parts, mesh, said, len(tensors), handed, overlap), batched)
 
 
 def _check(pipeline: Pipeline, stages: int, count: int) -> None:

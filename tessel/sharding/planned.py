@@ -28,7 +28,6 @@ from ..ops.dims import Shape
 from ..passes._factors import Split, through
 from ..passes._layouts import Seed
 from ..passes._rank import Move, Start
-from ..passes.collectives import Overlap
 from ..solve.shard_choice import Split as Asked
 from ..solve.shard_choice import role_of
 from ..solve.units import VIEWS, Unit, Use, place_of, units_of, view_back
@@ -39,7 +38,7 @@ from .pipeline import AXIS
 from .plan_file import ShardingPlan
 from .planner import Captured, Request, aliases_of, make_plan, parameters_of
 from .remat import recomputed
-from .spmd import Spmd, lay_out_prepared, prepared_step, tokens_apart
+from .spmd import Spmd, lay_out_prepared, overlap_of, prepared_step, tokens_apart
 
 __all__ = ["lay_out_plan", "plan_model"]
 
@@ -188,12 +187,10 @@ def _laid(plan: ShardingPlan, step: Step) -> Spmd:
     splits.update((copy, splits[own]) for copy, own in copies.items() if own in splits)
     kept, at_once = _levels(plan, graph)
     settings = plan.data["settings"]
-    asked = [settings.get(k) for k in ("bucket_bytes", "in_flight_bytes")]
-    overlap = None if None in asked else Overlap(*asked)  # plans of version 1 call one by one
     return lay_out_prepared(
         step, mesh, said, splits=splits, limits=limits, held=held, travels=travels,
         capacity=settings.get("capacity", math.inf), kept=kept, microbatches=settings["microbatches"],
-        at_once=at_once, overlap=overlap,
+        at_once=at_once, overlap=overlap_of(plan.data),
     )  # fmt: skip
 
 

@@ -378,8 +378,7 @@ def make_staged_plan(
         _check_pinned(request.pinned, captured)
         pins = pins_of(request.annotations, captured.graph, mesh, captured.positions, captured.aliases)
         problems[m] = problem_of(captured, pins)
-        setting = replace(_setting(request, m, pins), merged=False, overlap=False)  # stages call one by one
-        pricer = Pricer(record, inner, setting)
+        pricer = Pricer(record, inner, _setting(request, m, pins))
         searches[m] = StageSearch(problems[m].kinds, problems[m].order, pricer, stages, limit, request.schedule)
     m, staged = search_stages(searches, progress or (lambda _: None))
     captured, problem, answer = captures[m], problems[m], staged.merged()

@@ -242,15 +242,23 @@ def lay_out_prepared(
     sums = [(str(params[i].attrs["name"]), back.outputs[i], backward.outputs[i], grads[i]) for i in sorted(later)]
     more = {"gather": _moving("gather", mesh, gathers), "reduce": _moving("reduce", mesh, sums)}
     called = {what: _called(p, overlap) for what, p in more.items() if p is not None}
-    return Spmd(step, mesh, _called(forward, overlap), _called(backward, overlap), microbatches, kept, **called)
+    handed = [i for i in grads if params[i].attrs["role"] == "input"]  # gradients that another stage may wait for
+    backward = _called(backward, overlap, handed)
+    return Spmd(step, mesh, _called(forward, overlap), backward, microbatches, kept, **called)
 
 
-def _called(program: Program, overlap: Overlap | None) -> Program:
+def _called(program: Program, overlap: Overlap | None, apart: Collection[int] = ()) -> Program:
     """A program with its collectives merged and begun early."""
     if overlap is None:
         return program
-    ends = (program.inputs, program.outputs, program.effects)
-    return replace(program, actions=overlapped(program.graph, program.mesh, program.actions, *ends, overlap))
+    actions = overlapped(program.graph, program.mesh, program.actions, program.inputs, overlap, apart)
+    return replace(program, actions=actions)
+
+
+def overlap_of(plan: Mapping[str, Any]) -> Overlap | None:
+    """How a plan's programs call collectives; those of version 1 one by one."""
+    asked = [plan["settings"].get(k) for k in ("bucket_bytes", "in_flight_bytes")]
+    return None if None in asked else Overlap(*asked)
 
 
 def _moving(what: str, mesh: Mesh, tensors: Sequence[tuple[str, Any, Any, Any]]) -> Program | None:
@@ -322,4 +330,4 @@ def _is_tensor(x: object) -> bool:
     return isinstance(x, Value) and isinstance(x.type, TensorType)
 
 
-__all__ = ["Spmd", "lay_out", "lay_out_prepared", "prepared", "prepared_step", "tokens_apart"]
+__all__ = ["Spmd", "lay_out", "lay_out_prepared", "overlap_of", "prepared", "prepared_step", "tokens_apart"]
