@@ -6,9 +6,9 @@ The kernels (``templates/packed.hpp``, ``int8.hpp``, ``sparse.hpp``) have three 
 
     few      numbers are made of codes in registers, again for every few rows; reading hides behind that, or that
              behind reading: the longer of the two counts
-    columns  few rows of a format that has no such kernel: columns are written out once, then multiplied
-    panels   many rows: a panel of columns is unpacked once for up to 1024 rows, then multiplied at the rate of whole
-             numbers of its type
+    panels   a panel of columns is unpacked once for up to 1024 rows, then multiplied at the rate of whole numbers of
+             its type
+    columns  2:4 and few rows: columns are written out, then multiplied
 
 Arithmetic is counted in lane operations: one of a vector of float32 is as many as the vector has lanes, and the CPU
 does half as many a second as it does float32 operations in multiply-adds. The counts are fitted to measurements, see
@@ -27,7 +27,7 @@ from .formats import Format
 
 __all__ = ["Product", "of_format", "product_seconds", "seconds"]
 
-_FEW, _FEW_INTEGERS, _HIGH = 24, 16, 1024  # rows: of packed.hpp and int8.hpp, and that share a panel
+_COLUMNS, _INTEGERS, _HIGH = 24, 16, 1024  # rows: of few columns, of few whole numbers, and that share a panel
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
@@ -69,28 +69,28 @@ class Product:
         """``whole``, ``few``, ``columns`` or ``panels`` on a CPU with vectors of so many float32."""
         if not self.bits and not self.sparse:
             return "whole"
-        most = _FEW_INTEGERS if self.integers else _FEW
-        if self.rows > most:
-            return "panels"
-        if self.sparse or not self.by_words:
-            return "panels" if self.integers else "columns"
-        chunk = lanes * 32 // self.bits
-        group = self.k // self.groups
-        fits = (self.integers and self.groups == 1) or group % chunk == 0 or chunk in (2 * group, 4 * group)
-        fits = fits or (chunk == 8 * group and self.bits <= 4 and not self.integers)
-        return "few" if fits and self.k % chunk == 0 else "panels" if self.integers else "columns"
-
-    @property
-    def by_words(self) -> bool:
-        """Whether codes are taken out of whole vectors of words."""
-        return self.bits > 0 and 8 % self.bits == 0 and not (self.kind == "table" and self.bits == 8)
+        if self.sparse or (self.kind == "table" and self.bits > 4):
+            return "columns" if self.rows <= _COLUMNS else "panels"
+        chunk, group = lanes * 32 // self.bits, self.k // self.groups
+        scales = 1 if group % chunk == 0 else chunk // group if chunk % group == 0 else 0
+        if self.integers:
+            fits, most = self.groups == 1 or scales in (1, 2, 4), _INTEGERS
+        else:
+            fits = scales in (1, 2, 4) or (scales == 8 and self.bits <= 4)
+            most = 4 if scales > 2 else 10 if self.kind == "int" and self.bits < 8 else 6
+        return "few" if fits and 8 % self.bits == 0 and self.k % chunk == 0 and self.rows <= most else "panels"
 
 
-# Lane operations an element of the weight; `round`: of the inputs; `group`: of results, for each group; `reach`:
-# of the rate in registers that a product reaches.
+# Lane operations an element of the weight; `round`: of the inputs; `group`: of results, for each group; `reach`: of the
+# rates in registers. Fitted to seconds of CPU time of one thread, 2048 x 2048 bf16, 1 to 512 rows, on an AMD Zen 5
+# (AVX-512 with bf16 and int8 products), 2026-11-21: within a fifth there, and a third for 1 to 4 rows of tables.
+# `read`: of the bandwidth of a plain sum, from benchmarks/results/quant-2026-11-21.json, a layer 8192 wide in bf16.
 _COST = {
-    "decode": 2.0, "decode_integers": 0.6, "dot": 0.5, "columns": 12.0, "panel": 1.5, "written": 12.0,
-    "pack": 0.5, "pack_integers": 1.0, "round": 4.0, "group": 4.0, "reach": 0.75, "start": 5e-6,
+    "decode": 2.9, "decode_eight": 5.0, "decode_table": 4.2, "decode_short": 7.6, "decode_integers": 1.0,
+    "decode_integers_row": 2.0, "dot_integers": 0.37, "columns": 10.0, "dot": 1.1, "panel": 7.0, "panel_eight": 12.0,
+    "panel_table": 9.0, "panel_odd": 15.0, "written": 14.0, "written_table": 70.0, "pack": 8.0, "pack_integers": 3.0,
+    "pack_integers_groups": 8.0, "round": 2.0, "group": 7.0, "reach": 0.87, "reach_integers": 0.76, "read": 0.6,
+    "start": 5e-6,
 }  # fmt: skip
 
 
@@ -103,32 +103,51 @@ def product_seconds(p: Product, rates: HostRates, bits: int) -> float:
         bits: of its vectors.
     """
     c, lane = _COST, rates.flops["f32"] / 2
-    width = max(4, bits // 32)
     elements, results = float(p.n * p.k), float(p.rows * p.n)
-    # of CPUs that have no products of bf16, packing widens them
-    rate = rates.flops.get(_NAMES.get(p.dtype, "f32"), rates.flops["f32"])
-    read = p.stored_bytes / rates.read_bytes_per_s
-    moved = (p.rows * p.k + results) * p.dtype.itemsize / rates.read_bytes_per_s
+    bandwidth, form, blocks = c["read"] * rates.read_bytes_per_s, p.form(max(4, bits // 32)), -(-p.rows // _HIGH)
+    read = p.stored_bytes / bandwidth
+    start = c["start"] + (p.rows * p.k + results) * p.dtype.itemsize / bandwidth
     if p.integers:
-        rate = 4 * rates.flops["f32"]
-    products, form = 2 * results * p.k / (rate * c["reach"]), p.form(width)
-    blocks = -(-p.rows // _HIGH)
-    start = c["start"] + moved
-    if p.integers:
+        products = 2 * results * p.k / (2 * _rate(p, rates) * c["reach_integers"])
         start += p.rows * p.k * c["round"] / lane
         if p.groups > 1:
             products += results * p.groups * c["group"] / lane
-    if form == "whole":
-        few = p.rows <= _FEW // 3
-        return start + (max(read, products) if few else max(read, blocks * elements * c["pack"] / lane) + products)
+    else:
+        products = 2 * results * p.k / (_rate(p, rates) * c["reach"])
     if form == "few":
-        together = (4 if p.groups == 1 else 2) if p.integers else 2
-        decode = -(-p.rows // together) * elements * c["decode_integers" if p.integers else "decode"]
-        return start + max(read, (decode + p.rows * elements * c["dot"] * (0.5 if p.integers else 1)) / lane)
+        if p.integers:
+            name, together = ("decode_integers_row", 4) if p.groups == 1 else ("decode_integers", 2)
+            each = -(-p.rows // together) * c[name] + p.rows * c["dot_integers"]
+        else:
+            short = p.k // p.groups * p.bits <= 128
+            kind = "short" if short else "table" if p.kind == "table" else "eight" if p.bits == 8 else ""
+            each = -(-p.rows // 2) * c[f"decode_{kind}".rstrip("_")]
+        return start + max(read, elements * each / lane)
     if form == "columns":
-        return start + max(read, elements * (c["columns"] + p.rows * c["dot"]) / lane)
-    unpack = c["pack_integers"] if p.integers else c["panel"] if p.by_words else c["written"]
-    return start + blocks * max(read, elements * unpack / lane) + products
+        made = c["columns"] if p.sparse else c["written_table"]
+        return start + max(read, elements * (made + p.rows * c["dot"]) / lane)
+    if form == "whole" and p.rows <= 8:
+        return start + max(read, products)
+    return start + blocks * max(read, elements * c[_unpacking(p)] / lane) + products
+
+
+def _rate(p: Product, rates: HostRates) -> float:
+    """Of products of floats; those of whole numbers are twice as many in an instruction. CPUs without products of bf16
+    widen them."""
+    return rates.flops.get(_NAMES.get(p.dtype, "f32"), rates.flops["f32"])
+
+
+def _unpacking(p: Product) -> str:
+    """What making a panel costs, by its name in ``_COST``."""
+    if p.integers:
+        return "pack_integers" if p.bits == 8 else "pack_integers_groups"
+    if p.sparse:
+        return "written"
+    if not p.bits:
+        return "pack"
+    if p.kind == "table":
+        return "panel_table" if p.bits <= 4 else "written_table"
+    return "panel_odd" if 8 % p.bits else "panel_eight" if p.kind == "float" else "panel"
 
 
 def of_format(rows: int, n: int, k: int, dtype: torch.dtype, format: Format | None, inputs: Format | None) -> Product:

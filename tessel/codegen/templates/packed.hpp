@@ -341,28 +341,60 @@ INLINE vu halves(vf low, vf high) {
   return got;
 }
 
+// Scales of group g of LANES columns, zero from `columns` on, and their zeros less `middle`.
+struct Scales {
+  vf scale, zero;
+};
+template <class T>
+INLINE Scales scales_of(const Layer<T>& a, i64 n0, i64 columns, i64 g, float middle) {
+  Scales s = {};
+  const i64 groups = a.k / a.group;
+  for (i64 l = 0; l < min(LANES, columns); ++l) {
+    s.scale[l] = a.scale[(n0 + l) * groups + g];
+    if (a.zero) s.zero[l] = a.zero[(n0 + l) * groups + g] - middle;
+  }
+  return s;
+}
+
 // Values k0 .. k0 + ks of some columns as a panel: words are turned, so that a vector holds one of each column, and
-// unpacked after that, a scale a lane. Parts of k and groups are whole words. `words`: room for those of the panel.
+// unpacked after that, a scale a lane. `words`: room for those of the panel.
 template <int KIND, int BITS, class T>
 INLINE void unpack_panel(const Layer<T>& a, const float* table, i64 n0, i64 columns, i64 k0, i64 ks, u32* words, T* to) {
   constexpr i64 per = 32 / BITS;
-  const i64 row = a.k / per, groups = a.k / a.group, count = ks / per;
-  turn_words((const u16*)(a.words + n0 * row + k0 / per), 2 * row, columns, count, 0, WIDTH, WIDTH, words);
+  const i64 row = ceil_div(a.k, per), begin = k0 / per, count = ceil_div(k0 + ks, per) - begin;
+  turn_words((const u16*)(a.words + n0 * row + begin), 2 * row, columns, count, 0, WIDTH, WIDTH, words);
+  if (a.group % per || k0 % per || ks % per) {  // groups or parts end inside of words
+    for (i64 n = 0; n < WIDTH; n += LANES) {
+      i64 g = k0 / a.group, left = (g + 1) * a.group - k0, q = 0, i = k0 % per;
+      Scales s = scales_of(a, n0 + n, columns - n, g, 1 << (BITS - 1));
+      const auto next = [&]() __attribute__((always_inline)) -> vf {
+        if (left == 0) s = scales_of(a, n0 + n, columns - n, ++g, 1 << (BITS - 1)), left = a.group;
+        const vf got = (number<KIND, BITS>(at(words + q * WIDTH + n), i, table) - s.zero) * s.scale;
+        --left;
+        if (++i == per) i = 0, ++q;
+        return got;
+      };
+      for (i64 k = 0; k < ks; k += 2) {
+        const vf low = next(), high = k + 1 < ks ? next() : vf{};
+        if constexpr (sizeof(T) == 2) put((u32*)to + k / 2 * WIDTH + n, halves(low, high));
+        else {
+          put(to + k * WIDTH + n, low);
+          if (k + 1 < ks) put(to + (k + 1) * WIDTH + n, high);
+        }
+      }
+    }
+    return;
+  }
   for (i64 p = 0; p < count;) {
     const i64 g = (k0 + p * per) / a.group, end = min(count, ((g + 1) * a.group - k0) / per);
     for (i64 n = 0; n < WIDTH; n += LANES) {
-      vf scale = {}, zero = {};
-      for (i64 l = 0; l < min(LANES, columns - n); ++l) {
-        const i64 from = (n0 + n + l) * groups + g;
-        scale[l] = a.scale[from];
-        if (a.zero) zero[l] = a.zero[from] - (float)(1 << (BITS - 1));
-      }
+      const Scales s = scales_of(a, n0 + n, columns - n, g, 1 << (BITS - 1));
       for (i64 q = p; q < end; ++q) {
         const vu w = at(words + q * WIDTH + n);
 #pragma GCC unroll 32
         for (i64 i = 0; i < per; i += 2) {
-          const vf low = (number<KIND, BITS>(w, i, table) - zero) * scale;
-          const vf high = (number<KIND, BITS>(w, i + 1, table) - zero) * scale;
+          const vf low = (number<KIND, BITS>(w, i, table) - s.zero) * s.scale;
+          const vf high = (number<KIND, BITS>(w, i + 1, table) - s.zero) * s.scale;
           if constexpr (sizeof(T) == 2) put((u32*)to + (q * per + i) / 2 * WIDTH + n, halves(low, high));
           else {
             put(to + (q * per + i) * WIDTH + n, low);
@@ -375,11 +407,27 @@ INLINE void unpack_panel(const Layer<T>& a, const float* table, i64 n0, i64 colu
   }
 }
 
-// Products with columns that fill(n, k0, ks, room, to) makes: some at a time for few rows, else panels, which
-// panel(n0, columns, k0, ks, to, spare) makes, or fill does where panel gives false.
-// `room` has a byte for each of the ks elements and a word's more; spare has four for each of a panel.
-template <class T, class Fill, class Panel>
-INLINE int by_columns(const Layer<T> a, i64 threads, Fill fill, Panel panel) {
+// Products by panels that pack(n0, columns, k0, ks, to, spare) makes; `spare` has four bytes more than an element has,
+// for each of a panel's.
+template <class T, class Pack>
+INLINE int by_panels(const Layer<T> a, i64 threads, Pack pack) {
+  const auto left = [=](i64) __attribute__((always_inline)) -> Rows<T> { return {a.x, a.k}; };
+  const auto from = [=](i64) __attribute__((always_inline)) -> Nowhere { return {}; };
+  const auto each = [=](i64, i64 row, i64 begin, i64 end, float* sums) __attribute__((always_inline)) -> int {
+    finish_row(a, row, begin, end, sums);
+    return 0;
+  };
+  const auto one = [=](i64, i64 n0, i64 columns, i64 k0, i64 ks, T* to, char* spare) __attribute__((always_inline)) -> int {
+    pack(n0, columns, k0, ks, to, spare);
+    return 0;
+  };
+  return tiled<T, (i64)sizeof(T) + 4>(1, a.m, a.n, a.k, threads, left, from, one, each);
+}
+
+// Products with columns that fill(n, k0, ks, room, to) makes: some at a time for few rows, else panels.
+// `room` has a byte for each of the ks elements and a word's more.
+template <class T, class Fill>
+INLINE int by_columns(const Layer<T> a, i64 threads, Fill fill) {
   constexpr i64 COLUMNS = 8, ROOM = 64;
   if (a.m <= 3 * FEW) {
     const i64 room = (COLUMNS * (i64)sizeof(T) + 1) * (a.k + ROOM);
@@ -403,50 +451,43 @@ INLINE int by_columns(const Layer<T> a, i64 threads, Fill fill, Panel panel) {
       return 0;
     });
   }
-  const auto left = [=](i64) __attribute__((always_inline)) -> Rows<T> { return {a.x, a.k}; };
-  const auto from = [=](i64) __attribute__((always_inline)) -> Nowhere { return {}; };
-  const auto pack = [=](i64, i64 n0, i64 columns, i64 k0, i64 ks, T* to, char* spare) __attribute__((always_inline)) -> int {
-    if (panel(n0, columns, k0, ks, to, spare)) return 0;
+  return by_panels(a, threads, [=](i64 n0, i64 columns, i64 k0, i64 ks, T* to, char* spare) __attribute__((always_inline)) {
     T* const rows = (T*)spare;
     u8* const room = (u8*)(rows + columns * ks);
     for (i64 j = 0; j < columns; ++j) fill(n0 + j, k0, ks, room, rows + j * ks);
     pack_panel<true>(rows, ks, ks, columns, to);
-    return 0;
-  };
-  const auto each = [=](i64, i64 row, i64 begin, i64 end, float* sums) __attribute__((always_inline)) -> int {
-    finish_row(a, row, begin, end, sums);
-    return 0;
-  };
-  return tiled<T, (i64)sizeof(T) + 4>(1, a.m, a.n, a.k, threads, left, from, pack, each);
+  });
 }
 
-// Words of whole groups, or groups of whole words, are multiplied where they lie; other columns become elements first.
+// Rows up to which words are multiplied where they lie, as codes become numbers again for every two of them; from here
+// on a panel that is unpacked once is faster (seconds of CPU time on a Zen 5, bf16, 2048 x 2048).
+template <int KIND, int BITS, int SCALES>
+constexpr i64 FEW_ROWS = SCALES > 2 ? 4 : KIND == INTEGERS && BITS < 8 ? 10 : 6;
+
+// Words of whole groups, or groups of whole words, are multiplied where they lie if rows are few.
 template <int KIND, int BITS, class T>
 INLINE int linear(const Layer<T> a, i64 threads) {
   constexpr i64 chunk = CHUNK<BITS>;
   if constexpr (8 % BITS == 0 && (KIND != TABLE || BITS < 8))
-    if (a.m <= 3 * FEW && a.k % chunk == 0) {
+    if (a.m <= FEW_ROWS<KIND, BITS, 1> && a.k % chunk == 0) {
       if (a.group % chunk == 0) return few_rows<KIND, BITS, T, 1>(a, threads);
       if (a.group * 2 == chunk) return few_rows<KIND, BITS, T, 2>(a, threads);
-      if (a.group * 4 == chunk) return few_rows<KIND, BITS, T, 4>(a, threads);
-      if constexpr (BITS <= 4)
-        if (a.group * 8 == chunk) return few_rows<KIND, BITS, T, 8>(a, threads);
+      if (a.m <= FEW_ROWS<KIND, BITS, 4>) {
+        if (a.group * 4 == chunk) return few_rows<KIND, BITS, T, 4>(a, threads);
+        if constexpr (BITS <= 4)
+          if (a.group * 8 == chunk) return few_rows<KIND, BITS, T, 8>(a, threads);
+      }
     }
-  const auto fill = [=](i64 n, i64 k0, i64 ks, u8* room, T* to) __attribute__((always_inline)) { unpacked<KIND, BITS>(a, n, k0, ks, room, to); };
-  alignas(64) float entries[16];
-  const float* const table = entries;
-  if (a.table)
-    for (i64 i = 0; i < 16; ++i) entries[i] = a.table[BITS < 8 ? i & ((1 << BITS) - 1) : i];
-  const auto panel = [=](i64 n0, i64 columns, i64 k0, i64 ks, T* to, char* spare) __attribute__((always_inline)) -> bool {
-    if constexpr (8 % BITS == 0 && (KIND != TABLE || BITS < 8)) {
-      constexpr i64 per = 32 / BITS;
-      if (a.k % per || k0 % per || ks % per || a.group % per) return false;
+  if constexpr (KIND != TABLE || BITS <= 4) {
+    alignas(64) float entries[16];
+    const float* const table = entries;
+    if (a.table)
+      for (i64 i = 0; i < 16; ++i) entries[i] = a.table[BITS < 8 ? i & ((1 << BITS) - 1) : i];
+    return by_panels(a, threads, [=](i64 n0, i64 columns, i64 k0, i64 ks, T* to, char* spare) __attribute__((always_inline)) {
       unpack_panel<KIND, BITS>(a, table, n0, columns, k0, ks, (u32*)spare, to);
-      return true;
-    }
-    return false;
-  };
-  return by_columns(a, threads, fill, panel);
+    });
+  } else
+    return by_columns(a, threads, [=](i64 n, i64 k0, i64 ks, u8* room, T* to) __attribute__((always_inline)) { unpacked<KIND, BITS>(a, n, k0, ks, room, to); });
 }
 
 }  // namespace tessel::gemm::packed

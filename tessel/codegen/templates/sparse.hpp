@@ -59,7 +59,7 @@ INLINE int linear(const Layer<T> a, const T* values, i64 threads) {
   const i64 words = ceil_div(a.k, 32);
   return packed::by_columns(a, threads, [=](i64 n, i64 k0, i64 ks, u8*, T* to) __attribute__((always_inline)) {
     fill((const u16*)(a.words + n * words), values + n * (a.k / 2), k0, ks, to);
-  }, [](i64, i64, i64, i64, T*, char*) { return false; });
+  });
 }
 
 }  // namespace tessel::gemm::sparse
