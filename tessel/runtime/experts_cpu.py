@@ -12,6 +12,7 @@ import torch
 from ..codegen.cpp.whole import experts_unit, headers
 from ..ops.experts import ACTS
 from .native import build, stop
+from .results import in_huge_pages
 
 __all__ = ["backward", "forward", "prepare"]
 
@@ -68,6 +69,9 @@ def backward(
     wants = (wanted[0], *(wanted[1],) * 4, wanted[2])
     like = (*operands[:5], operands[6])
     made = [None if t is None or not w else torch.empty_like(t) for t, w in zip(like, wants, strict=True)]
+    for t in made:
+        if t is not None:
+            in_huge_pages(t.data_ptr(), t.nbytes)  # as large as the weights, new at every step
     if index.numel() == 0 or not sizes[2]:
         made = [None if t is None else t.zero_() for t in made]
     else:

@@ -17,6 +17,7 @@ from ..codegen.cpp.whole import headers, loss_unit
 from ..frontend.compat import keeps_graph
 from ..ops.loss import LossAttrs, scaled_gradients_ref
 from .native import build, stop
+from .results import in_huge_pages
 
 __all__ = ["backward", "forward", "gradients", "prepare", "scaled"]
 
@@ -85,6 +86,7 @@ class _Call:
         dx, dweight, dbias = (
             self.x.new_empty(s if w else (0,)) for s, w in zip(shapes, (*wanted[:2], want_bias), strict=True)
         )
+        in_huge_pages(dweight.data_ptr(), dweight.nbytes)  # as large as the weight, new at every step
         return dx, dweight, dbias
 
     def run(self, kind: str, before: tuple[int, ...], after: tuple[torch.Tensor, ...], wanted: Any = ()) -> None:

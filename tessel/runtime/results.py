@@ -20,7 +20,7 @@ from functools import cache, lru_cache
 
 import torch
 
-__all__ = ["LEAST", "LIMIT", "empty_on", "part", "release", "remembered", "result"]
+__all__ = ["LEAST", "LIMIT", "empty_on", "in_huge_pages", "part", "release", "remembered", "result"]
 
 LEAST = 2**20  # bytes: smaller blocks the C library keeps itself
 LIMIT = 256 * 2**20
@@ -75,7 +75,7 @@ def result(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> 
     block = _take(nbytes)
     if block is None:
         storage = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
-        _in_huge_pages(storage.data_ptr(), nbytes)
+        in_huge_pages(storage.data_ptr(), nbytes)
         block = _Block(storage, nbytes, storage.data_ptr())
     # A tensor of its own, not a view: nothing in it tells of the results before.
     made = _empty((0,), (1,), dtype).set_(block.storage, 0, shape, strides)  # type: ignore[call-overload]
@@ -104,8 +104,9 @@ def _madvise() -> Callable[..., int] | None:
     return call  # type: ignore[no-any-return]
 
 
-def _in_huge_pages(address: int, nbytes: int) -> None:
-    """Ask for huge pages where a block has whole ones; it is advice, and a system that has none refuses it."""
+def in_huge_pages(address: int, nbytes: int) -> None:
+    """Ask for huge pages where a block of ``nbytes`` has whole ones; it is advice, and a system that has none refuses
+    it."""
     begin, end = -(-address // _HUGE) * _HUGE, (address + nbytes) // _HUGE * _HUGE
     call = _madvise() if begin < end else None
     if call is not None:
