@@ -42,28 +42,39 @@ def tile_of(target: Target, keys: int) -> dict[str, int]:
 
 
 def linear_source(part: str, dtype: torch.dtype, target: Target, keys: int, kind: Mapping[str, bool]) -> Source:
-    """``forward`` or ``backward`` of ``linear_attention.triton.j2``.
+    """One kernel of ``linear_attention.triton.j2``.
+
+    Gradients of q, k, beta and decay are given for each block of values.
 
     Args:
-        part: the kernel. ``forward`` with ``keep`` gives the states where chunks begin, in place of results; the
-            ``backward`` reads these and gives gradients of q, k, beta and decay for each block of values.
+        part: the kernel. ``forward`` with ``keep`` gives the states where chunks begin, and with the delta rule what
+            steps write before beta, in place of results. Gradients come from these: with a factor for every channel
+            of ``backward``, else of ``adjoints`` (of the states where chunks end; and of values), which goes back
+            through time, and ``gradients`` (all others), whose chunks run side by side.
         dtype: of q, k and v.
         keys: width of a key.
         kind: the switches ``channels``, ``decay``, ``delta``, ``start``, ``last_grad`` and ``keep``.
 
     Raises:
-        TesselError: no such kernel: keys too wide.
+        TesselError: no such kernel: keys too wide, or another part makes these gradients.
     """
     switches = {**dict.fromkeys(("channels", "decay", "delta", "start", "last_grad", "keep"), False), **kind}
     check(keys <= MOST_KEYS, lambda: f"linear_attention: keys of {keys}; the kernel has registers for {MOST_KEYS}")
+    of_channels = {"forward": switches["channels"], "backward": True, "adjoints": False, "gradients": False}
+    check(
+        of_channels.get(part) == switches["channels"],
+        lambda: f"linear_attention: no kernel {part!r} with channels={switches['channels']}",
+    )
     params = [(name, dtype) for name in "qkv"]
     params += [("decay", _F32)] * switches["decay"] + [("beta", _F32)] * switches["delta"]
     if part == "forward":
         params += [("start", _F32)] * switches["start"]
-        outs = [("states", _F32)] if switches["keep"] else [("o", dtype), ("last", _F32)]
+        kept = [("states", _F32), *[("y", _F32)] * switches["delta"]]
+        outs = kept if switches["keep"] else [("o", dtype), ("last", _F32)]
     else:
         by_step = part == "backward"
-        params += [("states", _F32)] * (part != "adjoints") + [("grad", dtype)]
+        params += [] if part == "adjoints" else [("states", _F32), *[("y", _F32)] * switches["delta"]]
+        params += [("grad", dtype)]
         more = [("d_u", _F32)] * (switches["delta"] and not by_step)
         of_keys = [("d_q", _F32), ("d_k", _F32)]
         of_steps = [("d_beta", _F32)] * switches["delta"] + [("d_decay", _F32)] * switches["decay"]

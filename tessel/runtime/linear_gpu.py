@@ -78,13 +78,14 @@ class GpuLinear:
             return tuple(found)
         kind = {"delta": beta is not None, "start": start is not None, "last_grad": grad_last is not None}
         kind |= _factors(decay)
-        # With a factor for every channel one kernel goes back step by step; else the adjoints of the states are kept, and
-        # gradients of all chunks are made side by side.
+        # With a factor for every channel one kernel goes back step by step; else the adjoints of the states are kept,
+        # and gradients of all chunks are made side by side.
         parts = ("backward",) if kind["channels"] else ("adjoints", "gradients")
         kernels = [self._kernel(part, q, **kind) for part in parts]
         chunks, blocks = -(-steps // kernels[0].source.knobs["C"]), _blocks(kernels[0], v)
-        states = torch.empty((b * h, chunks, keys, values), device=device)
-        self._run_forward(q, k, v, decay, beta, start, [states], keep=True)
+        kept = [torch.empty((b * h, chunks, keys, values), device=device)]  # states, and what steps write before beta
+        kept += [] if beta is None else [torch.empty(v.shape, device=device)]
+        self._run_forward(q, k, v, decay, beta, start, kept, keep=True)
         dq, dk = (torch.empty((blocks, b, h, steps, keys), device=device) for _ in range(2))
         dv = torch.empty(v.shape, dtype=v.dtype, device=device)
         of_steps = [none if x is None else torch.empty((blocks, *x.shape), device=device) for x in (beta, decay)]
@@ -95,12 +96,12 @@ class GpuLinear:
         starts = [x for x in down if x.numel()]
         grad, sizes = grad.contiguous(), (steps, keys, values)
         if kind["channels"]:
-            kernels[0]((b * h * blocks,), *given, states, grad, *ends, dq, dk, dv, *wanted, *starts, *sizes)
+            kernels[0]((b * h * blocks,), *given, *kept, grad, *ends, dq, dk, dv, *wanted, *starts, *sizes)
         else:
-            between = [torch.empty_like(states)]  # adjoints where chunks end, and gradients of what steps write
-            between += [] if beta is None else [torch.empty(v.shape, device=device)]
+            # adjoints where chunks end, and gradients of what steps write
+            between = [torch.empty_like(x) for x in kept]
             kernels[0]((b * h * blocks,), *given, grad, *ends, *between, dv, *starts, *sizes)
-            kernels[1]((b * h * chunks * blocks,), *given, states, grad, *between, dq, dk, *wanted, *sizes)
+            kernels[1]((b * h * chunks * blocks,), *given, *kept, grad, *between, dq, dk, *wanted, *sizes)
         dbeta, ddecay = (x.sum(0) if x.numel() else x for x in of_steps)
         return dq.sum(0).to(q.dtype), dk.sum(0).to(k.dtype), dv, ddecay, dbeta, *down
 
