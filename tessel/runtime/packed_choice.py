@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from ..ir.node import Node
 from ..quant.cpu_time import Product, seconds
@@ -76,7 +77,8 @@ def choose(node: Node, integers: bool, floats: bool, target: Target) -> Way:
 def _product(node: Node) -> tuple[Product | None, int | None]:
     """What is multiplied, of one row where their number is known only at run time, and that number; None where other
     sizes are not known."""
-    x, weight, third, *more = [None if a is None else a.type for a in (*node.args, None, None, None, None)]
+    types: list[Any] = [None if a is None else a.type for a in (*node.args, None, None, None, None)]
+    x, weight, third, *more = types
     (rows, k), n = x.shape, weight.shape[0]
     held = rows if isinstance(rows, int) else None
     if not (isinstance(n, int) and isinstance(k, int)) or held == 0:
