@@ -144,14 +144,25 @@ def test_sizes(
     smoothing=st.sampled_from([0.0, 0.3]),
     cap=st.sampled_from([0.0, 3.0]),
     strided=st.booleans(),
+    dtype=st.sampled_from(dtypes()),
 )
-def test_shapes(n: int, k: int, v: int, ignored: str, bias: bool, smoothing: float, cap: float, strided: bool) -> None:
+def test_shapes(
+    n: int,
+    k: int,
+    v: int,
+    ignored: str,
+    bias: bool,
+    smoothing: float,
+    cap: float,
+    strided: bool,
+    dtype: torch.dtype,
+) -> None:
     torch.manual_seed(n * 1000 + k)
     target = torch.randint(0, v, (n,))
     target[{"none": slice(0, 0), "some": slice(0, n, 2), "all": slice(0, n)}[ignored]] = -100
-    x = torch.randn(n, 2 * k)[:, :k] if strided else torch.randn(n, k)
-    operands = [x, torch.randn(v, k), torch.randn(v) if bias else None, target]
-    compare(torch.float32, operands, -100, smoothing, cap)
+    x = torch.randn(n, 2 * k).to(dtype)[:, :k] if strided else torch.randn(n, k).to(dtype)
+    operands = [x, torch.randn(v, k).to(dtype), torch.randn(v).to(dtype) if bias else None, target]
+    compare(dtype, operands, -100, smoothing, cap)
 
 
 def test_numbers_that_are_none() -> None:
