@@ -56,9 +56,9 @@ def rows(name: str, dtype: str, width: tuple[int, int], known: list[Row]) -> lis
 def main() -> int:
     known = json.loads(FILE.read_text())["targets"]
     found = {name: known.get(name, []) for name in TARGETS}
-    for name in [n for n in TARGETS if n in sys.argv] or TARGETS:
-        for dtype in [d for d in DTYPES if d in sys.argv] or DTYPES:
-            for d, e in WIDTHS[dtype]:
+    for dtype in [d for d in DTYPES if d in sys.argv] or DTYPES:
+        for d, e in WIDTHS[dtype]:
+            for name in [n for n in TARGETS if n in sys.argv] or TARGETS:
                 own = [row for row in found[name] if row[:3] == [d, e, dtype]]
                 found[name] = [row for row in found[name] if row not in own] + rows(name, dtype, (d, e), own)
                 write_rows(FILE, WHAT, COLUMNS, found)

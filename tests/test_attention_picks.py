@@ -23,8 +23,10 @@ from tessel.tiles.kernel import Kernel
 FILE = Path(__file__).parent / "data" / "attention_picks.json"
 TARGETS = ("a100", "h100", "b200", "mi300x")
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
-_USUAL = (*((w, w) for w in (40, 64, 80, 128)), (192, 128), (576, 512))
-WIDTHS = {"bf16": (*_USUAL, *((w, w) for w in (96, 192, 256, 576))), "f32": _USUAL}
+WIDTHS = {
+    "bf16": (*((w, w) for w in (40, 64, 80, 96, 128, 192, 256, 576)), (192, 128), (576, 512)),
+    "f32": ((64, 64),),
+}
 PARTS = ("forward", "keys", "queries")
 KNOBS = ("BM", "BN", "num_stages", "num_warps")
 COLUMNS = ("width", "value_width", "dtype", "part", *KNOBS, "shared_bytes", "registers", "spill_bytes")

@@ -28,6 +28,9 @@ RESERVED = 1024  # bytes of shared memory that the driver keeps for each block (
 _AFTER = {"sm_100": 32}  # registers beside sums and values in an epilogue, as compiled; 10 elsewhere
 _ROOM = 0.6  # of the limit, for the forward of heads unlike those measured: what wants less did not spill
 _SURE = 0.78  # of it, for what the gradients of such heads hold at once; the least that was seen to spill is 0.91
+_FULL = 0.85  # of the limit, for gradients in full precision, which took up to 40 registers more than estimated
+_STREAMED = 8  # rows a warp, of the same, where a width is in pieces
+_MEASURED = 128  # the widest side of a tile of attention that was fitted to
 _GRANULE = 8  # registers are handed to a thread in eights
 _FILE = Path(__file__).with_name("resources.json")
 
@@ -128,7 +131,10 @@ def estimate(family: str, target: Target, values: Mapping[str, Any]) -> dict[str
     elif family == "attention_backward" and values["itemsize"] > 2:  # sums, scores and their gradients; not fitted
         registers = 48 + 1.1 * values["acc"] + (2.2 + values["score_bytes"] / 4) * values["scores"]
         limit, columns = target.limits.registers_per_thread, 0
-        spills = registers > limit
+        # Of a width in pieces what is loaded ahead spilled, and 16 rows of queries that one warp streams.
+        pieces = ((values["BD"] & (values["BD"] - 1)) | (values["BE"] & (values["BE"] - 1))) > 0
+        many = (values["by_keys"] > 0) & (values["streamed_rows"] > _STREAMED)
+        spills = (registers > _FULL * limit) | (pieces & (many | (values["num_stages"] > 1)))
     else:
         registers, limit, spills, columns = 0.0, 0, False, 0
         for variant, mask in (passes_of if family == "attention_backward" else variants_of)(values).items():
@@ -171,6 +177,7 @@ def _allocated(path: LoadPath, measured: bool, family: str, target: Target, valu
     counted: Any = False
     if family in ATTENTION:  # wider heads than were measured, and on NVIDIA those in pieces, with sums of two layouts
         unlike = values["BD"] > (128 if family == "attention" else 256)
+        like = like & (np.maximum(values["BM"], values["BN"]) <= _MEASURED)
         if path.archs[0].startswith("sm_"):
             unlike = unlike | ((values["BD"] & (values["BD"] - 1)) > 0)
             if family == "attention":
@@ -178,6 +185,8 @@ def _allocated(path: LoadPath, measured: bool, family: str, target: Target, valu
             else:  # all that a thread holds at once, where the sums are not in tensor memory
                 in_registers = (values["held_rows"] < 64) | (values["BD"] > 256) | (target.arch != "sm_100")
                 counted = unlike & in_registers & (values["at_once"] > _SURE * limit)
+        elif family == "attention":
+            room = np.where(unlike, _SURE, 1.0)
         like = like & np.logical_not(unlike)
     if target.vendor == "amd" and path.archs[0].startswith("sm_"):  # half of AMD's file holds accumulators
         limit = np.minimum(512, 2048 // values["num_warps"])
