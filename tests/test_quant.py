@@ -147,6 +147,16 @@ def test_gptq_wins_what_theory_says_and_nothing_on_uncorrelated_inputs() -> None
     assert r / g == pytest.approx(1.06, abs=0.03)
 
 
+def test_rounding_to_nearest_loses_what_theory_says() -> None:
+    """``sum s^2 H_jj / 12``: errors of a step's width, alike and unrelated."""
+    k, f, g = 256, integers(4), torch.Generator().manual_seed(0)
+    hd, w = damped(correlated(k)), torch.randn(256, k, generator=g)
+    near = quantize(w, f)
+    error = w.double() - near.dequantize().double()
+    theory = float(near.scale.double().square().sum() * hd.diagonal().sum() / 12)
+    assert float(((error @ hd) * error).sum()) == pytest.approx(theory, rel=0.05)
+
+
 def test_gptq_loss_is_that_of_the_weight_it_gives() -> None:
     h = hessian(torch.randn(500, 64) @ torch.randn(64, 64))
     w = torch.randn(24, 64)
