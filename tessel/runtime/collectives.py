@@ -168,8 +168,8 @@ class ProcessGroups:
         except RuntimeError as e:
             late = ", ".join(str(r) for r in range(self.mesh.devices) if not self._store.check([f"rows {r}"]))
             raise TesselError(
-                f"rank {self.rank} waited {self.seconds:.0f} s for the other ranks to lay out the model; not done: rank "
-                f"{late}. Give more time (seconds=, --timeout) if they are only slow"
+                f"rank {self.rank} waited {self.seconds:.0f} s for the other ranks to lay out the model; not done: "
+                f"rank {late}. Give more time (seconds=, --timeout) if they are only slow"
             ) from e
         first = json.loads(self._store.get("rows 0"))
         for rank in range(1, self.mesh.devices):
