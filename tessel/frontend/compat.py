@@ -20,8 +20,10 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import symbolic_shapes
+from torch.torch_version import TorchVersion
 
 __all__ = [
+    "SCAN_CUTS_CARRY",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
@@ -50,6 +52,10 @@ __all__ = [
     "unbacked_bindings",
     "without_modes",
 ]
+
+
+# ``scan`` of torch 2.11 gives a carry no gradient, in later steps either, if its first value needs none.
+SCAN_CUTS_CARRY = TorchVersion(torch.__version__) < (2, 13)
 
 
 def aot_options() -> AbstractContextManager[Any]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .compat import FakeTensor
+from .compat import SCAN_CUTS_CARRY, FakeTensor
 from .scan_op import linear_scan
 
 __all__ = [
@@ -158,9 +158,29 @@ def _as_scan(root: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[fx.N
     root.add_submodule(name, step.gm)
     region = graph.get_attr(name)
     init = tuple(graph.call_method("contiguous", (v,)) for v in step.init)
+    if SCAN_CUTS_CARRY:
+        init = _needing_gradients(graph, init, (*step.xs, *step.extras), step.init)
     got = graph.call_function(torch.ops.higher_order.scan, (region, init, step.xs, step.extras))
     parts = [graph.call_function(operator.getitem, (got, i)) for i in range(len(copies))]
     return parts[: len(init)], parts[len(init) :]
+
+
+def _needing_gradients(
+    graph: fx.Graph, values: tuple[fx.Node, ...], others: Sequence[Any], like: Sequence[Any]
+) -> tuple[fx.Node, ...]:
+    """The same values, which need gradients if any of the others does: the sum of none of its elements is added."""
+    zeros = [
+        graph.call_method("sum", (graph.call_function(operator.getitem, (x, slice(0, 0))),))
+        for x in others
+        if isinstance(example(x), torch.Tensor) and example(x).is_floating_point() and example(x).dim()
+    ]
+    floats = [isinstance(example(x), torch.Tensor) and example(x).is_floating_point() for x in like]
+    for zero in zeros:
+        values = tuple(
+            graph.call_function(operator.add, (v, graph.call_method("type_as", (zero, v)))) if f else v
+            for v, f in zip(values, floats, strict=True)
+        )
+    return values
 
 
 # ---------------------------------------------------------------- linear recurrences
