@@ -276,6 +276,7 @@ def model(name: str) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="Dynamo of torch 2.11 makes no constant of a configuration")
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Qwen3Moe"])
 def test_loops_over_experts(name: str) -> None:
     """Which experts are hit is not asked: one graph, and one operator for all of them."""

@@ -55,7 +55,7 @@ __all__ = [
 
 
 # ``scan`` of torch 2.11 gives a carry no gradient, in later steps either, if its first value needs none.
-SCAN_CUTS_CARRY = TorchVersion(torch.__version__) < (2, 13)
+SCAN_CUTS_CARRY = TorchVersion(torch.__version__) < "2.13"
 
 
 def aot_options() -> AbstractContextManager[Any]:
