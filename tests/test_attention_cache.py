@@ -283,9 +283,9 @@ def one_query(q: Any, k: Any, v: Any) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ("a100", "h100", "b200", "mi300x"))
-def test_offline(target: str) -> None:
-    """One query for a long cache, its keys in parts that a merge follows; pages, for one query and for several."""
+@pytest.mark.parametrize(("target", "queries"), [("a100", 1), ("h100", 16), ("b200", 1), ("mi300x", 16)])
+def test_offline(target: str, queries: int) -> None:
+    """One query for a long cache, its keys in parts that a merge follows; pages, for one query or for several."""
     record = get_target(target)
     assert record.limits is not None
     cache = (4, 8, 4096, 128)
@@ -293,10 +293,9 @@ def test_offline(target: str) -> None:
     pages, table = [rand(80, 16, 8, 128)] * 2, torch.arange(64)[None].expand(4, 64)
     kernels = gpu_kernels(one_query, *(x.bfloat16() for x in decode))
     assert len(kernels) > 1, "parts of the keys and their merge"
-    for m in (1, 16):
-        args = [x.bfloat16() for x in (rand(4, 32, m, 128), *pages)]
-        kernels += gpu_kernels(by_table, *args, table, torch.full((4,), 1000))
-    assert sum(k.family == "attention" for k in kernels) == 3
+    args = [x.bfloat16() for x in (rand(4, 32, queries, 128), *pages)]
+    kernels += gpu_kernels(by_table, *args, table, torch.full((4,), 1000))
+    assert sum(k.family == "attention" for k in kernels) == 2
     sources = [render(k, record) for k in kernels]
     for source, got in zip(sources, offline_compile(sources, record.arch), strict=True):
         what = f"{source.name} on {record.arch} with {dict(source.knobs)}"

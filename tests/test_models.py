@@ -111,7 +111,7 @@ def test_dynamic(name: str) -> None:
     plain = torch.compile(module, backend=captures, dynamic=True)
     fast = tessel.compile(module, target="triton-interpret", dynamic=True)
     with torch.no_grad():
-        for batch, seq in ((2, 9), (3, 12), (5, 7)):
+        for batch, seq in ((2, 9), (3, 5)):
             _, kwargs = load(name, batch, seq)
             exact, exact_kwargs = double(name, module, kwargs)
             same(tensors(fast(**kwargs)), tensors(module(**kwargs)), tensors(exact(**exact_kwargs)), half=False)
