@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 
 from ..ir.node import Builder, Graph, Node, Value
@@ -336,6 +337,8 @@ def _always(v: Value) -> bool:
         sizes = [n for t in node.types if isinstance(t, TensorType) for n in t.shape]
         if node.op.kind == "input" or node.op.random or node.regions or not all(isinstance(n, int) for n in sizes):
             return False
+        if any(isinstance(x, sympy.Basic) for x in _leaves((node.args, tuple(node.attrs.values())))):
+            return False  # where a rank stands, say
         if math.prod(sizes) > _SMALL or node.op.kind not in (
             "pointwise",
             "view",
@@ -354,6 +357,14 @@ def _always(v: Value) -> bool:
         got = node.op.ref(*_held(node.args, known), **attrs)
         known.update(zip(node.outs, (got,) if isinstance(got, torch.Tensor) else got, strict=True))
     return bool(known[v].all())
+
+
+def _leaves(x: Any) -> Iterator[Any]:
+    if isinstance(x, tuple):
+        for y in x:
+            yield from _leaves(y)
+    else:
+        yield x
 
 
 def _held(args: Any, known: dict[Value, Any]) -> Any:
