@@ -16,6 +16,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tessel.config import Options
 from tessel.frontend.capture import export_graph
 from tessel.ir.node import Graph
+from tessel.ir.text import parse_graph, print_graph
+from tessel.ops import OPS
+from tessel.passes import masks
 from tessel.passes.pipeline import CPU_ONLY, PASSES, run_pipeline
 
 transformers = pytest.importorskip("transformers")
@@ -275,3 +278,18 @@ def test_longformer() -> None:
     with torch.no_grad():
         want, got = model(**inputs)[0], tessel.compile(model, target="cpu")(**inputs)[0]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_condition_that_asks_where_a_rank_stands_stays() -> None:
+    graph = parse_graph(
+        """graph "g"
+  %q: f32[1,1,4,8] = input "q"
+  %p: f32[s0] = input "p"
+  %zero = full(shape=(1, 1, 4, 4), value=0, dtype=i64)
+  %at = add(%zero, s0)
+  %c = ge(%at, 1)
+  %o, %l = attention(%q, %q, %q, %c, causal=False, scale=0.5)
+  return %o""",
+        OPS,
+    )
+    assert print_graph(masks.run(graph)) == print_graph(graph)
