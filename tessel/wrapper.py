@@ -22,6 +22,7 @@ from .driver import Session
 from .errors import TesselError
 from .frontend import dynamo, library_functions, scan_trace
 from .frontend.collector import fewer_collections
+from .frontend.joint import tensors_of
 from .report import Report
 
 __all__ = ["RecompileLimit", "compile_function", "explain_call", "session_of"]
@@ -225,13 +226,9 @@ def explain_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 def _backward(result: Any, module: torch.nn.Module | None, args: Any, kwargs: Any) -> None:
     """Run the backward graph too, so that it is compiled and shown; no ``.grad`` is touched."""
-    outs = [t for t in _tensors(result) if t.requires_grad and t.is_floating_point()]
-    leaves = [t for t in _tensors((args, kwargs)) if t.requires_grad]
+    outs = [t for t in tensors_of((result,), {}) if t.requires_grad and t.is_floating_point()]
+    leaves = [t for t in tensors_of(args, kwargs) if t.requires_grad]
     if module is not None:
         leaves += [p for p in module.parameters() if p.requires_grad]
     if outs and leaves:
         torch.autograd.grad([o.sum() for o in outs], leaves, allow_unused=True)
-
-
-def _tensors(x: Any) -> list[torch.Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(x) if isinstance(t, torch.Tensor)]

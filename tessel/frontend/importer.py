@@ -13,7 +13,7 @@ shapes and dtypes with what the IR operators infer.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from ..errors import TesselError, check
+from ..ir.nested import leaves
 from ..ir.node import Builder, Graph, Node, Value, make_input, map_values
 from ..ir.types import Dim, SymType, TensorType, dim_equal
 from .compat import HigherOrderOperator, OpOverload, size_hints, unbacked_bindings
@@ -28,7 +29,7 @@ from .locs import Locations
 from .lower import PLAIN, VIEWS, Lowering, Opaque, nest, target_name
 from .opaque import Fallback, Foreign, opaque_call
 from .sizes import equalities, symbolic_example, to_ir
-from .special import SPECIAL, escaping, fake_tensors
+from .special import SPECIAL, escaping
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ class Importer:
 
     def tensor_call(self, node: fx.Node, name: str, val: Any) -> Any:
         args, kwargs = self.argument(node.args), self.argument(dict(node.kwargs))
-        fakes = list(fake_tensors(val))
+        fakes = list(leaves(val, torch.Tensor))
         types = tuple(map(self.tensor_type, fakes))
         start = len(self.builder.nodes)
         self.c.types, self.c.node = types, node
@@ -253,7 +254,7 @@ class Importer:
         try:
             if entry is None:
                 raise Opaque(_no_entry(node))
-            for t in (*types, *(v.type for v in _values((args, kwargs)))):
+            for t in (*types, *(v.type for v in leaves((args, kwargs), Value))):
                 if t.dtype not in PLAIN and not hasattr(entry, "any_dtype"):
                     raise Opaque(f"{str(t.dtype).removeprefix('torch.')} tensors")
             got = entry(self.c, *args, **kwargs)
@@ -280,7 +281,7 @@ class Importer:
         return got if fresh and got.op.kind != "view" else self.c("copy", got)
 
     def symbolic(self, args: Any, types: tuple[TensorType, ...]) -> bool:
-        shapes = [t.shape for t in types] + [v.shape for v in _values(args)]
+        shapes = [t.shape for t in types] + [v.shape for v in leaves(args, Value)]
         return any(not isinstance(d, int) for shape in shapes for d in shape)
 
     def opaque(
@@ -296,7 +297,7 @@ class Importer:
         """Give the new nodes eager's strides and devices, after comparing shapes and dtypes."""
         if len(types) == 1 and isinstance(got, Value) and got.type == types[0]:
             return got
-        values = [v for v in _flat(got) if isinstance(v, Value)]
+        values = list(leaves(got, Value))
         check(
             len(values) == len(types),
             lambda: f"internal error: {self.where(node)}: {len(values)} results, eager has {len(types)}",
@@ -341,7 +342,7 @@ class Importer:
             if new is not old:
                 self.builder.nodes[i] = new
                 moved.update(zip(old.outs, new.outs, strict=True))
-        return _mapped(got, moved)
+        return map_values(got, lambda v: moved.get(v, v))
 
 
 def _no_entry(node: fx.Node) -> str:
@@ -353,33 +354,6 @@ def _no_entry(node: fx.Node) -> str:
     if isinstance(target, OpOverload) and target.namespace not in ("aten", "prims"):
         return "a custom operator"
     return "no IR operator"
-
-
-def _values(arg: Any) -> Iterator[Value]:
-    if isinstance(arg, Value):
-        yield arg
-    elif isinstance(arg, tuple | list):
-        for a in arg:
-            yield from _values(a)
-    elif isinstance(arg, dict):
-        for a in arg.values():
-            yield from _values(a)
-
-
-def _flat(got: Any) -> Iterator[Any]:
-    if isinstance(got, tuple | list):
-        for g in got:
-            yield from _flat(g)
-    else:
-        yield got
-
-
-def _mapped(got: Any, moved: dict[Value, Value]) -> Any:
-    if isinstance(got, Value):
-        return moved.get(got, got)
-    if isinstance(got, tuple | list):
-        return tuple(_mapped(g, moved) for g in got)
-    return got
 
 
 def _same_type(a: TensorType, b: TensorType) -> bool:

@@ -66,6 +66,8 @@ def nest(val: Any, outs: Iterator[Value]) -> Any:
     """Flat tensor results put where the fake result ``val`` has its tensors."""
     if isinstance(val, torch.Tensor):
         return next(outs)
+    if isinstance(val, dict):
+        return {k: nest(v, outs) for k, v in val.items()}
     return tuple(nest(v, outs) for v in val) if isinstance(val, tuple | list) else None
 
 

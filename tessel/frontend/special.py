@@ -5,13 +5,14 @@ Each handler takes the importer and the fx node and returns what the node stands
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from ..errors import check
+from ..ir.nested import leaves
 from ..ir.node import Node, Value
 from ..ops.loop import check_loop
 from .compat import unbacked_bindings
@@ -86,7 +87,7 @@ def _with_effects(importer: Importer, node: fx.Node) -> Any:
     given = tuple(map(importer.argument, args))
     kwargs = importer.argument(dict(node.kwargs))
     _, *val = node.meta["val"]
-    types = tuple(map(importer.tensor_type, fake_tensors(val)))
+    types = tuple(map(importer.tensor_type, leaves(val, torch.Tensor)))
     reason = "an operator with side effects"
     importer.fallbacks.append(Fallback(node.name, target_name(target), reason, importer.builder.loc))
     outs = opaque_call(importer.c, node, target, given, kwargs, types, ordered=True)
@@ -103,7 +104,7 @@ def _inline(importer: Importer, node: fx.Node) -> Any:
         want = n.meta.get("val")
         if isinstance(a, Value) and a.shape != importer.tensor_type(want).shape:
             # traced with sizes of its own
-            types = tuple(map(importer.tensor_type, fake_tensors(node.meta["val"])))
+            types = tuple(map(importer.tensor_type, leaves(node.meta["val"], torch.Tensor)))
             given = tuple(map(importer.argument, node.args))
             return importer.opaque(node, given, {}, node.meta["val"], types, "a higher-order operator")
     importer.env.update(zip(inner, operands, strict=True))
@@ -115,7 +116,7 @@ def _scan(importer: Importer, node: fx.Node) -> Any:
     """A loop over time: its step becomes a region."""
     gm, init, xs, extras = map(importer.argument, node.args)
     val = node.meta["val"]
-    types = tuple(map(importer.tensor_type, fake_tensors(val)))
+    types = tuple(map(importer.tensor_type, leaves(val, torch.Tensor)))
     step = type(importer)(gm.held, "step", {}).run()
     given = (tuple(init), tuple(xs), tuple(extras))
     ordered = any(n.op.random or n.op.kind == "effect" for n in step.graph.nodes)
@@ -172,11 +173,3 @@ def escaping(gm: fx.GraphModule) -> set[fx.Node]:
 
 
 _LAYOUT_MATTERS = frozenset({"aten.as_strided.default", "aten.view.dtype", "aten.copy_.default"})
-
-
-def fake_tensors(val: Any) -> Iterator[torch.Tensor]:
-    if isinstance(val, torch.Tensor):
-        yield val
-    elif isinstance(val, tuple | list):
-        for v in val:
-            yield from fake_tensors(v)

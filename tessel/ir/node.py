@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import sympy
 
 from ..errors import TesselError, check
+from .nested import leaves
 from .types import NOWHERE, Loc, SymType, TensorType, Type, symbols_of
 
 
@@ -124,18 +125,14 @@ Arg: TypeAlias = Any
 
 def values_in(arg: Arg) -> Iterator[Value]:
     """The values inside an argument, left to right."""
-    if isinstance(arg, Value):
-        yield arg
-    elif isinstance(arg, tuple):
-        for a in arg:
-            yield from values_in(a)
+    return leaves(arg, Value)
 
 
 def map_values(arg: Arg, fn: Callable[[Value], Any]) -> Arg:
-    """The argument with every value replaced by ``fn(value)``."""
+    """The argument with every value replaced by ``fn(value)``; lists become tuples."""
     if isinstance(arg, Value):
         return fn(arg)
-    if isinstance(arg, tuple):
+    if isinstance(arg, tuple | list):
         return tuple(map_values(a, fn) for a in arg)
     return arg
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sympy
 import torch
 
 from ..errors import TesselError, check
+from ..ir.nested import leaves
 from ..ir.node import Node, Op, Value
 from ..ir.types import Dim, TensorType, dim_equal
 
@@ -33,15 +34,6 @@ def table(*entries: Op | Iterable[Op]) -> dict[str, Op]:
 
 
 # ---------------------------------------------------------------- arguments
-
-
-def tensors(args: Any) -> Iterator[TensorType]:
-    """The tensor types inside arguments, left to right."""
-    if isinstance(args, TensorType):
-        yield args
-    elif isinstance(args, tuple | list):
-        for a in args:
-            yield from tensors(a)
 
 
 def operand_types(node: Node) -> list[TensorType]:
@@ -72,7 +64,7 @@ def result(
     shape: Sequence[Dim], dtype: torch.dtype, *like: Any, strides: Sequence[Dim] | None = None
 ) -> TensorType:
     """The type of a result on the device of ``like``."""
-    return TensorType(shape, dtype, strides, device_of(list(tensors(like))))
+    return TensorType(shape, dtype, strides, device_of(list(leaves(like, TensorType))))
 
 
 def plain(x: Any) -> Any:
@@ -222,7 +214,6 @@ __all__ = [
     "same_dtype",
     "sum_dtype",
     "table",
-    "tensors",
     "whole_dims",
     "words",
 ]

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from ..errors import TesselError, check
+from ..ir.nested import leaves
 from ..ir.node import Op
 from ..ir.types import TensorType
-from .common import broadcast, need_tensor, plain, pointwise_dims, result, same_dtype, table, tensors
+from .common import broadcast, need_tensor, plain, pointwise_dims, result, same_dtype, table
 
 
 def _literal(x: Any, like: torch.Tensor, exact: bool) -> torch.Tensor:
@@ -47,7 +48,7 @@ def infer_for(name: str, of: str, to_bool: bool) -> Callable[..., tuple[TensorTy
     """Result type of a pointwise op. ``of``: ``any``, ``float`` (or complex), ``int`` (or bool)."""
 
     def infer(*args: Any) -> tuple[TensorType, ...]:
-        types = list(tensors(args))
+        types = list(leaves(args, TensorType))
         dtype = same_dtype(name, types)
         floating = dtype.is_floating_point or dtype.is_complex
         check(of != "float" or floating, lambda: f"{name}: {types[0]} is not floating; cast it first")
@@ -93,7 +94,7 @@ def _shift(fn: Callable[..., torch.Tensor], name: str) -> Callable[..., tuple[Te
     def infer(x: Any, by: Any) -> tuple[TensorType, ...]:
         need_tensor(name, x)
         check(not x.dtype.is_floating_point, lambda: f"{name}: {x} is not an integer tensor")
-        return (result(broadcast(name, list(tensors((x, by)))), x.dtype, x, by),)
+        return (result(broadcast(name, list(leaves((x, by), TensorType))), x.dtype, x, by),)
 
     return infer
 
@@ -107,8 +108,8 @@ def _where_ref(cond: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
 def _where_infer(cond: Any, a: Any, b: Any) -> tuple[TensorType, ...]:
     need_tensor("where", cond)
     check(cond.dtype == torch.bool, lambda: f"where: the condition is {cond}, it must be b1")
-    dtype = same_dtype("where", list(tensors((a, b))))
-    return (result(broadcast("where", list(tensors((cond, a, b)))), dtype, cond, a, b),)
+    dtype = same_dtype("where", list(leaves((a, b), TensorType)))
+    return (result(broadcast("where", list(leaves((cond, a, b), TensorType))), dtype, cond, a, b),)
 
 
 def _cast_infer(x: Any, dtype: torch.dtype) -> tuple[TensorType, ...]:

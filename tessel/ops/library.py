@@ -7,13 +7,14 @@ full name; nothing is known of it, so nothing of it may be split.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 
 from ..errors import TesselError
+from ..ir.nested import leaves
 from ..ir.node import Node, Op, Value
 from ..ir.types import Dim, TensorType, dim_equal, product
 from .common import along, axis, is_one, letters, operand_types, table, whole_dims, words
@@ -46,7 +47,7 @@ def aten_ref(name: str) -> Callable[..., Any]:
 
     def ref(*args: Any, **attrs: Any) -> Any:
         got = torch_op(f"aten.{name}")(*args, **attrs)
-        return got if isinstance(got, torch.Tensor) else tuple(flat_tensors(got))
+        return got if isinstance(got, torch.Tensor) else tuple(leaves(got, torch.Tensor))
 
     return ref
 
@@ -67,16 +68,7 @@ def _call_ref(
     """``names``: the last arguments are keyword arguments of these names. ``symbol``: the size it binds."""
     cut = len(args) - len(names)
     got = call_target(target)(*args[:cut], **dict(kwargs), **dict(zip(names, args[cut:], strict=True)))
-    return got if isinstance(got, torch.Tensor) else tuple(flat_tensors(got))
-
-
-def flat_tensors(x: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a nest of results, left to right; what else there is (None, sizes) is skipped."""
-    if isinstance(x, torch.Tensor):
-        yield x
-    elif isinstance(x, tuple | list):
-        for y in x:
-            yield from flat_tensors(y)
+    return got if isinstance(got, torch.Tensor) else tuple(leaves(got, torch.Tensor))
 
 
 def lib(name: str, dims: Any = whole_dims, target: str = "", ref: Any = None, **fields: Any) -> Op:
@@ -382,4 +374,4 @@ LIBRARY = table(
     ),
 )
 
-__all__ = ["LIBRARY", "arg", "aten_ref", "call_target", "flat_tensors", "lib", "spread", "torch_op"]
+__all__ = ["LIBRARY", "arg", "aten_ref", "call_target", "lib", "spread", "torch_op"]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TesselError, check
+from ..ir.nested import leaves
 from ..targets import Target
 from .budget import Choice, Layer, frontier
 from .calibrate import call, running
@@ -425,18 +426,8 @@ def _gain(
 
 def result_of(out: Any) -> Tensor:
     """The largest floating tensor of a model's result (beside a loss, the scores), flat, float64."""
-    found = max(_floats(out), key=Tensor.numel, default=None)
+    found = max((x for x in leaves(out, Tensor) if x.is_floating_point()), key=Tensor.numel, default=None)
     if found is None:
         raise TesselError(f"budget: the model gives {type(out).__name__}, without a floating tensor to compare")
     check(bool(torch.isfinite(found).all()), lambda: "budget: the model's result on the calibration data is no number")
     return found.detach().double().reshape(-1).cpu()
-
-
-def _floats(out: Any) -> Iterator[Tensor]:
-    if isinstance(out, Tensor):
-        if out.is_floating_point():
-            yield out
-        return
-    items = out.values() if isinstance(out, Mapping) else out if isinstance(out, list | tuple) else ()
-    for item in items:
-        yield from _floats(item)

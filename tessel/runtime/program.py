@@ -12,6 +12,7 @@ import torch
 
 from ..codegen.host import Called, HostSource, Launch, render_host
 from ..codegen.sizes import HELPERS
+from ..ir.nested import leaves
 from ..ir.node import Graph, Node
 from . import results
 from .buffers import Buffers, plan_buffers
@@ -49,11 +50,7 @@ def reuse(x: torch.Tensor, shape: Sequence[int], strides: Sequence[int], dtype: 
 
 def tensors_in(got: Any) -> list[torch.Tensor]:
     """The tensors in a nest of results, left to right."""
-    if isinstance(got, torch.Tensor):
-        return [got]
-    if isinstance(got, tuple | list):
-        return [t for g in got for t in tensors_in(g)]
-    return []
+    return list(leaves(got, torch.Tensor))
 
 
 @dataclass(frozen=True)
