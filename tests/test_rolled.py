@@ -163,10 +163,57 @@ def test_a_first_factor_that_is_not_finite_meets_a_start_of_zero(fn: Callable[..
         assert x.isnan().any() and torch.equal(x.isnan(), y.isnan())
 
 
+def stored(a: Tensor, b: Tensor) -> Any:
+    """Two results of one dtype, written from values of two."""
+    h = torch.zeros(a.shape[0], a.shape[2], dtype=a.dtype)
+    first, second = torch.zeros(a.shape), torch.zeros(a.shape)
+    for t in range(a.shape[1]):
+        h = a[:, t] * h + b[:, t]
+        first[:, t] = h.float()
+        second[:, t] = h
+    return first, second
+
+
+def masked(a: Tensor, b: Tensor) -> Tensor:
+    h, out = b[:, 0], []
+    for t in range(a.shape[1]):
+        h = torch.where((a[:, t] > 0.2) & (b[:, t] < 1.0), torch.tanh(h + b[:, t]), h)
+        out.append(h)
+    return torch.stack(out, 1)
+
+
+@pytest.mark.parametrize(("fn", "op"), [(stored, "linear_scan"), (masked, "loop")], ids=["stored", "masked"])
+def test_dtypes_and_conditions_of_steps(fn: Callable[..., Any], op: str) -> None:
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 12, 3, dtype=torch.float64), torch.randn(2, 12, 3, dtype=torch.float64)
+    with torch.no_grad():
+        got, report = compiled(fn, a, b)
+        want = fn(a, b)
+    assert names(report).count(op) == 1
+    for x, y in zip(got, want if isinstance(want, tuple) else [want], strict=True):
+        torch.testing.assert_close(x, y)  # dtypes too
+
+
 def noisy(a: Tensor) -> Tensor:
     h = a[:, 0]
     for t in range(a.shape[1]):
         h = torch.nn.functional.dropout(h * a[:, t], 0.5)
+    return h
+
+
+def drawn(a: Tensor) -> Tensor:
+    h = a[:, 0]
+    for t in range(a.shape[1]):
+        h = torch.tanh(h * a[:, t] + torch.normal(0.0, 1.0, (3,), dtype=a.dtype))
+    return h
+
+
+def overwritten(a: Tensor) -> Tensor:
+    """What the steps share changes as they go."""
+    h, on = a[:, 0], a[:, 0] > 0.1
+    for t in range(a.shape[1]):
+        on &= a[:, t] > 0.3
+        h = torch.where(on, torch.tanh(h + a[:, t]), h)
     return h
 
 
@@ -192,7 +239,10 @@ def weights(a: Tensor) -> Tensor:
     return h
 
 
-@pytest.mark.parametrize("fn", [noisy, read_while_written, uneven, weights], ids=lambda f: f.__name__)
+KEPT = [noisy, drawn, overwritten, read_while_written, uneven, weights]
+
+
+@pytest.mark.parametrize("fn", KEPT, ids=lambda f: f.__name__)
 def test_what_is_no_loop_stays(fn: Callable[..., Any]) -> None:
     a = torch.rand(2, 12, 3, dtype=torch.float64)
     with torch.no_grad():
@@ -201,5 +251,5 @@ def test_what_is_no_loop_stays(fn: Callable[..., Any]) -> None:
         torch.manual_seed(1)
         want = fn(a)
     assert not {"loop", "linear_scan"} & set(names(report))
-    if fn is not noisy:
+    if fn not in (noisy, drawn):
         torch.testing.assert_close(got[0], want)

@@ -22,15 +22,16 @@ from .decomp import decompositions, for_export
 from .early_gradients import make_early
 from .experts import join_experts
 from .flex import join_flex
+from .fx_words import complete_examples
 from .importer import Imported, import_graph
 from .library_functions import exporting, seen_notes
 from .locs import qualified_name
-from .loops import complete_examples, keep_first_factors
+from .loops.roll import roll
+from .loops.scans import lower_scans
+from .loops.selective import fold_states
+from .loops.written import keep_first_factors
 from .losses import join_losses
 from .recompute import partition
-from .rolled import roll
-from .scans import lower_scans
-from .selective import fold_states
 from .sizes import settle
 
 

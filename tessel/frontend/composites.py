@@ -18,6 +18,7 @@ from torch import fx
 
 from .attention_match import whole_groups
 from .attention_op import attention
+from .fx_words import Maker, same_size, value_of
 
 _SDPA_ARGS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DEFAULTS: dict[str, Any] = {
@@ -78,15 +79,15 @@ def covered(q: Any, k: Any, v: Any, mask: Any, a: dict[str, Any], mixed: bool = 
         return False
     if len({q.device, k.device, v.device}) != 1 or any(type(x).__name__ == "NestedTensor" for x in (q, k, v)):
         return False
-    if not _known_equal(q.shape[-1], k.shape[-1]) or not _known_equal(k.shape[-2], v.shape[-2]):
+    if not same_size(q.shape[-1], k.shape[-1]) or not same_size(k.shape[-2], v.shape[-2]):
         return False
-    if not _known_equal(q.shape[0], k.shape[0]) or not _known_equal(q.shape[0], v.shape[0]):
+    if not same_size(q.shape[0], k.shape[0]) or not same_size(q.shape[0], v.shape[0]):
         return False
     if rank == 4:
         heads = (q.shape[1], k.shape[1], v.shape[1])
-        if not _known_equal(heads[1], heads[2]):
+        if not same_size(heads[1], heads[2]):
             return False
-        if not _known_equal(heads[0], heads[1]):
+        if not same_size(heads[0], heads[1]):
             whole = all(isinstance(h, int) for h in heads) and heads[1] > 0 and heads[0] % heads[1] == 0
             if not (a["enable_gqa"] and whole):
                 return False
@@ -99,54 +100,31 @@ def covered(q: Any, k: Any, v: Any, mask: Any, a: dict[str, Any], mixed: bool = 
     return mask.device == q.device and (mask.dtype == torch.bool or mask.is_floating_point())
 
 
-def _known_equal(a: Any, b: Any) -> bool:
-    """Equal without asking for a new guard."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
-        return bool(a.node.expr == b.node.expr)
-    return False
-
-
-def _value(x: Any) -> Any:
-    if not isinstance(x, fx.Node):
-        return x
-    return x.meta.get("example_value", x.meta.get("val"))
-
-
 def _replace_sdpa(node: fx.Node) -> int:
     if any(k not in _SDPA_ARGS for k in node.kwargs):
         return 0
     a = sdpa_arguments(node.args, dict(node.kwargs))
-    q, k, v, mask = (_value(a.get(n)) for n in _SDPA_ARGS[:4])
+    q, k, v, mask = (value_of(a.get(n)) for n in _SDPA_ARGS[:4])
     if not covered(q, k, v, mask, a, mixed=True):
         return 0
-    graph, result = node.graph, _value(node)
-    with graph.inserting_before(node):
-        made: list[fx.Node] = []
-
-        def add(target: Any, *args: Any, method: bool = False) -> fx.Node:
-            new = graph.call_method(target, args) if method else graph.call_function(target, args)
-            made.append(new)
-            return new
-
+    result = value_of(node)
+    with node.graph.inserting_before(node):
+        add = Maker(node.graph, node)
         operands = [a["query"], *whole_groups(a["key"], a["value"])]
         if q.dim() == 3:
             # [n, s, d] is one batch of n heads.
-            operands = [add("unsqueeze", x, 0, method=True) for x in operands]
+            operands = [add("unsqueeze", x, 0) for x in operands]
         scale = None if a["scale"] is None else float(a["scale"])
         pair = add(attention, *operands, a["attn_mask"], a["is_causal"], scale)
         out = add(operator.getitem, pair, 0)
         if q.dim() == 3:
-            out = add("squeeze", out, 0, method=True)
+            out = add("squeeze", out, 0)
         if isinstance(result, torch.Tensor) and _row_major(result):
             # Where eager's result is row-major a later .view() may rely on it.
-            out = add("contiguous", out, method=True)
-        for new in made:
-            new.meta.update({k: m for k, m in node.meta.items() if k != "example_value"})
+            out = add("contiguous", out)
     out.meta = dict(node.meta)
     node.replace_all_uses_with(out)
-    graph.erase_node(node)
+    node.graph.erase_node(node)
     return 1
 
 

@@ -23,7 +23,8 @@ import torch
 from torch import fx
 
 from .experts_op import experts
-from .unread import call_name, erase_unread
+from .fx_effects import erase_unread
+from .fx_words import Maker, argument, call_name, value_of
 
 F = torch.nn.functional
 _GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
@@ -72,10 +73,6 @@ def join_experts(gm: fx.GraphModule, train: bool = True) -> tuple[int, list[str]
     return count, notes
 
 
-def _value(x: Any) -> Any:
-    return x.meta.get("example_value", x.meta.get("val")) if isinstance(x, fx.Node) else x
-
-
 def _is(node: Any, *names: str) -> bool:
     """Whether a node calls a function or a method of one of these names."""
     return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and call_name(node) in names
@@ -86,13 +83,9 @@ def _need(test: bool, what: str) -> None:
         raise _Other(what)
 
 
-def _arg(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
-
-
 def _uncast(node: Any) -> Any:
     """Through casts that leave the dtype as it is."""
-    while _is(node, "to", "contiguous") and _value(node).dtype == _value(node.args[0]).dtype:
+    while _is(node, "to", "contiguous") and value_of(node).dtype == value_of(node.args[0]).dtype:
         node = node.args[0]
     return node
 
@@ -113,7 +106,7 @@ def _item(node: Any, index: Any) -> Any:
 
 def _flattened(node: Any) -> Any:
     _need(_is(node, "reshape", "view", "flatten"), "a flattened tensor")
-    _need(_value(node).dim() == 1 and _value(node.args[0]).dim() == 2, "a flattened matrix")
+    _need(value_of(node).dim() == 1 and value_of(node.args[0]).dim() == 2, "a flattened matrix")
     return node.args[0]
 
 
@@ -126,7 +119,7 @@ def _with_bias(node: Any) -> tuple[Any, Any, list[Any]]:
         return node, None, []
     _need(len(added) == 1 and len(added[0].args) == 2, "one addition of a bias")
     bias = _taken(added[0].args[1], "a bias by expert")
-    _need(_value(bias[0]).dim() == 2, "a bias by expert")
+    _need(value_of(bias[0]).dim() == 2, "a bias by expert")
     return node, bias, added
 
 
@@ -138,13 +131,13 @@ def _product(node: Any) -> _Product:
     readers = [u for n in (made, *added) for u in n.users if u not in added]
     _need(1 <= len(readers) <= 2, "a product read by one step")
     if _is(made, *_GROUPED):
-        rows, weight, offsets = made.args[0], made.args[1], _arg(made, 2, "offs")
-        plain = _arg(made, 3, "bias") is None and _arg(made, 4, "out_dtype") is None
+        rows, weight, offsets = made.args[0], made.args[1], argument(made, 2, "offs")
+        plain = argument(made, 3, "bias") is None and argument(made, 4, "out_dtype") is None
         _need(plain, "a grouped product without bias")
         sort, bins = _sorted(offsets)
         turned = not _is(weight, "transpose")
         weight = weight if turned else _transposed(weight)
-        _need(bins == _value(weight).shape[0], "offsets of all experts")
+        _need(bins == value_of(weight).shape[0], "offsets of all experts")
         by: Any = [u for u in sort.users if _is(u, "getitem") and u.args[1] == 0]
         perm = [u for u in sort.users if _is(u, "getitem") and u.args[1] == 1]
         _need(len(by) == len(perm) == 1, "one order of the slots")
@@ -161,7 +154,7 @@ def _batched(made: Any, bias: Any) -> _Product:
     _need(_is(rows, "unsqueeze") and rows.args[1] == (1 if turned else -1), "rows of one batch each")
     _need(made.args[1] == rows.args[1], "rows of one batch each")
     weight, index = _taken(weights, "matrices by expert")
-    _need(_value(weight).dim() == 3, "matrices by expert")
+    _need(value_of(weight).dim() == 3, "matrices by expert")
     _need(bias is None or bias[1] is index, "a bias by expert")
     return _Product(_uncast(rows.args[0]), weight, turned, bias and bias[0], index, None)
 
@@ -177,8 +170,8 @@ def _sorted(offsets: Any) -> tuple[Any, int]:
     _need(_is(offsets, "cumsum"), "offsets that are running counts")
     counts = offsets.args[0]
     _need(_is(counts, "histc"), "counts of experts")
-    bins = _arg(counts, 1, "bins")
-    ranged = (_arg(counts, 2, "min"), _arg(counts, 3, "max")) == (0, bins - 1)
+    bins = argument(counts, 1, "bins")
+    ranged = (argument(counts, 2, "min"), argument(counts, 3, "max")) == (0, bins - 1)
     _need(ranged, "counts of all experts")
     numbers = counts.args[0]
     while _is(numbers, "float", "int", "to"):
@@ -198,7 +191,7 @@ def _gate(node: Any) -> tuple[Any, dict[str, Any]]:
     act, up = (a, b) if _is(a, *_ACTS) else (b, a)
     _need(_is(act, *_ACTS), "a known activation")
     name = _ACTS[call_name(act)]
-    how = _arg(act, 1, "approximate", "none") if name == "gelu" else "none"
+    how = argument(act, 1, "approximate", "none") if name == "gelu" else "none"
     _need(how in ("none", "tanh"), "a known activation")
     pre, alternating = _halves(act.args[0], up)
     return pre, {"act": "gelu_tanh" if how == "tanh" else name, "interleaved": alternating, "alpha": 1.0, "limit": 0.0}
@@ -207,16 +200,16 @@ def _gate(node: Any) -> tuple[Any, dict[str, Any]]:
 def _halves(gate: Any, up: Any) -> tuple[Any, bool]:
     """What gate and up are parts of, and whether its columns alternate."""
     if _is(gate, "slice") and _is(up, "slice"):  # an exported graph's spelling of the alternating columns
-        source, last = gate.args[0], _value(gate.args[0]).dim() - 1
-        plain = all(s.args[1] in (-1, last) and s.args[3] >= _value(source).shape[-1] for s in (gate, up))
+        source, last = gate.args[0], value_of(gate.args[0]).dim() - 1
+        plain = all(s.args[1] in (-1, last) and s.args[3] >= value_of(source).shape[-1] for s in (gate, up))
         _need(plain and up.args[0] is source and (gate.args[2], up.args[2]) == (0, 1), "gate and up of one product")
-        _need(_arg(gate, 4, "step", 1) == _arg(up, 4, "step", 1) == 2, "gate and up of one product")
+        _need(argument(gate, 4, "step", 1) == argument(up, 4, "step", 1) == 2, "gate and up of one product")
         return source, True
     _need(_is(gate, "getitem") and _is(up, "getitem"), "gate and up of one product")
     source = gate.args[0]
     _need(up.args[0] is source, "gate and up of one product")
     if (gate.args[1], up.args[1]) == (0, 1) and _is(source, "chunk"):
-        _need(_arg(source, 1, "chunks") == 2 and _arg(source, 2, "dim", 0) in (-1, 1), "two halves")
+        _need(argument(source, 1, "chunks") == 2 and argument(source, 2, "dim", 0) in (-1, 1), "two halves")
         return source.args[0], False
     _need((gate.args[1], up.args[1]) == ((..., _STRIDED[0]), (..., _STRIDED[1])), "gate and up of one product")
     return source, True
@@ -229,8 +222,8 @@ def _limited(plus: Any, glu: Any) -> tuple[Any, dict[str, Any]]:
     _need(_is(gate, "clamp") and _is(sigmoid, "sigmoid") and _is(sigmoid.args[0], "mul"), "a limited gate")
     scaled, alpha = sigmoid.args[0].args
     up = plus.args[0]
-    limit = _arg(gate, 2, "max")
-    low = _arg(gate, 1, "min") is None and _arg(up, 1, "min") == -limit and _arg(up, 2, "max") == limit
+    limit = argument(gate, 2, "max")
+    low = argument(gate, 1, "min") is None and argument(up, 1, "min") == -limit and argument(up, 2, "max") == limit
     _need(scaled is gate and low and all(isinstance(n, int | float) for n in (alpha, limit)), "a limited gate")
     pre, alternating = _halves(gate.args[0], up.args[0])
     return pre, {"act": "limited", "interleaved": alternating, "alpha": float(alpha), "limit": float(limit)}
@@ -242,9 +235,9 @@ def _layer(node: Any) -> dict[str, Any]:
     Raises:
         _Other: it is no such sum.
     """
-    _need(_arg(node, 1, "dim") in (1, [1], (1,)) and not _arg(node, 2, "keepdim", False), "a sum over choices")
+    _need(argument(node, 1, "dim") in (1, [1], (1,)) and not argument(node, 2, "keepdim", False), "a sum over choices")
     view = node.args[0]
-    _need(_is(view, "view", "reshape") and _value(view).dim() == 3, "rows by token and choice")
+    _need(_is(view, "view", "reshape") and value_of(view).dim() == 3, "rows by token and choice")
     weighted = view.args[0]
     inverse = None
     if _is(weighted, "getitem", "index"):
@@ -258,7 +251,7 @@ def _layer(node: Any) -> dict[str, Any]:
     same = first.index is second.index and first.perm is second.perm and first.turned == second.turned
     _need(same, "both products of one order")
     scale = scales.args[0]
-    choices = _value(view).shape[1]
+    choices = value_of(view).shape[1]
     if second.perm is not None:
         scale, order = _taken(scale, "weights in the order of the slots")
         _need(order is second.perm, "weights in the order of the slots")
@@ -267,12 +260,12 @@ def _layer(node: Any) -> dict[str, Any]:
         _need(_is(tokens, "floordiv", "floor_divide") and tokens.args == (second.perm, choices), "rows of tokens")
     else:
         _need(inverse is None and _is(first.rows, "repeat_interleave"), "rows of tokens")
-        _need(first.rows.args[1] == choices and _arg(first.rows, 2, "dim") == 0, "rows of tokens")
+        _need(first.rows.args[1] == choices and argument(first.rows, 2, "dim") == 0, "rows of tokens")
         x = first.rows.args[0]
     index, scale = _flattened(second.index), _flattened(scale)
-    _need(_value(index).shape[1] == choices and _value(x).dim() == 2, "tokens and their choices")
-    dtypes = {_value(t).dtype for t in (x, first.weight, second.weight)}
-    _need(len(dtypes) == 1 and _value(index).dtype == torch.int64, "one dtype")
+    _need(value_of(index).shape[1] == choices and value_of(x).dim() == 2, "tokens and their choices")
+    dtypes = {value_of(t).dtype for t in (x, first.weight, second.weight)}
+    _need(len(dtypes) == 1 and value_of(index).dtype == torch.int64, "one dtype")
     return {
         "operands": (x, first.weight, first.bias, second.weight, second.bias, index, scale),
         "attrs": (attrs["act"], attrs["interleaved"], first.turned, attrs["alpha"], attrs["limit"]),
@@ -292,21 +285,17 @@ def _inverse(node: Any, perm: fx.Node) -> None:
 
 
 def _replace(node: fx.Node, found: dict[str, Any], train: bool) -> None:
-    graph, out = node.graph, _value(node)
-    values = [_value(t) for t in found["operands"]]
+    out = value_of(node)
+    values = [value_of(t) for t in found["operands"]]
     keep = train and torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
-    with graph.inserting_before(node):
-        pair = graph.call_function(experts, (*found["operands"], *found["attrs"], keep))
-        got = graph.call_function(operator.getitem, (pair, 0))
-        made = [pair, got]
-        if _value(found["operands"][0]).dtype != out.dtype:
-            got = graph.call_method("to", (got, out.dtype))
-            made.append(got)
-        for new in made:
-            new.meta.update({k: m for k, m in node.meta.items() if k not in ("example_value", "val")})
+    with node.graph.inserting_before(node):
+        add = Maker(node.graph, node)
+        got = add(operator.getitem, add(experts, *found["operands"], *found["attrs"], keep), 0)
+        if value_of(found["operands"][0]).dtype != out.dtype:
+            got = add("to", got, out.dtype)
     got.meta = dict(node.meta)
     node.replace_all_uses_with(got)
-    erase_unread(graph, [node])
+    erase_unread([node])
 
 
 __all__ = ["join_experts"]

@@ -6,11 +6,14 @@ says each operator once. Whatever is no such pattern is ``Refused``, with a reas
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+
+from .compat import FakeTensor, OpOverload
 
 CASTS = frozenset({"to", "_to_copy", "type", "type_as", "float", "double", "half", "bfloat16"})
 SAME = CASTS | {"contiguous", "clone", "alias"}
@@ -29,6 +32,43 @@ class Refused(Exception):
 def value_of(x: Any) -> Any:
     """What a node holds, as an example (a fake tensor, a size); anything else as it is."""
     return x.meta.get("example_value", x.meta.get("val")) if isinstance(x, fx.Node) else x
+
+
+def fixed(x: Any) -> bool:
+    """Whether all sizes of what a node holds are numbers."""
+    return not isinstance(x, torch.Tensor) or all(isinstance(n, int) for n in x.shape)
+
+
+def complete_examples(gm: fx.GraphModule, nodes: Iterable[fx.Node] | None = None) -> None:
+    """Give nodes that were put into a Dynamo graph the fake results that Dynamo's own nodes have.
+
+    Args:
+        nodes: which, in order; all if left out.
+    """
+    among = gm.graph.nodes if nodes is None else nodes
+    missing = [n for n in among if n.op in ("call_function", "call_method") and value_of(n) is None]
+    known = [value_of(n) for n in gm.graph.nodes if n.op == "placeholder"] if missing else []
+    mode = next((x.fake_mode for x in known if isinstance(x, FakeTensor)), None)
+    if mode is None:
+        return
+    with mode, torch.no_grad():
+        for node in missing:
+            if any(value_of(n) is None for n in node.all_input_nodes):
+                continue  # a region's result
+            args: Any = fx.node.map_arg(node.args, value_of)
+            kwargs: Any = fx.node.map_arg(node.kwargs, value_of)
+            if node.op == "call_method":
+                made = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                made = node.target(*args, **kwargs)  # type: ignore[operator]
+            node.meta["example_value"] = made
+
+
+def call_name(node: fx.Node) -> str:
+    """The bare name of the function or method that a node calls, as it is written."""
+    if isinstance(node.target, OpOverload):
+        return node.target._schema.name.rsplit("::", 1)[-1]
+    return str(getattr(node.target, "__name__", node.target)).rsplit(".", 1)[-1]
 
 
 def op_name(node: Any) -> str:

@@ -15,15 +15,15 @@ is changed: the second value of ``join_losses`` says so.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
+from .fx_effects import erase_unread
+from .fx_words import Maker, value_of
 from .loss_op import linear_cross_entropy
-from .unread import erase_unread
 
 F = torch.nn.functional
 _CROSS_ENTROPY = {F.cross_entropy, torch.ops.aten.cross_entropy_loss.default}
@@ -69,14 +69,10 @@ def join_losses(gm: fx.GraphModule) -> tuple[int, list[str]]:
     return count, notes
 
 
-def _value(x: Any) -> Any:
-    return x.meta.get("example_value", x.meta.get("val")) if isinstance(x, fx.Node) else x
-
-
 def _covered(node: fx.Node) -> str | tuple[_Path, dict[str, Any]]:
     """How a loss follows from a linear layer, or why it is left alone (nothing: it has no such layer)."""
     a: dict[str, Any] = {**_KNOWN, **dict(zip(_ARGUMENTS, node.args, strict=False)), **node.kwargs}
-    logits, target = _value(a["input"]), _value(a["target"])
+    logits, target = value_of(a["input"]), value_of(a["target"])
     if not isinstance(logits, torch.Tensor) or not isinstance(target, torch.Tensor):
         return ""
     path = _path(a["input"])
@@ -92,7 +88,7 @@ def _covered(node: fx.Node) -> str | tuple[_Path, dict[str, Any]]:
         return "an argument that is not a plain number: the logits are written"
     if not 0 <= a["label_smoothing"] <= 1:
         return ""  # eager's error
-    values = [_value(t) for t in (x, weight, bias) if t is not None]
+    values = [value_of(t) for t in (x, weight, bias) if t is not None]
     same = len({t.dtype for t in values}) == 1 or torch.is_autocast_enabled(values[0].device.type)
     floating = all(t.is_floating_point() and t.layout == torch.strided for t in values)
     if not floating or not same or values[0].dim() < 2 or values[1].dim() != 2:
@@ -118,7 +114,7 @@ def _path(node: Any) -> _Path | str:
         if capped is not None:
             node, cap = capped
             continue
-        before, after = _value(node.args[0]), _value(node)
+        before, after = value_of(node.args[0]), value_of(node)
         if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
             return ""
         if not (_is_upcast(node, before, after) or _keeps_classes(node, before, after)):
@@ -192,23 +188,15 @@ def _linear_arguments(node: fx.Node) -> tuple[Any, Any, Any]:
 
 
 def _replace(node: fx.Node, path: _Path, a: dict[str, Any]) -> None:
-    graph = node.graph
     x, weight, bias = _linear_arguments(path.linear)
-    width = _value(weight).shape[1]
-    out = _value(node)
-    with graph.inserting_before(node):
-        made: list[fx.Node] = []
-
-        def add(target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
-            method = isinstance(target, str)
-            new = graph.call_method(target, args, kwargs) if method else graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
-            made.append(new)
-            return new
-
+    width = value_of(weight).shape[1]
+    out = value_of(node)
+    with node.graph.inserting_before(node):
+        add = Maker(node.graph, node)
         for step in path.tokens:
             if step.target is operator.getitem:
                 x = add(operator.getitem, x, step.args[1])
-        if path.tokens or _value(x).dim() != 2:
+        if path.tokens or value_of(x).dim() != 2:
             x = add("reshape", x, -1, width)
         target, ignore = a["target"], a["ignore_index"]
         smoothing = float(a["label_smoothing"])
@@ -220,11 +208,9 @@ def _replace(node: fx.Node, path: _Path, a: dict[str, Any]) -> None:
             loss = add(torch.div, loss, add("sum", add(torch.ne, target, ignore)))
         if isinstance(out, torch.Tensor):
             loss = add("to", loss, out.dtype)
-        for new in made:
-            new.meta.update({k: m for k, m in node.meta.items() if k != "example_value"})
     loss.meta = dict(node.meta)
     node.replace_all_uses_with(loss)
-    erase_unread(graph, [node])
+    erase_unread([node])
 
 
 __all__ = ["join_losses"]

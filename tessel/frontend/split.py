@@ -15,8 +15,11 @@ import torch
 from torch import fx
 
 from ..errors import TesselError, check
+from ..ir.nested import leaves
 from . import compat
 from .capture import aot
+from .fx_effects import SETTINGS, draws, written
+from .fx_words import call_name, value_of
 from .joint import Capture, Recorder, Step, tensors_of
 from .locs import qualified_name
 
@@ -132,10 +135,10 @@ class _Cutter:
         bound: set[fx.Node] = set(self.names)
         while True:
             for n in self.nodes:
-                if n.op != "placeholder" and (_draws(n) or any(x in bound for x in n.all_input_nodes)):
+                if n.op != "placeholder" and (written(n) or draws(n) or any(x in bound for x in n.all_input_nodes)):
                     bound.add(n)
             # what is overwritten is there once, and so is all that it may be a view of
-            stack = [n.all_input_nodes[0] for n in self.nodes if n in bound and _writes(n) and n.all_input_nodes]
+            stack = [x for n in self.nodes if n in bound for x in written(n)]
             base: set[fx.Node] = set()
             while stack:
                 n = stack.pop()
@@ -230,7 +233,7 @@ class _Cutter:
             new[n].meta["example_value"] = value
             given.append(value)
         for n in self.nodes:
-            if n in keep or _name(n) in _CONTEXT:
+            if n in keep or call_name(n) in SETTINGS:
                 new[n] = graph.node_copy(n, new.__getitem__)
         out = []
         for x in leaves:
@@ -243,37 +246,13 @@ class _Cutter:
         return _Piece(module, outer, handed, Recorder(given))
 
 
-_RANDOM = ("rand", "normal", "bernoulli", "multinomial")
-# operators of the module ``operator`` that write to their first operand
-_INTO = frozenset("iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem".split())
-_CONTEXT = frozenset({"_set_grad_enabled", "_enter_autocast", "_exit_autocast"})  # what holds until the next of them
-
-
-def _name(n: fx.Node) -> str:
-    return str(getattr(n.target, "__name__", n.target))
-
-
-def _writes(n: fx.Node) -> bool:
-    """Whether a node writes to its first operand."""
-    if n.op == "call_function" and getattr(n.target, "__module__", "") == "_operator":
-        return _name(n) in _INTO
-    return n.op in ("call_function", "call_method") and _name(n).endswith("_") and not _name(n).endswith("__")
-
-
-def _draws(n: fx.Node) -> bool:
-    """Whether computing a node twice would give two things."""
-    return _writes(n) or "dropout" in _name(n) or _name(n).startswith(_RANDOM)
-
-
 def _nbytes(n: fx.Node) -> int:
-    value = n.meta.get("example_value")
-    values = value if isinstance(value, tuple | list) else [value]
-    return sum(x.numel() * x.element_size() for x in values if isinstance(x, torch.Tensor))
+    return sum(x.numel() * x.element_size() for x in leaves(value_of(n), torch.Tensor))
 
 
 def _like(n: fx.Node) -> torch.Tensor:
     """An empty fake tensor of a node's value, contiguous as it arrives, a leaf of autograd."""
-    value = n.meta.get("example_value")
+    value = value_of(n)
     if not isinstance(value, torch.Tensor):
         raise TesselError(f"parts of the model meet at {n.name}, which is no tensor: cut elsewhere")
     with value.fake_mode:  # type: ignore[attr-defined]

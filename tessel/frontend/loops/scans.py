@@ -4,7 +4,7 @@
                       a + b, a * b, max(a, b), min(a, b)         cumsum, cumprod, cummax, cummin
                       any other                                  scan, from the first element on
     scan              of a state of keys times values            tessel::linear_attention, see ``linear_match``
-                      whose carry is a * carry + b               see ``loops``
+                      whose carry is a * carry + b               see ``affine`` and ``written``
                       any other                                  stays: the importer makes a loop of it
 
 A combine function that is not associative gives results that depend on how a scan is cut into pieces, so it is tried
@@ -21,12 +21,15 @@ import sympy
 import torch
 from torch import fx
 
-from ..errors import TesselError
-from .compat import size_hints, without_modes
-from .linear_match import emit_linear_attention
-from .locs import Locations
-from .loops import NotAffine, Step, emit_affine, erase_unused, example
-from .scan_op import linear_scan
+from ...errors import TesselError
+from ..compat import size_hints, without_modes
+from ..fx_effects import erase_unread
+from ..fx_words import value_of
+from ..locs import Locations
+from ..scan_op import linear_scan
+from .affine import NotAffine
+from .emit import emit_known
+from .step import Step
 
 __all__ = ["lower_scans"]
 
@@ -69,27 +72,20 @@ def _replace(node: fx.Node, new: fx.Node) -> None:
 def _affine(gm: fx.GraphModule, node: fx.Node) -> int:
     """A scan whose carries are linear recurrences, written without a loop."""
     _, init, xs, extras = node.args
-    shape = example(xs[0]).shape if xs else ()  # type: ignore[index,arg-type]
+    shape = value_of(xs[0]).shape if xs else ()  # type: ignore[index,arg-type]
     if not shape or not isinstance(shape[0], int) or any(u.target is not operator.getitem for u in node.users):
         return 0
     step = Step(_region(gm, node), tuple(init), tuple(xs), tuple(extras), shape[0])  # type: ignore[arg-type]
     with gm.graph.inserting_before(node):
         try:
-            lasts, ys = _emitted(gm, step)
+            lasts, ys = emit_known(gm.graph, step)
         except NotAffine:
             return 0
     results = [*lasts, *ys]
     for user in list(node.users):
         _replace(user, results[user.args[1]])  # type: ignore[index]
-    erase_unused([node, *results])
+    erase_unread([node, *results])
     return 1
-
-
-def _emitted(gm: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[fx.Node]]:
-    try:
-        return emit_linear_attention(step, gm.graph)
-    except NotAffine:
-        return emit_affine(gm, step)
 
 
 def _associative(gm: fx.GraphModule, node: fx.Node, starts: list[fx.Node]) -> int:
@@ -101,7 +97,7 @@ def _associative(gm: fx.GraphModule, node: fx.Node, starts: list[fx.Node]) -> in
         with graph.inserting_before(node):
             known = _known(graph, region, xs)
     if known is None:
-        _check_associative(region, [example(x) for x in xs], [example(e) for e in extras], node)
+        _check_associative(region, [value_of(x) for x in xs], [value_of(e) for e in extras], node)
     for user in [u for part in node.users for u in part.users if u.target is _RESULT]:
         part: Any = user.args[1]
         if known is not None:
@@ -111,7 +107,7 @@ def _associative(gm: fx.GraphModule, node: fx.Node, starts: list[fx.Node]) -> in
             first = graph.call_function(operator.getitem, (user.args[0], slice(0, 1)))
             _replace(user, graph.call_function(torch.cat, ([first, part],)))
     if known is not None:
-        erase_unused([*node.users, *known])
+        erase_unread([*node.users, *known])
         return 1
     for start in starts:
         with graph.inserting_before(start):
@@ -142,11 +138,11 @@ def _known(graph: fx.Graph, region: fx.GraphModule, xs: list[fx.Node]) -> list[f
     if formulas is None:
         return None
     left, right = _SYMBOLS[: len(xs)], _SYMBOLS[len(xs) : 2 * len(xs)]
-    dtypes = {example(x).dtype for x in xs}
+    dtypes = {value_of(x).dtype for x in xs}
     if len(xs) == 1:
         folds = {left[0] + right[0]: torch.cumsum, left[0] * right[0]: torch.cumprod}
         fold = folds.get(formulas[0])
-        return None if fold is None else [graph.call_function(fold, (xs[0], 0), {"dtype": example(xs[0]).dtype})]
+        return None if fold is None else [graph.call_function(fold, (xs[0], 0), {"dtype": value_of(xs[0]).dtype})]
     if len(xs) == 2 and len(dtypes) == 1 and next(iter(dtypes)).is_floating_point:
         for a, b in ((0, 1), (1, 0)):
             state = sympy.expand(right[a] * left[b] + right[b])
@@ -168,7 +164,7 @@ _ARITHMETIC: dict[Any, Any] = {
 
 def _formulas(region: fx.GraphModule, inputs: Sequence[fx.Node], outs: Sequence[Any]) -> list[Any] | None:
     """The results as polynomials in ``_SYMBOLS``, if all there is is arithmetic on tensors of one shape."""
-    if len(inputs) > len(_SYMBOLS) or len({str(example(n).shape) for n in inputs}) != 1:
+    if len(inputs) > len(_SYMBOLS) or len({str(value_of(n).shape) for n in inputs}) != 1:
         return None
     held: dict[fx.Node, Any] = dict(zip(inputs, _SYMBOLS, strict=False))
     for node in region.graph.nodes:

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .labels import Factor, Labels, arranged, expanded, name_of, ones, seen_through, turned
-from .loops import erase_unused, example
-from .scan_op import linear_scan, selective_scan
+from ..fx_effects import erase_unread
+from ..fx_words import call_name, value_of
+from ..scan_op import linear_scan, selective_scan
+from .labels import Factor, Labels, arranged, expanded, ones, seen_through, turned
 
 __all__ = ["fold_states"]
 
@@ -29,7 +30,7 @@ __all__ = ["fold_states"]
 def fold_states(gm: fx.GraphModule) -> int:
     """Rewrite ``gm`` in place; how many were found."""
     count = 0
-    if not any(getattr(example(n), "requires_grad", False) for n in gm.graph.nodes if n.op == "placeholder"):
+    if not any(getattr(value_of(n), "requires_grad", False) for n in gm.graph.nodes if n.op == "placeholder"):
         return 0
     for node in list(gm.graph.nodes):
         if node.target is linear_scan and not node.args[3]:
@@ -87,7 +88,7 @@ class _Found:
         sizes = _sizes([*A, *dt, *B, *w, C])
         if sizes is None or (states is not None and states.dim() != 4):
             return None
-        dtypes = {example(f.node).dtype for f in (*A, *dt, *B, *w, C)}
+        dtypes = {value_of(f.node).dtype for f in (*A, *dt, *B, *w, C)}
         if len(dtypes) != 1 or dtypes - {torch.float32, torch.float64}:
             return None
         return _Found(scan, node, labels, (batch, 0, d, n), sizes, w, dt, A, B, C)
@@ -116,13 +117,13 @@ class _Found:
             new.meta.update(where)
         out.meta.update(self.fold.meta)
         self.fold.replace_all_uses_with(out)
-        erase_unused([self.fold])
+        erase_unread([self.fold])
 
 
 def _sizes(factors: Sequence[Factor]) -> tuple[int, ...] | None:
     sizes = [1, 1, 1, 1]
     for f in factors:
-        for label, size in zip(f.labels, example(f.node).shape, strict=True):
+        for label, size in zip(f.labels, value_of(f.node).shape, strict=True):
             if label is not None:
                 if not isinstance(size, int) or (sizes[label] != 1 and size not in (1, sizes[label])):
                     return None
@@ -140,14 +141,14 @@ def _factors(node: fx.Node, labels: Labels) -> list[Factor] | None:
         product = node.target in (operator.mul, torch.mul, "mul") and all(isinstance(a, fx.Node) for a in node.args)
         if below is not None:
             stack.append(below)
-        elif product and len(labels) > 2 and all(isinstance(example(a), torch.Tensor) for a in node.args):
+        elif product and len(labels) > 2 and all(isinstance(value_of(a), torch.Tensor) for a in node.args):
             for a in node.args:
-                x = example(a)
+                x = value_of(a)
                 stack.append((a, ones(labels[len(labels) - x.dim() :], x)))  # type: ignore[arg-type]
-        elif not isinstance(example(node), torch.Tensor):
+        elif not isinstance(value_of(node), torch.Tensor):
             return None
         else:
-            found.append(Factor(node, ones(labels, example(node))))
+            found.append(Factor(node, ones(labels, value_of(node))))
     return found
 
 
@@ -179,9 +180,9 @@ def _after(user: fx.Node, node: fx.Node, labels: Labels) -> Labels | None:
     """The labels of a view of something labelled."""
     if not user.args or user.args[0] is not node:
         return None
-    name = name_of(user)
+    name = call_name(user)
     if name in ("float", "to", "type", "double", "contiguous"):
-        made = example(user)
+        made = value_of(user)
         asked = [a for a in (*user.args[1:], *user.kwargs.values()) if isinstance(a, torch.dtype)]
         same = made is None or made.dtype in (torch.float32, torch.float64)
         return labels if same and all(a in (torch.float32, torch.float64) for a in asked) else None
@@ -192,7 +193,7 @@ def _after(user: fx.Node, node: fx.Node, labels: Labels) -> Labels | None:
 def _product(node: fx.Node, user: fx.Node, labels: Labels) -> tuple[fx.Node, Labels, Factor] | None:
     """``h [.., d, n] @ C [.., n, 1]``."""
     left, right = user.args
-    x = example(right)
+    x = value_of(right)
     if left is not node or not isinstance(right, fx.Node) or not isinstance(x, torch.Tensor) or x.dim() != 4:
         return None
     if x.shape[-1] != 1 or len(labels) != 4:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from .loops import example, filled
+from ..fx_words import call_name, value_of
+from .written import filled
 
-__all__ = ["Factor", "Labels", "arranged", "expanded", "name_of", "ones", "seen_through", "turned"]
+__all__ = ["Factor", "Labels", "arranged", "expanded", "ones", "seen_through", "turned"]
 
 Labels = tuple[int | None, ...]  # which axis each dimension is; None for one of size one
 
@@ -57,10 +58,10 @@ def expanded(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 def seen_through(node: fx.Node, labels: Labels) -> tuple[fx.Node, Labels] | None:
     """What a view or a cast to the same type is of, and the labels of that."""
     source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or not isinstance(example(source), torch.Tensor):
+    if not isinstance(source, fx.Node) or not isinstance(value_of(source), torch.Tensor):
         return (source, labels) if _is_filled(node) and isinstance(source, fx.Node) else None
-    x, made = example(source), example(node)
-    name = name_of(node)
+    x, made = value_of(source), value_of(node)
+    name = call_name(node)
     if node.target is operator.getitem:
         return _index(source, x, node.args[1], labels)
     if name in ("float", "to", "type", "double", "contiguous", "clone"):
@@ -88,10 +89,6 @@ def seen_through(node: fx.Node, labels: Labels) -> tuple[fx.Node, Labels] | None
     if name in ("expand", "expand_as") and isinstance(made, torch.Tensor) and made.dim() >= x.dim():
         return source, ones(labels[made.dim() - x.dim() :], x)
     return None
-
-
-def name_of(node: fx.Node) -> str:
-    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
 
 
 def _is_filled(node: fx.Node) -> bool:

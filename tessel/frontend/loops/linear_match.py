@@ -4,9 +4,7 @@
     S = S + k[.., None] * ((v - known) * beta)[.., None, :]         becomes      o = tessel::linear_attention(q, k, v,
     o = (S * q[.., None]).sum(-2)                                                    g, beta, S before the first step)
 
-However the step is written: what depends on the state is multiplied out into terms, each a product of tensors whose
-dimensions are named by the axes of the state, some of them summed over (products, sums, einsum, matmul, views, adds).
-The new state must be
+The step is multiplied out first (``terms``), however it is written. The new state must be
 
     a S  +  k v   [ -  k beta k' a S ]
 
@@ -16,213 +14,29 @@ query, and nowhere else. What is done with the result, and what comes before, is
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..ops.emit import wide_dtype
+from ...ops.emit import wide_dtype
+from ..fx_effects import has_effects
+from ..fx_words import value_of
+from ..linear_attention_op import operator as linear_attention
+from .affine import NotAffine
 from .labels import Factor, Labels, arranged, expanded, ones, seen_through
-from .linear_attention_op import operator as linear_attention
-from .loops import NotAffine, Step, Written, affine_plan, example, has_side_effects
+from .step import Step
+from .terms import Term, Terms
+from .written import Written
 
-__all__ = ["emit_linear_attention", "is_known"]
+__all__ = ["LinearAttention"]
 
 _TIME = -1  # the label of time, which a step's own tensors have not
-_MOST_TERMS = 16
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SUMS = {torch.sum, "sum", torch.Tensor.sum}
-_PRODUCTS = {torch.matmul, operator.matmul, "matmul", torch.Tensor.matmul, torch.bmm, "bmm", torch.mm, "mm"}
-_MUL = {operator.mul, torch.mul, "mul", torch.multiply, "multiply"}
-_ADD = {operator.add, torch.add, "add"}
-_SUB = {operator.sub, torch.sub, "sub"}
-_NEG = {operator.neg, torch.neg, "neg"}
 _COPIES = {"clone", "contiguous", torch.clone}
-
-
-def emit_linear_attention(step: Step, graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Write the loop at the host graph's insertion point, as ``loops.emit`` does.
-
-    Raises:
-        NotAffine: it is no linear attention; the graph is as it was.
-    """
-    return _Found(step).write(graph)
-
-
-def is_known(step: Step) -> bool:
-    """Whether a step is linear attention or a linear recurrence, which ``emit`` writes without a loop."""
-    for look in (_Found, affine_plan):
-        try:
-            look(step)
-            return True
-        except NotAffine:
-            continue
-    return False
-
-
-@dataclass(frozen=True)
-class _Term:
-    """A number times a product of tensors; axes that the value has not are summed over."""
-
-    number: float
-    factors: tuple[Factor, ...]
-
-    def times(self, other: _Term) -> _Term:
-        return _Term(self.number * other.number, self.factors + other.factors)
-
-
-class _Terms:
-    """Values of a step multiplied out as far as they depend on some of its nodes."""
-
-    def __init__(self, gm: fx.GraphModule, states: Sequence[fx.Node]) -> None:
-        self.states = set(states)
-        self.tied = set(states)
-        for node in gm.graph.nodes:
-            if any(n in self.tied for n in node.all_input_nodes):
-                self.tied.add(node)
-        self.fresh = itertools.count(100)
-
-    def of(self, node: Any, labels: Labels) -> list[_Term]:
-        """Terms of a value with these axes.
-
-        Raises:
-            NotAffine: an operator that is no sum of products.
-        """
-        if not isinstance(node, fx.Node):
-            if isinstance(node, int | float) and not isinstance(node, bool):
-                return [_Term(float(node), ())]
-            raise NotAffine
-        x = example(node)
-        if not isinstance(x, torch.Tensor):
-            raise NotAffine
-        labels = ones(labels, x)
-        if node in self.states:
-            return [_Term(1.0, (Factor(node, labels),))]
-        below = seen_through(node, labels) if node.op in ("call_function", "call_method") else None
-        if below is not None:
-            return self.of(*below)
-        if node.op in ("call_function", "call_method"):
-            got = self.arithmetic(node, labels)
-            if got is not None:
-                return got
-        if node in self.tied:
-            raise NotAffine
-        return [_Term(1.0, (Factor(node, labels),))]
-
-    def arithmetic(self, node: fx.Node, labels: Labels) -> list[_Term] | None:
-        target, args, tied = node.target, node.args, node in self.tied
-        if target in _SUMS and tied:
-            return self.summed(node, labels)
-        if node.kwargs:
-            return None
-        if target in _MUL and len(args) == 2:
-            return self.product([(a, _last(labels, a)) for a in args])
-        if target in (operator.truediv, torch.div, "div") and isinstance(args[1], int | float) and args[1]:
-            return [replace(t, number=t.number / args[1]) for t in self.of(args[0], labels)]
-        if target in _NEG:
-            return [replace(t, number=-t.number) for t in self.of(args[0], labels)]
-        if not tied and not _outer(node):
-            return None  # what the state has no part in stays in one piece, unless it is keys times values
-        if target in _ADD | _SUB and len(args) == 2:
-            left, right = (self.of(a, _last(labels, a)) for a in args)
-            sign = -1.0 if target in _SUB else 1.0
-            return _few([*left, *(replace(t, number=sign * t.number) for t in right)])
-        if target is torch.einsum and isinstance(args[0], str):
-            listed = args[1]
-            return self.einsum(args[0], listed if isinstance(listed, list | tuple) else args[1:], labels)
-        if target in _PRODUCTS and len(args) == 2:
-            return self.matmul(args[0], args[1], labels)
-        return None
-
-    def product(self, parts: Sequence[tuple[Any, Labels]]) -> list[_Term]:
-        terms = [_Term(1.0, ())]
-        for node, labels in parts:
-            terms = _few([a.times(b) for a, b in itertools.product(terms, self.of(node, labels))])
-        return terms
-
-    def summed(self, node: fx.Node, labels: Labels) -> list[_Term]:
-        x: Any = example(node.args[0])
-        given: dict[str, Any] = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
-        dims, keep = given.get("dim"), given.get("keepdim", False)
-        if dims is None or set(given) - {"input", "dim", "keepdim"}:
-            raise NotAffine
-        gone = {d % x.dim() for d in ((dims,) if isinstance(dims, int) else dims)}
-        kept = iter(labels)
-        inner: list[int | None] = []
-        for d in range(x.dim()):
-            if d not in gone:
-                inner.append(next(kept))
-                continue
-            if keep:
-                next(kept)
-            inner.append(next(self.fresh))
-        return self.all_summed(self.of(node.args[0], tuple(inner)), ones(tuple(inner), x), gone)
-
-    @staticmethod
-    def all_summed(terms: list[_Term], labels: Labels, gone: set[int]) -> list[_Term]:
-        """A term that has not an axis that is summed over would count once for each of its places."""
-        axes = {labels[d] for d in gone} - {None}
-        if any(axes - set().union(*(f.axes for f in t.factors)) for t in terms):
-            raise NotAffine
-        return terms
-
-    def einsum(self, text: str, operands: Sequence[Any], labels: Labels) -> list[_Term]:
-        sides = text.replace(" ", "").split("->")
-        words = sides[0].split(",")
-        fits = len(sides) == 2 and "." not in text and len(words) == len(operands) and len(sides[1]) == len(labels)
-        if not fits or any(len(set(w)) != len(w) for w in (*words, sides[1])):
-            raise NotAffine
-        axis: dict[str, int | None] = dict(zip(sides[1], labels, strict=True))
-        for letter in set("".join(words)) - set(axis):
-            axis[letter] = next(self.fresh)
-        parts = [(x, tuple(axis[c] for c in w)) for x, w in zip(operands, words, strict=True)]
-        if any(not isinstance(x, fx.Node) or example(x).dim() != len(w) for x, w in parts):
-            raise NotAffine
-        found = self.product(parts)
-        inner = {a for _, w in parts for a in w if a is not None and a >= 100} - set(labels)
-        held = {a for x, w in parts for a in ones(w, example(x)) if a is not None}
-        return self.all_summed(found, tuple(inner & held), set(range(len(inner & held))))
-
-    def matmul(self, left: Any, right: Any, labels: Labels) -> list[_Term]:
-        ranks = [example(x).dim() for x in (left, right) if isinstance(x, fx.Node)]
-        if len(ranks) != 2 or min(ranks) < 2:
-            raise NotAffine
-        inner, batch = next(self.fresh), labels[:-2]
-        parts = [
-            (left, (*batch[len(batch) - (ranks[0] - 2) :], labels[-2], inner)),
-            (right, (*batch[len(batch) - (ranks[1] - 2) :], inner, labels[-1])),
-        ]
-        size = example(left).shape[-1]
-        return self.all_summed(self.product(parts), (inner if size != 1 else None,), {0})
-
-
-def _outer(node: fx.Node) -> bool:
-    """Whether an einsum or a matrix product sums over nothing."""
-    if node.target is torch.einsum and isinstance(node.args[0], str):
-        before, _, after = node.args[0].replace(" ", "").partition("->")
-        return set(before) - {","} == set(after)
-    left = example(node.args[0]) if node.target in _PRODUCTS else None
-    return isinstance(left, torch.Tensor) and left.shape[-1] == 1
-
-
-def _few(terms: list[_Term]) -> list[_Term]:
-    """Terms, unless they are so many that it is something else: each multiplication may double them."""
-    if len(terms) > _MOST_TERMS or any(len(t.factors) > _MOST_TERMS for t in terms):
-        raise NotAffine
-    return terms
-
-
-def _last(labels: Labels, a: Any) -> Labels:
-    """The labels of an operand that is broadcast."""
-    x = example(a)
-    return labels[len(labels) - x.dim() :] if isinstance(x, torch.Tensor) else ()
-
-
 _VIEWS = {operator.getitem, torch.movedim, torch.select, "select", "movedim", "transpose", "permute", "unflatten"}
 
 
@@ -254,7 +68,7 @@ class _Names:
         if isinstance(a, fx.Node):
             if a in self.host:
                 return a in self.timed, self.made(self.host[a])
-            computed = a.op in ("call_function", "call_method") and not has_side_effects([a])
+            computed = a.op in ("call_function", "call_method") and not has_effects(a)
             if computed and (a.graph is self.own or a.target in _VIEWS):
                 return a.op, str(a.target), self.made(a.args), self.made(tuple(sorted(a.kwargs.items())))
             return a
@@ -267,7 +81,7 @@ def _renamed(factors: Iterator[Factor] | Sequence[Factor], old: int, new: int) -
     return [Factor(f.node, tuple(new if x == old else x for x in f.labels)) for f in factors]
 
 
-class _Found:
+class LinearAttention:
     """A step that is linear attention: its operands as products.
 
     Raises:
@@ -281,23 +95,23 @@ class _Found:
         if len(step.init) != 1 or not isinstance(outs[0], fx.Node):
             raise NotAffine
         self.carry, self.new = inputs[0], _stripped(outs[0])
-        self.like = example(self.carry)
+        self.like = value_of(self.carry)
         rank = self.like.dim()
         if not 2 <= rank <= 4 or self.like.dtype not in _FLOATS or self.new is self.carry:
             raise NotAffine
         self.axes = ones(tuple(range(rank)), self.like)
         self._read(outs)
-        self._rule(_Terms(step.gm, [self.carry]).of(self.new, self.axes))
+        self._rule(Terms(step.gm, [self.carry]).of(self.new, self.axes))
         self._axes()
         for factor in (*self.q, *self.k, *self.v, *self.decay, *self.beta):
-            x = example(factor.node)
+            x = value_of(factor.node)
             if torch.promote_types(x.dtype, self.like.dtype) != self.like.dtype or x.device != self.like.device:
                 raise NotAffine
         by_channel = any(self.key in f.axes for f in self.decay)
         if (
             by_channel
             and self.like.device.type == "cuda"
-            and any(getattr(example(n), "requires_grad", False) for n in inputs)
+            and any(getattr(value_of(n), "requires_grad", False) for n in inputs)
         ):
             raise NotAffine  # its gradient has no kernel there, a recurrence has
 
@@ -305,11 +119,11 @@ class _Found:
 
     def _read(self, outs: Sequence[Any]) -> None:
         """The one product of the new state with a query."""
-        terms = _Terms(self.step.gm, [self.new, self.carry])
+        terms = Terms(self.step.gm, [self.new, self.carry])
         after = self._after_new()
         self.readout: fx.Node | None = None
         for node in self.step.gm.graph.nodes:
-            x = example(node)
+            x = value_of(node)
             if node not in after or not isinstance(x, torch.Tensor) or x.dtype != self.like.dtype:
                 continue
             try:
@@ -341,12 +155,12 @@ class _Found:
                 stack += node.users
         return found
 
-    def _is_readout(self, node: fx.Node, term: _Term) -> bool:
+    def _is_readout(self, node: fx.Node, term: Term) -> bool:
         mine = [f for f in term.factors if f.node is self.new]
         if len(mine) != 1 or any(f.node is self.carry for f in term.factors) or len(term.factors) < 2:
             return False
         labels = mine[0].labels
-        out = set(ones(tuple(range(50, 50 + example(node).dim())), example(node))) - {None}
+        out = set(ones(tuple(range(50, 50 + value_of(node).dim())), value_of(node))) - {None}
         summed = [d for d, x in enumerate(labels) if x is not None and x not in out]
         if len(summed) != 1 or len({x for x in labels if x is not None}) != sum(x is not None for x in labels):
             return False
@@ -357,12 +171,12 @@ class _Found:
         self.key = summed[0]
         self.number = term.number
         self.q = [Factor(f.node, tuple(None if x is None else back[x] for x in f.labels)) for f in rest]
-        self.out_labels = tuple(back.get(x) for x in range(50, 50 + example(node).dim()))
+        self.out_labels = tuple(back.get(x) for x in range(50, 50 + value_of(node).dim()))
         return any(self.key in f.axes for f in self.q)
 
     # ------------------------------------------------------------ how the state goes on
 
-    def _rule(self, terms: Sequence[_Term]) -> None:
+    def _rule(self, terms: Sequence[Term]) -> None:
         kept, added, corrected = [], [], []
         for t in terms:
             mine = [f for f in t.factors if f.node is self.carry]
@@ -427,6 +241,7 @@ class _Found:
     # ------------------------------------------------------------ writing
 
     def write(self, graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
+        """Put it in place of the loop at the graph's insertion point, as ``emit.emit`` does."""
         writer = Written(graph, self.step, [])
         shape, dtype = writer.sizes(self.step.init[0]), self.like.dtype
         batch: list[int | None] = [*self.batch, *[None] * (2 - len(self.batch))]

@@ -1,0 +1,93 @@
+"""What is put in place of a loop, given its step: no loop where the step is known, else torch's ``scan``."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..compat import SCAN_CUTS_CARRY
+from ..fx_words import value_of
+from .affine import NotAffine, affine_plan
+from .linear_match import LinearAttention
+from .step import Step
+from .written import Written
+
+__all__ = ["emit", "emit_known", "is_known"]
+
+_MOST_REGIONS = 4096
+
+
+def emit(root: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Write the loop at the host graph's insertion point: the last carries, and the results of all steps."""
+    try:
+        return emit_known(root.graph, step)
+    except NotAffine:
+        return _as_scan(root, step)
+
+
+def emit_known(graph: fx.Graph, step: Step) -> tuple[list[fx.Node], list[fx.Node]]:
+    """``emit`` for a step that needs no loop.
+
+    Raises:
+        NotAffine: it does; the graph is as it was.
+    """
+    return _writer(step)(graph)
+
+
+def is_known(step: Step) -> bool:
+    """Whether a step is linear attention or a linear recurrence, which ``emit`` writes without a loop."""
+    try:
+        _writer(step)
+    except NotAffine:
+        return False
+    return True
+
+
+def _writer(step: Step) -> Callable[[fx.Graph], tuple[list[fx.Node], list[fx.Node]]]:
+    try:
+        return LinearAttention(step).write
+    except NotAffine:
+        plan = affine_plan(step)
+        return lambda graph: Written(graph, step, plan).write()
+
+
+def _as_scan(root: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The loop as torch's higher-order operator. Its results must share no memory with one another or with inputs."""
+    graph = root.graph
+    inner = step.gm.graph
+    (out,) = (n for n in inner.nodes if n.op == "output")
+    with inner.inserting_before(out):
+        copies = [inner.call_method("clone", (v,), {"memory_format": torch.contiguous_format}) for v in step.outputs()]
+    out.args = (tuple(copies),)
+    step.gm.recompile()
+    name = next(n for i in range(_MOST_REGIONS) if not hasattr(root, n := f"tessel_step_{i}"))
+    root.add_submodule(name, step.gm)
+    region = graph.get_attr(name)
+    init = tuple(graph.call_method("contiguous", (v,)) for v in step.init)
+    if SCAN_CUTS_CARRY:
+        init = _needing_gradients(graph, init, (*step.xs, *step.extras), step.init)
+    got = graph.call_function(torch.ops.higher_order.scan, (region, init, step.xs, step.extras))
+    parts = [graph.call_function(operator.getitem, (got, i)) for i in range(len(copies))]
+    return parts[: len(init)], parts[len(init) :]
+
+
+def _needing_gradients(
+    graph: fx.Graph, values: tuple[fx.Node, ...], others: Sequence[Any], like: Sequence[Any]
+) -> tuple[fx.Node, ...]:
+    """The same values, which need gradients if any of the others does: the sum of none of its elements is added."""
+    zeros = [
+        graph.call_method("sum", (graph.call_function(operator.getitem, (x, slice(0, 0))),))
+        for x in others
+        if isinstance(value_of(x), torch.Tensor) and value_of(x).is_floating_point() and value_of(x).dim()
+    ]
+    floats = [isinstance(value_of(x), torch.Tensor) and value_of(x).is_floating_point() for x in like]
+    for zero in zeros:
+        values = tuple(
+            graph.call_function(operator.add, (v, graph.call_method("type_as", (zero, v)))) if f else v
+            for v, f in zip(values, floats, strict=True)
+        )
+    return values
