@@ -94,7 +94,7 @@ BEFORE_SHARD: tuple[tuple[str, Pass], ...] = PASSES[:2] + PASSES[:1]
 
 # Passes whose results only the C++ templates, or only the Triton ones, have kernels for.
 CPU_ONLY = frozenset({"packed", "small_products", "layouts"})
-GPU_ONLY = frozenset({"unpack", "decode", "gradients", "running", "narrow_products"})
+GPU_ONLY = frozenset({"unpack", "decode", "gradients", "narrow_products"})
 
 
 def run_pipeline(

@@ -1,4 +1,4 @@
-"""Running sums, products, extremes and log-sums as recurrences, which a GPU's scan template goes through.
+"""Running sums, products, extremes and log-sums as recurrences, which the scan templates go through.
 
     %1 = cumsum(%0, 1)                       becomes      %1 = running(%0, dim=1, fold="sum")
 

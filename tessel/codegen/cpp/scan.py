@@ -18,6 +18,7 @@ from ...tiles.index import linearize, var
 from ...tiles.kernel import Axis, Check, Kernel, Load, Reduce, Ref, Scan, Stmt, refs
 from ..dialect import compute_dtype
 from .expr import Dims, Emitter
+from .running import along_steps, running, state_names, states
 from .space import Space
 from .text import points, simd, steps
 from .vector import FOLDS, KINDS, Along, fold_step
@@ -37,7 +38,9 @@ _CLAUSES = {"sum": "+", "amax": "amax", "amin": "amin"}
 
 
 def scan(kernel: Kernel, space: Space) -> dict[str, Any]:
-    """Context of ``scan.cpp.j2``."""
+    """Context of ``scan.cpp.j2``, or of ``running.cpp.j2`` where running folds go along memory."""
+    if along_steps(kernel, space):
+        return running(kernel, space)
     across = _Across(kernel, space)
     return across.context() if across.fits() else _Writer(kernel, space).context()
 
@@ -134,12 +137,13 @@ class _Writer:
 
     def _scan(self, stmt: Scan, wide: bool) -> None:
         """The new state, which the next step finds where the old one was."""
-        check(not stmt.fold, lambda: f"{self.kernel.name}: a running {stmt.fold} has no C++ form")
         e = self.e
         check(
             not self.folds or len(e.blocks) > 2,
             lambda: f"{self.kernel.name}: a recurrence on fewer loops than the fold after it",
         )
+        if stmt.fold:
+            return self._running(stmt, wide)
         state, name, type_ = f"state{stmt.out}", f"scan{stmt.out}", value_type(stmt.dtype)
         place, size = self.state_at()
         self.states.append(f"alignas(64) {type_} {state}[{size}];")
@@ -149,6 +153,22 @@ class _Writer:
         new = f"fma({a}, {old}, {b})" if type_ == "float" else f"{a} * {old} + {b}"
         e.line(f"const {'vf' if wide else type_} {name} = {self.later()} ? {new} : {b};", inner)
         e.line(f"put_float({state} + {place}, {name}, n);" if wide else f"{state}[{place}] = {name};", inner)
+        e.values[stmt.out] = name, inner, stmt.dtype
+
+    def _running(self, stmt: Scan, wide: bool) -> None:
+        """The fold of all that came before and this step."""
+        e, name, type_ = self.e, f"scan{stmt.out}", value_type(stmt.dtype)
+        place, size = self.state_at()
+        self.states += states(stmt, size)
+        inner, b = self._inner(), self._operand(stmt.b, wide)
+        if wide:
+            place = f"state{stmt.out} + {place}"
+            fold = {"amax": "maximum", "amin": "minimum"}[stmt.fold]
+            e.line(f"const vf {name} = {fold}(get_float({place}, n), {b});", inner)
+            e.line(f"put_float({place}, {name}, n);", inner)
+        else:
+            kept = ", ".join(f"{state}[{place}]" for state in state_names(stmt))
+            e.line(f"const {type_} {name} = {stmt.fold}_on({b}, {kept});", inner)
         e.values[stmt.out] = name, inner, stmt.dtype
 
     def later(self) -> str:

@@ -29,6 +29,8 @@ from .gather import asked_early, places_of_rows
 from .matmul import headers as matmul_headers
 from .matmul import matmul
 from .reduce import reduction
+from .running import has_folds
+from .running import headers as running_headers
 from .scan import scan
 from .space import Space, space_of
 from .text import SQUARE, coordinates, items, simd, squares, steps
@@ -75,11 +77,13 @@ def header() -> str:
 
 def headers(sources: Iterable[CppSource]) -> dict[str, str]:
     """The headers that the file of these kernels includes, by file name."""
+    sources = list(sources)
     families = {s.kernel.family for s in sources}
     products = matmul_headers() if "matmul" in families else {}
     backward = "attention_backward" in families
     scores = attention_headers(backward) if backward or "attention" in families else {}
-    return {"tessel.hpp": header(), **products, **scores}
+    folds = running_headers() if any(has_folds(s.kernel) for s in sources) else {}
+    return {"tessel.hpp": header(), **products, **scores, **folds}
 
 
 def render(kernel: Kernel) -> CppSource:
@@ -106,7 +110,8 @@ def render(kernel: Kernel) -> CppSource:
         "work": _work(kernel),
         **made,
     }
-    code = str(environment().get_template(f"{kernel.family}.cpp.j2").render(k=context))
+    template = f"{made.get('template', kernel.family)}.cpp.j2"
+    code = str(environment().get_template(template).render(k=context))
     code = "\n".join(line.rstrip() for line in code.strip("\n").split("\n") if line.strip()) + "\n"
     loops = ", ".join(f"{a.name}<{a.extent}" for a in (*space.xs, *space.rs) or kernel.axes) or "one point"
     how = " (vectors across rows)" if space.across else ""
