@@ -169,9 +169,10 @@ def test_kernels(decay: str, delta: bool, dtype: torch.dtype) -> None:
     delta=st.booleans(),
     start=st.booleans(),
     last=st.booleans(),
+    dtype=st.sampled_from(sorted(BOUND, key=str)),
 )
-def test_shapes(sizes: tuple[int, ...], decay: str, delta: bool, start: bool, last: bool) -> None:
-    compare(operands(*sizes, decay, delta, start, torch.float32), torch.float32, last)  # type: ignore[misc]
+def test_shapes(sizes: tuple[int, ...], decay: str, delta: bool, start: bool, last: bool, dtype: torch.dtype) -> None:
+    compare(operands(*sizes, decay, delta, start, dtype), dtype, last)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("decay", ["number", "channels"])
