@@ -14,6 +14,7 @@ from ..codegen.fused_linear import MOST_KEYS
 from ..errors import TesselError
 from ..ir.node import Node, Value
 from ..targets import Target
+from .linear_calls import LinearCalls
 from .linear_cpu import WIDENED, LinearKernels
 from .linear_gpu import GpuLinear
 
@@ -34,7 +35,7 @@ def linear(node: Node, how: str, target: Target, folder: Path) -> tuple[Callable
     backward = node.op.name == "linear_attention_backward"
     q, _, _, decay, beta, _ = (*node.args[2 if backward else 0 :], None, None, None)[:6]
     channels = decay is not None and len(decay.shape) == 4
-    kernels: LinearKernels | GpuLinear
+    kernels: LinearCalls
     if how == "native":
         kernels, why = LinearKernels(), _missing(node.op.name, q.dtype, channels, beta is not None)
     else:

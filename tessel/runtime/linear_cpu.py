@@ -11,6 +11,7 @@ import torch
 
 from ..codegen.cpp.linear import NAMES, headers, linear_unit
 from ..errors import check
+from .linear_calls import LinearCalls
 from .native import build, stop
 
 __all__ = ["WIDENED", "LinearKernels"]
@@ -21,7 +22,7 @@ _CHUNK = 16  # steps, as the template has it
 _STRETCH_FLOATS = 1 << 17  # of states made again at once: half a megabyte, what the second cache holds
 
 
-class LinearKernels:
+class LinearKernels(LinearCalls):
     """The kernels: called as the references of the operators are, with f32 or bf16 and f32 beside them; f16 is widened
     to f32 and what comes out is rounded.
 
@@ -36,59 +37,31 @@ class LinearKernels:
         """Compile a kernel before it is called; see ``linear_unit``."""
         _compiled(name, WIDENED.get(dtype, dtype), channels, delta)
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        decay: torch.Tensor | None = None,
-        beta: torch.Tensor | None = None,
-        start: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``linear_attention_ref``."""
+    def _forward(self, q: Any, k: Any, v: Any, decay: Any, beta: Any, start: Any, o: Any, last: Any) -> None:
         if q.dtype in WIDENED:
-            wide = [x.to(WIDENED[q.dtype]) for x in (q, k, v)]
-            o, last = self.forward(wide[0], wide[1], wide[2], decay, beta, start)
-            return o.to(q.dtype), last
-        b, h, steps, keys = q.shape
-        values = v.shape[3]
-        o = torch.empty(v.shape, dtype=v.dtype)
-        last = torch.empty(b, h, keys, values)
-        if 0 in (b, h, steps, keys, values):
-            return o.zero_(), last.zero_() if start is None else last.copy_(start)
+            wide = [x.to(WIDENED[q.dtype]) for x in (q, k, v, o)]
+            self._forward(wide[0], wide[1], wide[2], decay, beta, start, wide[3], last)
+            o.copy_(wide[3])
+            return
+        b, h = q.shape[:2]
         operands, kept = _operands(q, k, v, decay, beta, start)
         threads = torch.get_num_threads()
-        parts = min(-(-threads // (b * h)), -(-values // _CHUNK))
+        parts = min(-(-threads // (b * h)), -(-v.shape[3] // _CHUNK))
         _run("linear_attention", (q, decay, beta), [*operands, o.data_ptr(), last.data_ptr(), parts], threads)
         del kept
-        return o, last
 
-    def backward(
-        self,
-        grad: torch.Tensor,
-        grad_last: torch.Tensor | None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        decay: torch.Tensor | None = None,
-        beta: torch.Tensor | None = None,
-        start: torch.Tensor | None = None,
+    def _backward(
+        self, grad: Any, grad_last: Any, q: Any, k: Any, v: Any, decay: Any, beta: Any, start: Any
     ) -> tuple[torch.Tensor, ...]:
-        """See ``linear_attention_backward_ref``."""
         if q.dtype in WIDENED:
             w = [x.to(WIDENED[q.dtype]) for x in (grad, q, k, v)]
-            dq, dk, dv, *rest = self.backward(w[0], grad_last, w[1], w[2], w[3], decay, beta, start)
+            dq, dk, dv, *rest = self._backward(w[0], grad_last, w[1], w[2], w[3], decay, beta, start)
             return *(x.to(q.dtype) for x in (dq, dk, dv)), *rest
-        b, h, steps, keys = q.shape
-        values = v.shape[3]
-        shapes = [x.shape if x is not None else (0,) for x in (q, k, v, decay, beta, start)]
-        found = [torch.empty(shape, dtype=q.dtype if i < 3 else torch.float32) for i, shape in enumerate(shapes)]
-        if 0 in (b, h, steps, keys, values):
-            for x in found:
-                x.zero_()
-            if start is not None and grad_last is not None:
-                found[5].copy_(grad_last)
-            return tuple(found)
+        (_, _, steps, keys), values = q.shape, v.shape[3]
+        found = [
+            torch.empty((0,) if x is None else x.shape, dtype=q.dtype if i < 3 else torch.float32, device=q.device)
+            for i, x in enumerate((q, k, v, decay, beta, start))
+        ]
         operands, kept = _operands(q, k, v, decay, beta, start)
         grad, grad_last = _rows(grad), None if grad_last is None else grad_last.contiguous()
         results = [x.data_ptr() if x.numel() else 0 for x in found]
@@ -132,7 +105,7 @@ def _run(
 ) -> None:
     q, decay, beta = kind
     run, floats = _compiled(name, q.dtype, decay is not None and decay.dim() == 4, beta is not None)
-    scratch = torch.empty(threads * floats(struct.pack(f"{len(args)}q", *args)))
+    scratch = torch.empty(threads * floats(struct.pack(f"{len(args)}q", *args)), dtype=torch.float32, device=q.device)
     bad = run(struct.pack(f"{len(args) + 1}q", *args, scratch.data_ptr()), threads)
     if bad:
         stop(bad)

@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..codegen.fused_linear import linear_source
-from ..targets import Target
-from .launch import load
+from .fused_gpu import FusedKernels
+from .linear_calls import LinearCalls
 
 __all__ = ["GpuLinear"]
 
 
-class GpuLinear:
-    """The kernels, loaded and kept by what they depend on: called as the references of the operators are.
+class GpuLinear(FusedKernels, LinearCalls):
+    """The kernels, loaded and kept by what they depend on.
 
     Gradients of q, k, beta and factors are sums over blocks of values, added in the order of the blocks.
     """
 
-    def __init__(self, target: Target, directory: Path) -> None:
-        self.target, self.directory = target, directory
-        self.loaded: dict[Any, Any] = {}
-
     def _kernel(self, part: str, q: torch.Tensor, **kind: bool) -> Any:
         key = (part, q.dtype, q.shape[3], *sorted(kind.items()))
-        if key not in self.loaded:
-            self.loaded[key] = load(linear_source(part, q.dtype, self.target, q.shape[3], kind), self.directory)
-        return self.loaded[key]
+        return self.get(key, lambda: linear_source(part, q.dtype, self.target, q.shape[3], kind))
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        decay: torch.Tensor | None = None,
-        beta: torch.Tensor | None = None,
-        start: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``linear_attention_ref``."""
-        o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        last = torch.empty((*q.shape[:2], q.shape[3], v.shape[3]), device=v.device)
-        if 0 in (*q.shape, v.shape[3]):
-            return o.zero_(), last.zero_() if start is None else last.copy_(start)
+    def _forward(self, q: Any, k: Any, v: Any, decay: Any, beta: Any, start: Any, o: Any, last: Any) -> None:
         self._run_forward(q, k, v, decay, beta, start, [o, last], keep=False)
-        return o, last
 
     def _run_forward(
         self, q: Any, k: Any, v: Any, decay: Any, beta: Any, start: Any, outs: list[torch.Tensor], keep: bool
@@ -56,26 +35,16 @@ class GpuLinear:
         b, h, steps, keys = q.shape
         kernel((b * h * _blocks(kernel, v),), *given, *outs, steps, keys, v.shape[3])
 
-    def backward(
-        self,
-        grad: torch.Tensor,
-        grad_last: torch.Tensor | None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        decay: torch.Tensor | None = None,
-        beta: torch.Tensor | None = None,
-        start: torch.Tensor | None = None,
+    def _backward(
+        self, grad: Any, grad_last: Any, q: Any, k: Any, v: Any, decay: Any, beta: Any, start: Any
     ) -> tuple[torch.Tensor, ...]:
-        """See ``linear_attention_backward_ref``."""
         b, h, steps, keys = q.shape
-        values, device = v.shape[3], q.device
-        none = torch.empty(0, device=device)
-        if 0 in (b, h, steps, keys, values):
-            found = [none if x is None else torch.zeros_like(x) for x in (q, k, v, decay, beta, start)]
-            if start is not None and grad_last is not None:
-                found[5] = grad_last.clone()
-            return tuple(found)
+        values = v.shape[3]
+
+        def room(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+        none = room(0)
         kind = {"delta": beta is not None, "start": start is not None, "last_grad": grad_last is not None}
         kind |= _factors(decay)
         # With a factor for every channel one kernel goes back step by step; else the adjoints of the states are kept,
@@ -83,12 +52,12 @@ class GpuLinear:
         parts = ("backward",) if kind["channels"] else ("adjoints", "gradients")
         kernels = [self._kernel(part, q, **kind) for part in parts]
         chunks, blocks = -(-steps // kernels[0].source.knobs["C"]), _blocks(kernels[0], v)
-        kept = [torch.empty((b * h, chunks, keys, values), device=device)]  # states, and what steps write before beta
-        kept += [] if beta is None else [torch.empty(v.shape, device=device)]
+        kept = [room(b * h, chunks, keys, values)]  # states, and what steps write before beta
+        kept += [] if beta is None else [room(*v.shape)]
         self._run_forward(q, k, v, decay, beta, start, kept, keep=True)
-        dq, dk = (torch.empty((blocks, b, h, steps, keys), device=device) for _ in range(2))
-        dv = torch.empty(v.shape, dtype=v.dtype, device=device)
-        of_steps = [none if x is None else torch.empty((blocks, *x.shape), device=device) for x in (beta, decay)]
+        dq, dk = (room(blocks, b, h, steps, keys) for _ in range(2))
+        dv = torch.empty(v.shape, dtype=v.dtype, device=q.device)
+        of_steps = [none if x is None else room(blocks, *x.shape) for x in (beta, decay)]
         down = [none if start is None else torch.empty_like(start, memory_format=torch.contiguous_format)]
         given = [x.contiguous() for x in (q, k, v, decay, beta) if x is not None]
         ends = [] if grad_last is None else [grad_last.contiguous()]

@@ -138,7 +138,7 @@ def keep_freed_memory() -> None:
     pages again (20% of the time of a small BERT). It adapts by itself to a program that frees large blocks: one
     block of the largest size it learns from is enough.
     """
-    block = torch.empty(32 * 2**20 - 2**17, dtype=torch.uint8)
+    block = torch.empty(32 * 2**20 - 2**17, dtype=torch.uint8, device="cpu")
     del block
 
 

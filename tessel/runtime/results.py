@@ -74,7 +74,7 @@ def result(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> 
         return _empty(shape, strides, dtype)
     block = _take(nbytes)
     if block is None:
-        storage = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
+        storage = torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
         in_huge_pages(storage.data_ptr(), nbytes)
         block = _Block(storage, nbytes, storage.data_ptr())
     # A tensor of its own, not a view: nothing in it tells of the results before.

@@ -5,6 +5,8 @@ Chunk by chunk, as on the CPU; sums over blocks of channels and over chunks are 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..codegen.selective import PARTS, selective_source
@@ -29,11 +31,12 @@ class GpuSelective(FusedKernels):
         knobs = gradients.source.knobs
         chunks, blocks = -(-steps // knobs["BT"]), -(-channels // knobs["BD"])
         sizes = (batches, steps, channels, states)
+        wide: Any = {"dtype": torch.float32, "device": w.device}
         grad, w, dt, A, B, C = (x.contiguous() for x in (grad, w, dt, A, B, C))
-        state, adjoint = torch.empty((2, batches * chunks, states, channels), device=w.device)
-        total = torch.empty((batches * chunks, channels), device=w.device)
+        state, adjoint = torch.empty((2, batches * chunks, states, channels), **wide)
+        total = torch.empty((batches * chunks, channels), **wide)
         dw, ddt = torch.empty_like(w), torch.empty_like(w)
-        db, dc = torch.empty((2, blocks, batches, steps, states), device=w.device)
+        db, dc = torch.empty((2, blocks, batches, steps, states), **wide)
         grid = (batches * chunks * blocks,)
         chunks_of(grid, grad, w, dt, A, B, C, state, adjoint, total, *sizes)
         chains = -(-batches * states * channels // carry.source.knobs["BD"])
