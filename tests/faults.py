@@ -33,9 +33,10 @@ from typing import Any
 import torch
 from kernels import product_kernel
 
-from tessel.autotune.cache import Cache, legal_tile, lookup, remember
+from tessel.autotune.cache import Cache
 from tessel.autotune.entry import MAX_BYTES, Entry, Key, Times, decode, encode
 from tessel.autotune.key import key_of
+from tessel.autotune.known import legal_tile, lookup, remember
 from tessel.autotune.transfer import dump, load
 from tessel.autotune.upkeep import prune, verify
 from tessel.errors import TesselError

@@ -19,9 +19,10 @@ from click.testing import CliRunner, Result
 from kernels import Program, fused_kernel, product_kernel
 
 from tessel.autotune import cache as cache_module
-from tessel.autotune.cache import Cache, default_cache, legal_tile, lookup, remember
+from tessel.autotune.cache import Cache, default_cache
 from tessel.autotune.entry import MAX_BYTES, Broken, Entry, Key, Times, better, decode, encode, parse_json
 from tessel.autotune.key import key_of, version_of
+from tessel.autotune.known import legal_tile, lookup, remember
 from tessel.autotune.transfer import dump, import_entries, load, merged, read_file, write_file
 from tessel.autotune.upkeep import prune, verify
 from tessel.autotune.why import why

@@ -16,10 +16,11 @@ from kernels import INTERPRET
 from tessel.autotune import measure as measure_module
 from tessel.autotune import tune as tune_module
 from tessel.autotune import tuned as tuned_module
-from tessel.autotune.cache import Cache, default_cache, lookup, remember
+from tessel.autotune.cache import Cache, default_cache
 from tessel.autotune.entry import Fact, Times
 from tessel.autotune.kernels import Found, kernels_of
 from tessel.autotune.key import key_of
+from tessel.autotune.known import lookup, remember
 from tessel.autotune.measure import Bench, GpuMeasurer, arguments, error_of
 from tessel.autotune.tune import DeviceLost, Measured, seconds_by_term, tune
 from tessel.autotune.tuned import tuned

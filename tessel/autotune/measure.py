@@ -28,9 +28,9 @@ from ..ir.types import TensorType
 from ..runtime.launch import load as make_callable
 from ..targets import Target, match_device
 from ..tiles.kernel import Check, Kernel
-from .cache import driver_version
 from .entry import Fact, Times
 from .kernels import Found
+from .known import driver_version
 from .settle import compile_all
 from .tune import DeviceLost, Measured
 

@@ -15,10 +15,11 @@ from typing import Protocol
 from ..errors import TesselError
 from ..solve import Choice, Time, tile
 from ..targets import Target
-from .cache import Cache, Hit, default_cache, legal_tile, lookup, remember
+from .cache import Cache, default_cache
 from .entry import Fact, Knob, Times
 from .kernels import Found
 from .key import key_of
+from .known import Hit, legal_tile, lookup, remember
 
 __all__ = ["DeviceLost", "Measured", "Measurer", "Step", "seconds_by_term", "tune"]
 

@@ -10,7 +10,8 @@ from ..solve import Choice, tile
 from ..solve.forced import forced_knobs
 from ..targets import Target
 from ..tiles.kernel import Kernel
-from .cache import Cache, Hit, lookup
+from .cache import Cache
+from .known import Hit, lookup
 
 __all__ = ["tuned"]
 

@@ -9,9 +9,10 @@ from functools import partial
 
 from ..targets import Target
 from ..tiles.kernel import Kernel
-from .cache import Cache, legal_tile, lookup
+from .cache import Cache
 from .entry import Entry, Key
 from .key import distance, key_of
+from .known import legal_tile, lookup
 
 __all__ = ["Answer", "why"]
 
