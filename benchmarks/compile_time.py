@@ -85,7 +85,8 @@ def _tessel(way: str, report: list[Any]) -> Callable[..., Any]:
 
 
 def _loaded_and_compiled(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    from tessel.codegen.triton import compile_job, job_for
+    from tessel.codegen.compile_job import compile_job
+    from tessel.codegen.triton import job_for
 
     def loaded(self: Any) -> None:
         load(self)

@@ -32,8 +32,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .autotune.settle import Settled, settle
+from .codegen.compile_job import BINARY
 from .codegen.source import Source
-from .codegen.triton import BINARY
 from .config import Options
 from .driver import Place, Session, compile_graph, place_for, resolve_target
 from .errors import TesselError, check

@@ -41,7 +41,7 @@ RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 # What may be used -> by which files only (a folder ends in /).
 ONLY = {
     "z3": ("solve/", "codegen/prove.py"),
-    "triton": ("codegen/triton.py", "runtime/"),
+    "triton": ("codegen/compile_job.py", "runtime/"),
     "torch.ops.aten": ("frontend/", "runtime/library.py"),
     "os.environ": ("config.py",),
 }
@@ -152,7 +152,7 @@ def test_the_checker_finds_a_planted_violation(tmp_path: Path, file: str, line: 
         ("ir/node.py", "from .types import TensorType\nfrom ..errors import check\nimport torch"),
         ("solve/solver.py", "import z3\nfrom ..tiles import cost"),
         ("codegen/prove.py", "import z3"),
-        ("codegen/triton.py", "import triton\nimport triton.language as tl"),
+        ("codegen/compile_job.py", "import triton\nimport triton.language as tl"),
         ("runtime/launch.py", "import triton"),
         ("frontend/aten.py", "import torch\nt = torch.ops.aten.mm.default"),
         ("passes/pipeline.py", "from . import fuse, tile"),

@@ -17,15 +17,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from ..config import child_environment
 from ..errors import TesselError, did_you_mean
 from ..targets import TARGETS
+from . import compile_job
 from .source import Source
-from .triton import compile_job, job_for
+from .triton import job_for
 
 __all__ = ["Compiled", "offline_compile"]
 
@@ -84,8 +84,10 @@ def offline_compile(
             why = _run(folder, start, timeout_s, done or (lambda: None))
             results = _read(folder)
             if len(results) < len(sources) and (why or len(results) == start):
-                results[len(results)] = Compiled(False, error=why or "the compiler said nothing")
-                _write(folder, len(results) - 1, results[len(results) - 1])
+                compile_job.write_result(
+                    folder, len(results), {"ok": False, "error": why or "the compiler said nothing"}
+                )
+                results = _read(folder)
                 if done is not None:
                     done()
         if keep_binaries:
@@ -105,7 +107,7 @@ def _run(folder: Path, start: int, timeout_s: float, tell: Callable[[], None]) -
             "TRITON_DUMP_PTXAS_LOG": "1",
         }
     )
-    command = [sys.executable, "-m", "tessel.codegen.offline", str(folder), str(start)]
+    command = [sys.executable, "-P", compile_job.__file__, str(folder), str(start)]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
         done, since = start, time.monotonic()
@@ -136,26 +138,3 @@ def _read(folder: Path) -> dict[int, Compiled]:
     text = path.read_text() if path.exists() else ""
     rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last may be half written
     return {row["job"]: Compiled(**row["result"]) for row in rows}
-
-
-def _write(folder: Path, number: int, result: Compiled) -> None:
-    with (folder / "results").open("a") as out:
-        row = {k: v for k, v in asdict(result).items() if k != "binary"}
-        out.write(json.dumps({"job": number, "result": row}) + "\n")
-
-
-def _work(folder: Path, start: int) -> None:
-    """The child process: compile jobs in order, one line of results each."""
-    task: dict[str, Any] = json.loads((folder / "jobs.json").read_text())
-    for i, job in enumerate(task["jobs"][start:], start):
-        try:
-            got = compile_job(str(folder / f"k{i}.py"), job, tuple(task["gpu"]))
-            result = Compiled(True, got["shared"], got["registers"], got["spills"])
-            (folder / f"k{i}.bin").write_bytes(got["binary"])
-        except Exception as e:  # whatever the compiler raises is this kernel's result
-            result = Compiled(False, error=f"{type(e).__name__}: {e}"[:2000])
-        _write(folder, i, result)
-
-
-if __name__ == "__main__":
-    _work(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,17 +1,13 @@
-"""Tile programs as Triton source, and their compilation for GPUs that need not be there.
+"""Tile programs as Triton source.
 
     source = render(kernel, get_target("h100"))
     print(source.text)                            # a Python module
 
-``codegen/offline.py`` compiles sources in another process; this file holds what calls Triton itself.
+``codegen/offline.py`` has sources compiled by another process, which runs ``compile_job.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -162,58 +158,4 @@ def job_for(source: Source) -> dict[str, Any]:
     }
 
 
-def compile_job(path: str, job: Mapping[str, Any], gpu: tuple[str, int | str, int]) -> dict[str, Any]:
-    """Compile a kernel for a GPU that need not be there; pointers are taken for 16-byte aligned.
-
-    Runs in a process of its own (see ``offline.py``): an unlucky tile may abort the compiler.
-
-    Args:
-        path: the module's file.
-        job: what ``job_for`` gave.
-        gpu: ``Target.gpu_target``.
-
-    Returns:
-        ``shared`` (bytes), ``registers`` a thread and ``spills`` (bytes), ``None`` where the compiler does not say;
-        and ``binary``, the machine code.
-    """
-    import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    spec = importlib.util.spec_from_file_location(job["name"], path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    fn = getattr(module, job["name"])
-    constexprs = {**job["tiles"], "INDEX": getattr(tl, job["index"])}
-    signature = {n: "constexpr" if n in constexprs else job["signature"][n] for n in fn.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if signature[n].startswith("*")}
-    log = io.StringIO()
-    with contextlib.redirect_stdout(log):
-        source = ASTSource(fn, signature, constexprs, aligned)
-        got = triton.compile(source, target=GPUTarget(*gpu), options=dict(job["options"]))
-    lost = [f for f in job["features"] if f not in str(got.asm.get("ttgir", ""))]
-    if lost:
-        raise RuntimeError(
-            f"the compiler has left out what was asked for, without a word: no {', '.join(lost)} in its TTGIR"
-        )
-    found: dict[str, Any] = {"shared": got.metadata.shared, "registers": None, "spills": None}
-    found["binary"] = got.asm[BINARY[gpu[0]]]
-    text = got.asm.get("amdgcn", "") if gpu[0] == "hip" else log.getvalue()
-    for what, pattern in _RESOURCES[gpu[0]].items():
-        numbers = [int(n) for n in re.findall(pattern, str(text))]
-        found[what] = max(numbers) if numbers else None
-    return found
-
-
-# The form in which a device takes machine code, which is also the suffix of its files.
-BINARY = {"cuda": "cubin", "hip": "hsaco"}
-
-_RESOURCES = {
-    "cuda": {"registers": r"Used (\d+) registers", "spills": r"(\d+) bytes spill stores"},
-    "hip": {"registers": r"\.vgpr_count:\s*(\d+)", "spills": r"\.vgpr_spill_count:\s*(\d+)"},
-}
-
-
-__all__ = ["BINARY", "Source", "ceil_div", "compile_job", "grid_of", "job_for", "render"]
+__all__ = ["Source", "ceil_div", "grid_of", "job_for", "render"]
