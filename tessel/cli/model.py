@@ -1,17 +1,22 @@
-"""What the commands that take a MODEL have in common: its options, options of Tessel, and a GPU's name."""
+"""What the commands that take a MODEL have in common: its options, options of Tessel, a GPU's name, what plans say."""
 
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import TesselError, check
 from ..targets import Target, get_target, match_device
 
-__all__ = ["MODEL_HELP", "gpu_named", "model_options", "parse_options"]
+if TYPE_CHECKING:
+    from ..sharding.plan_file import ShardingPlan
+
+__all__ = ["MODEL_HELP", "as_planned", "gpu_named", "model_options", "parse_options"]
 
 MODEL_HELP = """MODEL is file.py:function or package.module:function, where the function returns (module, args) or
 (module, args, kwargs); hf:config.json for the transformers model of a configuration; or hf:<model type>."""
@@ -67,3 +72,36 @@ def parse_options(given: tuple[str, ...]) -> dict[str, Any]:
         words = {"true": True, "false": False, "none": None}
         found[name] = words[value.lower()] if value.lower() in words else int(value) if value.isdecimal() else value
     return found
+
+
+def as_planned(plan: ShardingPlan, model: str, *, meta: bool = False, **asked: Any) -> dict[str, Any]:
+    """Arguments of ``load_model`` that give the model of a plan: what it was planned with.
+
+    A plan that does not say it was made of a module: a model of transformers then has the sizes of the plan's inputs
+    and the dtype of its parameters, a function says itself what its tensors are.
+
+    Args:
+        meta: without weights, where its size allows: of a type that a plan runs, a small model is meant.
+        asked: instead of what the plan says, where not None.
+    """
+    data, named = plan.data, model.startswith("hf:")
+    settings, inputs = data["settings"], data.get("inputs")
+    found: dict[str, Any] = {}
+    if "given" in data["model"] and named == data["model"]["name"].startswith("hf:"):
+        found = dict(data["model"]["given"])
+    elif named:
+        tokens = inputs is None or any(x["dtype"].startswith("i") for x in inputs.values())
+        seq = settings["seq"] if tokens else None
+        said = {"batch": settings["global_batch"], "seq": seq, "dtype": _dtype(plan)}
+        found = {k: v for k, v in said.items() if v is not None}
+    if meta and named and (model.endswith(".json") or "program" not in data):
+        found["device"] = "meta"
+    return found | {k: v for k, v in asked.items() if v is not None}
+
+
+def _dtype(plan: ShardingPlan) -> str | None:
+    """That of most parameters, by elements."""
+    count: Counter[str] = Counter()
+    for t in plan.data["tensors"].values():
+        count[t["dtype"]] += prod(t["shape"])
+    return count.most_common(1)[0][0] if count else None

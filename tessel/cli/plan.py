@@ -14,11 +14,12 @@ from rich.console import Console
 from ..errors import TesselError, check
 from ..sharding.plan_file import ShardingPlan, read_plan
 from ..sharding.text import diff_text, findings, plan_text
-from .model import MODEL_HELP
+from .model import MODEL_HELP, as_planned
 
 __all__ = ["diff", "lint", "plan", "verify"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_FEW = 200  # parameter tensors of a model that is captured whole, and searched as it runs, without being asked
 
 
 @click.command(epilog=MODEL_HELP)
@@ -44,14 +45,17 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 @click.option("--schedule", default="auto", show_default=True, help="Of stages: gpipe, 1f1b, interleaved, zb1p, zbv.")
 @click.option("--free-axes", is_flag=True, help="Let every axis split anything, whatever its name.")
 @click.option("--annotate", type=click.Path(path_type=Path), help="JSON: name to dims; also inputs[0], output:NAME.")
-@click.option("--whole", is_flag=True, help="Capture MODEL as `tessel run` builds it, and plan what that can run.")
+@click.option(
+    "--whole/--no-whole", default=None,
+    help="Plan what `tessel run` runs, every layer captured [models of few layers].",
+)  # fmt: skip
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The plan file to write.")
 @click.option("--html", type=click.Path(path_type=Path), help="A page about the plan to write.")
 def plan(
     model: str, mesh: str, target: str, memory: str | None, annotate: Path | None, out: Path | None, html: Path | None,
     free_axes: bool, bucket: str | None, in_flight: str | None,
     global_batch: int | None, seq: int | None, dtype: str | None, layers: int | None, train: bool,
-    microbatches: int | None, whole: bool,
+    microbatches: int | None, whole: bool | None,
     **asked: Any,
 ) -> None:  # fmt: skip
     """Find the fastest sharding of MODEL on a mesh that fits in memory, and say why; no weights, no devices needed.
@@ -86,29 +90,42 @@ def plan(
         def say(what: str) -> None:
             status.update(f"{time.perf_counter() - started:.0f} s: {what}")
 
-        if whole:
-            made = _whole(model, axes, target, request, (global_batch, seq, dtype, layers), say)
-            _tell(made, out, html)
-            return
-        numbers = microbatches_for(axes, global_batch, microbatches)
-        captures = {}
-        for m in numbers:
-            say(f"capturing the model, {m} microbatches" if len(numbers) > 1 else "capturing the model")
-            captures[m] = capture_model(
-                model, batch=global_batch, seq=seq, dtype=dtype, layers=layers, train=train, microbatches=m
-            )
-        if "pp" in axes:
-            made = make_staged_plan(captures, axes, target, request, say)
-        else:
-            made = make_plan(captures[numbers[0]], axes, target, request, say)
-    _tell(made, out, html)
+        made, why = None, ""
+        given = {"batch": global_batch, "seq": seq, "dtype": dtype, "layers": layers}
+        given = {k: v for k, v in given.items() if v is not None}
+        if model.startswith("hf:"):
+            given.setdefault("dtype", "bfloat16")
+        if whole or (whole is None and "pp" not in axes):  # stages are cut out of the model where they run
+            made, why = _whole(model, axes, target, request, given, bool(whole), say)
+        if made is None:
+            numbers = microbatches_for(axes, global_batch, microbatches)
+            captures = {}
+            for m in numbers:
+                say(f"capturing the model, {m} microbatches" if len(numbers) > 1 else "capturing the model")
+                captures[m] = capture_model(model, **given, train=train, microbatches=m)
+            if "pp" in axes:
+                made = make_staged_plan(captures, axes, target, request, say)
+            else:
+                made = make_plan(captures[numbers[0]], axes, target, request, say)
+    _tell(_told(made, given, why), model, out, html)
 
 
-def _tell(made: ShardingPlan, out: Path | None, html: Path | None) -> None:
+def _told(made: ShardingPlan, given: dict[str, Any], why: str) -> ShardingPlan:
+    """A plan that says what the model was asked for with, and why it holds no program."""
+    notes = list(made.data["provenance"]["notes"])
+    if why:
+        notes.append(f"no program is held, which `tessel run` needs: {why[:1000]}; --whole asks for one")
+    data = {**made.data, "model": {**made.data["model"], "given": given}}
+    return ShardingPlan({**data, "provenance": {**data["provenance"], "notes": notes}})
+
+
+def _tell(made: ShardingPlan, model: str, out: Path | None, html: Path | None) -> None:
     click.echo(plan_text(made))
     if out is not None:
         made.write(out)
         click.echo(f"\nwritten: {out}")
+        if "program" in made.data or "pipeline" in made.data:
+            click.echo(f"to run it: torchrun --nproc-per-node {made.world} -m tessel run {out} {model}")
     if html is not None:
         from ..sharding.html import plan_page
 
@@ -120,21 +137,39 @@ def _tell(made: ShardingPlan, out: Path | None, html: Path | None) -> None:
 
 
 def _whole(
-    model: str, mesh: Any, target: str, request: Any, size: tuple[int | None, int | None, str | None, int | None],
-    say: Any,
-) -> ShardingPlan:  # fmt: skip
-    """A plan with the program that runs; a type of transformers is the small model that other commands run too."""
+    model: str, mesh: Any, target: str, request: Any, given: dict[str, Any], asked: bool, say: Any
+) -> tuple[ShardingPlan | None, str]:
+    """A plan with the program that runs; or, where the user did not ask for it, why there is none.
+
+    A type of transformers is the small model that other commands run too.
+    """
+    import torch  # slow to load: only where it is needed
+
     from ..models import load_model
     from ..sharding.planned import plan_model
+    from ..sharding.planner import captures_all
 
-    batch, seq, dtype, layers = size
-    kind = dtype or ("bfloat16" if model.startswith("hf:") else None)
-    module, args, kwargs = load_model(model, batch=batch, seq=seq, dtype=kind, layers=layers)
-    check(hasattr(module, "parameters"), lambda: f"plan: {model} is no nn.Module")
-    return plan_model(
-        module, args, kwargs, mesh=mesh, target=target, request=request, annotations=request.annotations, name=model,  # type: ignore[arg-type]
-        progress=say,
-    )  # fmt: skip
+    named = model.startswith("hf:")
+    if not asked and named and not model.endswith(".json"):
+        return None, f"{model} names a type, of which a small model is run, not the one of this plan"
+    place: dict[str, Any] = {"device": "meta"} if model.endswith(".json") else {}
+    module, args, kwargs = load_model(model, **given, **place)
+    if not isinstance(module, torch.nn.Module):
+        check(not asked, lambda: f"plan: {model} is no nn.Module")
+        return None, f"{model} is a function, not a module"
+    tensors = sum(1 for _ in module.parameters())
+    if not asked and (tensors > _FEW or (named and not captures_all(module, given.get("layers")))):
+        return None, f"{model} has many layers ({tensors} parameter tensors), which takes long to capture one by one"
+    try:
+        made = plan_model(
+            module, args, kwargs, mesh=mesh, target=target, request=request, annotations=request.annotations,
+            name=model, progress=say,
+        )  # fmt: skip
+    except TesselError as e:
+        if asked:
+            raise
+        return None, str(e)
+    return made, ""
 
 
 def _of_activations(name: str) -> bool:
@@ -157,8 +192,8 @@ def _annotations(given: dict[str, Any], path: Path | None) -> Any:
 @click.argument("plan_file", type=click.Path(path_type=Path))
 @click.argument("model")
 @click.option("--world", type=click.IntRange(min=1), help="Devices that will run it.")
-@click.option("--layers", type=click.IntRange(min=1), help="Layers of the model, as it was planned.")
-@click.option("--dtype", help="As it was planned (hf: bfloat16).")
+@click.option("--layers", type=click.IntRange(min=1), help="Layers of the model [as it was planned].")
+@click.option("--dtype", help="Of the model's tensors [as it was planned].")
 @click.option("--group-size", type=click.IntRange(min=1), help="Weights that share a scale, in a quantized model.")
 def lint(
     plan_file: Path, model: str, world: int | None, layers: int | None, dtype: str | None, group_size: int | None
@@ -173,8 +208,7 @@ def lint(
         made.check_model(world=world)
     except TesselError as e:
         raise click.ClickException(str(e)) from e
-    kind = dtype or ("bfloat16" if model.startswith("hf:") else None)
-    module, _, _ = load_model(model, dtype=kind, layers=layers, device="meta")
+    module, _, _ = load_model(model, **as_planned(made, model, meta=True, dtype=dtype, layers=layers))
     config: Any = getattr(module, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
     quantized = values.get("quantization_config") or {}
@@ -190,8 +224,8 @@ def lint(
 @click.command(epilog=MODEL_HELP)
 @click.argument("plan_file", type=click.Path(path_type=Path))
 @click.argument("model")
-@click.option("--layers", type=click.IntRange(min=1), help="Layers of the model, as it was planned.")
-@click.option("--dtype", help="As it was planned (hf: bfloat16).")
+@click.option("--layers", type=click.IntRange(min=1), help="Layers of the model [as it was planned].")
+@click.option("--dtype", help="Of the model's tensors [as it was planned].")
 @click.option("--seconds", type=click.FloatRange(min=0), default=120.0, show_default=True, help="What it may take.")
 def verify(plan_file: Path, model: str, layers: int | None, dtype: str | None, seconds: float) -> None:
     """Prove that the programs of all ranks compute what MODEL does on one device; exits with 1 if they do not.
@@ -206,7 +240,6 @@ def verify(plan_file: Path, model: str, layers: int | None, dtype: str | None, s
     from ..models import load_model
     from ..sharding.microbatches import microbatch
     from ..sharding.parts import cut_model
-    from ..sharding.plan_file import fingerprint_of
     from ..sharding.planner import parameters_of
     from ..sharding.verify import lay_out_planned, verify_program
     from ..sharding.verify_stages import verify_stages
@@ -215,16 +248,14 @@ def verify(plan_file: Path, model: str, layers: int | None, dtype: str | None, s
     made = read_plan(plan_file)
     settings, mesh = made.data["settings"], Mesh(made.mesh)
     staged, train = "pipeline" in made.data, bool(settings["train"])
-    kind = dtype or ("bfloat16" if model.startswith("hf:") else None)
-    held = layers or (None if staged or "program" in made.data else 2)
-    sizes = {"batch": settings["global_batch"], "seq": settings["seq"]} if model.startswith("hf:") else {}
-    module, args, kwargs = load_model(
-        model, dtype=kind, layers=held if sizes else layers, device="meta" if sizes else None, **sizes
-    )
+    size = as_planned(made, model, meta=True, dtype=dtype, layers=layers)
+    if layers is None and not staged and "program" not in made.data and model.startswith("hf:"):
+        size["layers"] = min(2, size.get("layers", 2))  # those that the plan was made from
+    module, args, kwargs = load_model(model, **size)
     if not isinstance(module, torch.nn.Module):
         raise TesselError(f"{model} is a function; a plan is of a module")
     if staged:
-        made.check_model(fingerprint_of(parameters_of(module)))
+        made.check_model(parameters_of(module))
         cut = cut_model(module, args, kwargs, mesh, plan=made, train=train)
         reports = verify_stages(cut, seconds=seconds)
     else:

@@ -22,7 +22,7 @@ from rich.table import Table
 from ..config import world_size
 from ..errors import TesselError, check
 from ..sharding.plan_file import ShardingPlan, read_plan
-from .model import MODEL_HELP
+from .model import MODEL_HELP, as_planned
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +43,8 @@ _FURTHER = 8.0
 @click.argument("model")
 @click.option("--check", "checked", is_flag=True, help="Compare results and gradients with one device.")
 @click.option("--steps", default=3, show_default=True, type=click.IntRange(min=1), help="Steps to time.")
-@click.option("--layers", type=click.IntRange(min=1), help="Layers of the model, as it was planned.")
-@click.option("--dtype", help="As it was planned (hf: bfloat16).")
+@click.option("--layers", type=click.IntRange(min=1), help="Layers of the model [as it was planned].")
+@click.option("--dtype", help="Of the model's tensors [as it was planned].")
 @click.option("--lr", default=1e-3, show_default=True, type=float, help="The optimizer's rate.")
 @click.option(
     "--timeout", default=300.0, show_default=True, type=click.FloatRange(min=1, max=86400),
@@ -119,13 +119,8 @@ def _run(
     from ..sharding.staged import distribute_model
 
     settings = plan.data["settings"]
-    kind = dtype or ("bfloat16" if model.startswith("hf:") else None)
-    seq = settings["seq"] if _has_tokens(plan) else None
-    size: dict[str, Any] = {"batch": settings["global_batch"], "seq": seq, "dtype": kind, "layers": layers}
-    if not model.startswith("hf:"):
-        size = {}  # a function says itself what its tensors are
     torch.manual_seed(0)
-    module, args, kwargs = load_model(model, **size)
+    module, args, kwargs = load_model(model, **as_planned(plan, model, dtype=dtype, layers=layers))
     if not isinstance(module, torch.nn.Module):
         raise TesselError(f"run: {model} is a function; a plan is of a module")
     _check_size(plan, model, module)
@@ -170,12 +165,6 @@ def _check_size(plan: ShardingPlan, model: str, module: torch.nn.Module) -> None
             "Plan with --whole (and the same --layers) to run that small one, or name a config file: hf:FILE.json"
         ),
     )
-
-
-def _has_tokens(plan: ShardingPlan) -> bool:
-    """Whether rows are tokens; a plan that does not say what its inputs are is taken to have some."""
-    inputs = plan.data.get("inputs")
-    return inputs is None or any(x["dtype"].startswith("i") for x in inputs.values())
 
 
 def _optimizer(name: str, placed: Placed, lr: float) -> torch.optim.Optimizer:

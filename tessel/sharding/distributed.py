@@ -37,7 +37,7 @@ from .annotate import Annotations, annotations_of
 from .checkpoint import DTensors
 from .materialize import Files, drawn, region
 from .microbatches import microbatch
-from .plan_file import ShardingPlan, fingerprint_of, read_plan
+from .plan_file import ShardingPlan, read_plan
 from .planned import lay_out_plan
 from .planner import parameters_of
 from .spmd import Spmd, lay_out
@@ -91,7 +91,7 @@ def distribute(
     if isinstance(plan, str | Path):
         plan = read_plan(plan)
     if isinstance(plan, ShardingPlan):
-        plan.check_model(fingerprint_of(parameters_of(model)), dist.get_world_size() if dist.is_initialized() else None)
+        plan.check_model(parameters_of(model), dist.get_world_size() if dist.is_initialized() else None)
         small, cut = microbatch(args, kwargs, plan.data["settings"]["microbatches"])
         spmd = lay_out_plan(plan, capture_step(model, *small, train=bool(plan.data["settings"]["train"])))
         by = ProcessGroups(spmd.mesh, seconds)

@@ -1,7 +1,7 @@
 """A sharding plan as a file: versioned JSON, data only, checked against a published schema when it is read.
 
     plan = read_plan("plan.json")             # refuses what is damaged, hostile or contradicts itself
-    plan.check_model(fingerprint, world=8)    # refuses another model or another number of devices
+    plan.check_model(parameters, world=8)     # refuses another model or another number of devices
 
 The schema is ``tessel/sharding/plan_schema.json``. Nothing in a plan is ever run.
 """
@@ -81,23 +81,39 @@ class ShardingPlan:
         check(tensor in tensors, lambda: f"the plan has no tensor {tensor!r}; {did_you_mean(tensor, tensors)[:300]}")
         return Sharding.parse(tensors[tensor]["sharding"])
 
-    def check_model(self, fingerprint: str | None = None, world: int | None = None) -> None:
+    def check_model(
+        self, parameters: Sequence[tuple[str, Sequence[int], str]] | None = None, world: int | None = None
+    ) -> None:
         """Refuse another model, or another number of devices.
 
+        Args:
+            parameters: of the model: name, shape and dtype (``f32``) of each.
+
         Raises:
-            TesselError: both numbers are named.
+            TesselError: both numbers are named; of a model the first parameter that differs, as either has it.
         """
         if world is not None and world != self.world:
             raise TesselError(
                 f"the plan is for {self.world} devices ({self._mesh_text()}), this run has {world}; make a plan for "
                 f"{world}, or start {self.world} processes"
             )
-        own = self.data["model"]["fingerprint"]
-        if fingerprint is not None and fingerprint != own:
+        if parameters is not None and fingerprint_of(parameters) != self.data["model"]["fingerprint"]:
             raise TesselError(
-                f"the plan is for {self.data['model']['name']} (fingerprint {own[:12]}), the model's fingerprint is "
-                f"{fingerprint[:12]}: its parameters or its graph are others; make the plan again"
+                f"the plan is for {self.data['model']['name']}, this model is another: {self._other(parameters)}; give "
+                "the model as it was planned, or make the plan again"
             )
+
+    def _other(self, parameters: Sequence[tuple[str, Sequence[int], str]]) -> str:
+        """The first parameter that a model has otherwise than the plan, in words."""
+        tensors = self.data["tensors"]
+        for name, shape, dtype in parameters:
+            t = tensors.get(name)
+            if t is not None and (t["shape"], t["dtype"]) != (list(shape), dtype):
+                return f"{name} is {t['dtype']}{t['shape']} in the plan and {dtype}{list(shape)} in the model"
+        own = {name for name, _, _ in parameters}
+        lost = next((f"{n} is in the plan and not in the model" for n in tensors if n not in own), None)
+        more = next((f"{n} is in the model and not in the plan" for n, _, _ in parameters if n not in tensors), None)
+        return lost or more or "it has other parameters that it does not use"
 
     def _mesh_text(self) -> str:
         return ",".join(f"{a}={n}" for a, n in self.mesh.items())

@@ -48,7 +48,16 @@ from .pipeline_sections import sections_of
 from .plan_file import VERSION, ShardingPlan, fingerprint_of
 from .uneven import left_whole
 
-__all__ = ["Captured", "Request", "capture_model", "check_request", "make_plan", "make_staged_plan", "microbatches_for"]
+__all__ = [
+    "Captured",
+    "Request",
+    "capture_model",
+    "captures_all",
+    "check_request",
+    "make_plan",
+    "make_staged_plan",
+    "microbatches_for",
+]
 
 _VIEWS = ("reshape", "permute", "copy")
 _ALL = 4  # layers that are always captured one by one
@@ -148,7 +157,7 @@ def capture_model(
     count = layers or _layer_count(module)
     parameters = parameters_of(module)
     made: Captured | None = None
-    if named and count > _ALL:
+    if named and not captures_all(module, layers):
         two, args2, kwargs2 = load_model(spec, **size, layers=2)
         if _grown(parameters_of(two), 2, count) == sorted(parameters):
             said = f"captured 2 of {count} layers; the parameters of the others have the same names, shapes and dtypes"
@@ -157,6 +166,11 @@ def capture_model(
     if made is None:
         made = _captured(spec, module, args, kwargs, train, microbatches, (parameters, count, count, ""))
     return replace(made, seconds=time.perf_counter() - started)
+
+
+def captures_all(module: Any, layers: int | None = None) -> bool:
+    """Whether a model has so few layers (``layers`` of it) that each is captured, however alike they are."""
+    return (layers or _layer_count(module)) <= _ALL
 
 
 def _captured(

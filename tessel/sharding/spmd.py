@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import TesselError, did_you_mean
 from ..frontend.importer import Imported
 from ..frontend.joint import Step
-from ..ir.node import Builder, Graph, Node, Value, make_input, map_values
+from ..ir.node import INPUT, Builder, Graph, Node, Value, make_input, map_values
 from ..ir.sharding import Sharding
 from ..ir.types import TensorType
 from ..ops import OPS
@@ -117,8 +117,19 @@ class Spmd:
 
 
 def prepared(imported: Imported) -> Graph:
-    """The graph that is laid out: canonical, its composites opened, its draws apart from what they are used on."""
-    return draw_apart(run_pipeline(imported.graph, passes=BEFORE_SHARD))
+    """The graph that is laid out: canonical, its composites opened, its draws apart from what they are used on.
+
+    It has no copies that are made for the sake of strides: where those are is another matter on each device.
+    """
+    return draw_apart(run_pipeline(imported.graph, passes=BEFORE_SHARD).rewrite(_uncopied).live())
+
+
+def _uncopied(builder: Builder, node: Node) -> Value | None:
+    """What a copy is of, if that is computed here; copies of inputs keep what is returned apart from them."""
+    root = node.operands[0] if node.op.name == "copy" else None
+    while root is not None and root.op.kind == "view":
+        root = root.node.operands[0]
+    return None if root is None or root.op is INPUT else node.operands[0]
 
 
 def lay_out(

@@ -28,7 +28,7 @@ from .distributed import Distributed, How, distribute, tell
 from .distributed import _groups as groups_of
 from .parts import CutModel, Pipeline, cut_model
 from .pipeline import AXIS
-from .plan_file import ShardingPlan, fingerprint_of, read_plan
+from .plan_file import ShardingPlan, read_plan
 from .planner import parameters_of
 from .stage_module import StageModule
 
@@ -251,9 +251,7 @@ def distribute_model(
         check(loss is None or plan is not None, lambda: "distribute: a loss is for stages, or a plan with microbatches")
         return distribute(model, plan, mesh=mesh, loss=loss, **asked)
     if found is not None:
-        found.check_model(
-            fingerprint_of(parameters_of(model)), dist.get_world_size() if dist.is_initialized() else None
-        )
+        found.check_model(parameters_of(model), dist.get_world_size() if dist.is_initialized() else None)
         mesh = Mesh(found.mesh)
     assert mesh is not None
     unknown = [k for k in ("weights", "init") if asked.pop(k, None) is not None]
