@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 
 from ..ir.node import Builder, Graph, Node, Value
@@ -28,11 +27,11 @@ from ..ir.types import Dim, TensorType, simplify_dim
 from ..ops.emit import Emit
 from ..tiles.index import Index, add, bounds, constant, nonnegative, scale, var
 from ..tiles.places import broadcast, through_view
+from ._known import Known
 
 __all__ = ["run"]
 
 _HIDDEN = -1e30  # what is added to a score that shall weigh nothing
-_SMALL = 1 << 22  # elements of a condition that is computed here
 _FLIPPED = {"le": "ge", "ge": "le", "lt": "gt", "gt": "lt"}
 _NEGATED = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt"}
 _COMPARE = {name: getattr(operator, name) for name in ("le", "lt", "ge", "gt", "eq", "ne")}
@@ -59,17 +58,18 @@ def run(graph: Graph) -> Graph:
     """The graph with masks taken apart; nodes that then have no reader are gone."""
     if not any(n.op.name in _MASK_AT for n in graph.nodes):
         return graph
-    return graph.rewrite(_rewrite).live()
+    known = Known()
+    return graph.rewrite(lambda builder, node: _rewrite(builder, node, known)).live()
 
 
-def _rewrite(builder: Builder, node: Node) -> tuple[Value, ...] | None:
+def _rewrite(builder: Builder, node: Node, known: Known) -> tuple[Value, ...] | None:
     at = _MASK_AT.get(node.op.name)
     if at is None or len(node.args) <= at or node.args[at] is None:
         return None
     if node.attrs.get("causal") or node.attrs.get("window") is not None:
         return None
     q, k = node.args[at - 3], node.args[at - 2]
-    reader = _Reader((q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    reader = _Reader((q.shape[0], q.shape[1], q.shape[2], k.shape[2]), known)
     got = reader.mask(node.args[at])
     if got is None:
         return None
@@ -144,8 +144,8 @@ def _alike(e: Emit, a: Value, b: Value) -> tuple[Value, Value]:
 class _Reader:
     """Reads masks of one shape ``[b, h, queries, keys]``."""
 
-    def __init__(self, sizes: Sequence[Dim]) -> None:
-        self.sizes = tuple(sizes)
+    def __init__(self, sizes: Sequence[Dim], known: Known) -> None:
+        self.sizes, self.known = tuple(sizes), known
         self.places = tuple(var(name, size) for name, size in zip("bhmn", sizes, strict=True))
 
     def mask(self, mask: Value) -> tuple[_Found, tuple[Value, ...], float] | None:
@@ -223,7 +223,7 @@ class _Reader:
             bound = self._bound(node, name if wanted else _NEGATED[name], place)
             if bound is not None:
                 return bound
-        if wanted and _always(v):
+        if self.known.range(v) == ((1, 1) if wanted else (0, 0)):
             return _Found()
         return _Found(rest=((v, wanted),))
 
@@ -319,55 +319,3 @@ def _choice(node: Node) -> tuple[Value, bool, bool] | None:
     if a is None or b is None or limit is None or not isinstance(cond, Value):
         return None
     return cond, compare(a, limit), compare(b, limit)
-
-
-def _always(v: Value) -> bool:
-    """Whether a condition that reads no input is true everywhere; small ones are computed here."""
-    order: list[Node] = []
-    seen: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(v.node, False)]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-            continue
-        if node in seen:
-            continue
-        seen.add(node)
-        sizes = [n for t in node.types if isinstance(t, TensorType) for n in t.shape]
-        if node.op.kind == "input" or node.op.random or node.regions or not all(isinstance(n, int) for n in sizes):
-            return False
-        if any(isinstance(x, sympy.Basic) for x in _leaves((node.args, tuple(node.attrs.values())))):
-            return False  # where a rank stands, say
-        if math.prod(sizes) > _SMALL or node.op.kind not in (
-            "pointwise",
-            "view",
-            "generate",
-            "index",
-            "library",
-            "scan",
-            "composite",
-        ):
-            return False
-        stack.append((node, True))
-        stack += [(x.node, False) for x in node.operands]
-    known: dict[Value, Any] = {}
-    for node in order:
-        attrs = {name: x for name, x in node.attrs.items() if name != "device"}
-        got = node.op.ref(*_held(node.args, known), **attrs)
-        known.update(zip(node.outs, (got,) if isinstance(got, torch.Tensor) else got, strict=True))
-    return bool(known[v].all())
-
-
-def _leaves(x: Any) -> Iterator[Any]:
-    if isinstance(x, tuple):
-        for y in x:
-            yield from _leaves(y)
-    else:
-        yield x
-
-
-def _held(args: Any, known: dict[Value, Any]) -> Any:
-    if isinstance(args, Value):
-        return known[args]
-    return tuple(_held(a, known) for a in args) if isinstance(args, tuple) else args
