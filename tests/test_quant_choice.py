@@ -43,7 +43,7 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> HostRates:
 
 
 def test_forms_are_those_of_the_kernels() -> None:
-    """The conditions of ``packed.hpp`` and ``int8.hpp``."""
+    """The conditions of ``packed.hpp``, ``packed_odd.hpp`` and ``int8.hpp``."""
     one = Product(1, 64, 4096, BF16, 4, groups=32)
     for change, want in (
         ({"rows": 10}, "few"),
@@ -51,7 +51,9 @@ def test_forms_are_those_of_the_kernels() -> None:
         ({"bits": 8, "rows": 7}, "panels"),
         ({"groups": 4096 // 32, "rows": 5}, "panels"),
         ({"groups": 4096 // 16}, "few"),
-        ({"bits": 3}, "panels"),
+        ({"bits": 3}, "few"),
+        ({"bits": 3, "rows": 11}, "panels"),
+        ({"bits": 5, "k": 90}, "panels"),
         ({"k": 4100, "groups": 1}, "panels"),
         ({"bits": 8, "kind": "table"}, "columns"),
         ({"integers": True, "rows": 16}, "few"),

@@ -2,7 +2,8 @@
 
     product_seconds(Product(512, 8192, 8192, torch.bfloat16, bits=4, groups=64), rates, 512)
 
-The kernels (``templates/packed.hpp``, ``int8.hpp``, ``sparse.hpp``) have three forms, by the number of rows:
+The kernels (``packed.hpp``, ``packed_odd.hpp``, ``int8.hpp`` and ``sparse.hpp`` of ``codegen/templates``) have three
+forms, by the number of rows:
 
     few      numbers are made of codes in registers, again for every few rows; reading hides behind that, or that
              behind reading: the longer of the two counts
@@ -71,6 +72,8 @@ class Product:
             return "whole"
         if self.sparse or (self.kind == "table" and self.bits > 4):
             return "columns" if self.rows <= _COLUMNS else "panels"
+        if self.kind == "int" and not self.integers and 8 % self.bits:
+            return "few" if self.rows <= 10 and -(-self.k // (32 // self.bits)) >= lanes else "panels"
         chunk, group = lanes * 32 // self.bits, self.k // self.groups
         scales = 1 if group % chunk == 0 else chunk // group if chunk % group == 0 else 0
         if self.integers:
@@ -86,11 +89,11 @@ class Product:
 # (AVX-512 with bf16 and int8 products), 2026-11-21: within a fifth there, and a third for 1 to 4 rows of tables.
 # `read`: of the bandwidth of a plain sum, from benchmarks/results/quant-2026-11-21.json, a layer 8192 wide in bf16.
 _COST = {
-    "decode": 2.9, "decode_eight": 5.0, "decode_table": 4.2, "decode_short": 7.6, "decode_integers": 1.0,
-    "decode_integers_row": 2.0, "dot_integers": 0.37, "columns": 10.0, "dot": 1.1, "panel": 7.0, "panel_eight": 12.0,
-    "panel_table": 9.0, "panel_odd": 15.0, "written": 14.0, "written_table": 70.0, "pack": 8.0, "pack_integers": 3.0,
-    "pack_integers_groups": 8.0, "round": 2.0, "group": 7.0, "reach": 0.87, "reach_integers": 0.76, "read": 0.6,
-    "start": 5e-6,
+    "decode": 2.9, "decode_eight": 5.0, "decode_table": 4.2, "decode_short": 7.6, "decode_odd": 4.5,
+    "decode_integers": 1.0, "decode_integers_row": 2.0, "dot_integers": 0.37, "columns": 10.0, "dot": 1.1, "panel": 7.0,
+    "panel_eight": 12.0, "panel_table": 9.0, "panel_odd": 15.0, "written": 14.0, "written_table": 70.0, "pack": 8.0,
+    "pack_integers": 3.0, "pack_integers_groups": 8.0, "round": 2.0, "group": 7.0, "reach": 0.87,
+    "reach_integers": 0.76, "read": 0.6, "start": 5e-6,
 }  # fmt: skip
 
 
@@ -119,9 +122,7 @@ def product_seconds(p: Product, rates: HostRates, bits: int) -> float:
             name, together = ("decode_integers_row", 4) if p.groups == 1 else ("decode_integers", 2)
             each = -(-p.rows // together) * c[name] + p.rows * c["dot_integers"]
         else:
-            short = p.k // p.groups * p.bits <= 128
-            kind = "short" if short else "table" if p.kind == "table" else "eight" if p.bits == 8 else ""
-            each = -(-p.rows // 2) * c[f"decode_{kind}".rstrip("_")]
+            each = -(-p.rows // 2) * c[_decoding(p)]
         return start + max(read, elements * each / lane)
     if form == "columns":
         made = c["columns"] if p.sparse else c["written_table"]
@@ -135,6 +136,15 @@ def _rate(p: Product, rates: HostRates) -> float:
     """Of products of floats; those of whole numbers are twice as many in an instruction. CPUs without products of bf16
     widen them."""
     return rates.flops.get(_NAMES.get(p.dtype, "f32"), rates.flops["f32"])
+
+
+def _decoding(p: Product) -> str:
+    """What numbers in registers cost, by its name in ``_COST``."""
+    if p.kind == "int" and 8 % p.bits:
+        return "decode_odd"
+    if p.k // p.groups * p.bits <= 128:
+        return "decode_short"
+    return "decode_table" if p.kind == "table" else "decode_eight" if p.bits == 8 else "decode"
 
 
 def _unpacking(p: Product) -> str:

@@ -1,5 +1,5 @@
-"""The C++ of linear layers whose weight is stored in few bits or without zeros (``packed.hpp``, ``int8.hpp``,
-``sparse.hpp``)."""
+"""The C++ of linear layers whose weight is stored in few bits or without zeros (``packed.hpp``,
+``packed_odd.hpp``, ``int8.hpp``, ``sparse.hpp``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _TYPES = {"f32": "float", "bf16": "u16"}
 INTEGERS, TABLE = "integers", "table"
 """What codes stand for; else the bits of a small float's exponent, ``"4"`` or ``"5"``."""
 
-_MORE = ("int8.hpp", "sparse.hpp")
+_MORE = ("packed_odd.hpp", "int8.hpp", "sparse.hpp")
+_ODD = ("3", "5", "6", "7")  # bits of codes that do not fill bytes
 _KINDS = {INTEGERS: "INTEGERS", TABLE: "TABLE", "4": "E4M3", "5": "E5M2"}
 
 
@@ -32,9 +33,14 @@ def packed_unit(function: str) -> str:
         call = f"  return gemm::sparse::linear<{t}>({{{layer}}}, (const {t}*)a[2], threads);"
         return unit("packed", ['#include "sparse.hpp"', head, call, "}"])
     bits, *kind = more
-    call = f"int8::linear<{bits}>" if family == "int8" else f"packed::linear<gemm::packed::{_KINDS[kind[0]]}, {bits}>"
+    odd = kind == [INTEGERS] and bits in _ODD
+    if family == "int8":
+        call = f"int8::linear<{bits}>"
+    else:
+        call = f"packed::linear_odd<{bits}>" if odd else f"packed::linear<gemm::packed::{_KINDS[kind[0]]}, {bits}>"
     lines = [
         '#include "int8.hpp"',
+        *(['#include "packed_odd.hpp"'] if odd else []),
         head,
         f"  const gemm::packed::Layer<{t}> layer = {{(const {t}*)a[0], (const u32*)a[1], (const float*)a[2],",
         f"      (const float*)a[3], (const {t}*)a[4], a[5], a[6], a[7], a[8], ({t}*)a[9], (const float*)a[10]}};",
