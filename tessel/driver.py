@@ -407,6 +407,8 @@ def _run_passes(imported: Imported, options: Options, place: Place, record: Comp
             if name == "inplace":
                 record.bytes_before = bytes_moved(graph, hints)
                 record.notes.extend(inplace.notes(graph))
+            if name == "decompose":
+                record.notes.extend(quantize.said_of_floats(graph))
             if name in ("packed", "unpack"):
                 record.notes.extend(quantize.notes(graph, native=name == "packed"))
             start = time.perf_counter()

@@ -327,6 +327,8 @@ def packed_layers() -> Iterator[Case]:
     yield "packed_experts", (real(5, 16), stack, scale, zero, None, None, *down, None, None, None, *routed), {"bits": 4}
     whole = (real(5, 16), stack, scale, zero, None, None, *down, None, None, None, *routed)
     yield "packed_experts", whole, {"bits": 4, "inputs": 8}
+    for floats in ((4, 4, 3, 448.0, "e8m0"), (4, 2, 1, 6.0, "e4m3")):
+        yield "packed_experts", whole, {"bits": 4, "floats": floats}
     biased = (real(5, 16), stack, scale, None, real(3, 8), real(16), *down, None, real(3, 6), real(16), *routed)
     yield "packed_experts", biased, {"bits": 4, "act": "limited", "interleaved": True, "alpha": 1.7, "limit": 7.0}
     two_of_four = torch.tensor([3, 5, 6, 9, 10, 12])[ints(6, 6, 2, 8)] << torch.arange(0, 32, 4)

@@ -1,10 +1,11 @@
 """``tessel::packed_experts``: a layer of experts whose matrices are stored in few bits and whose inputs are rounded.
 
     packed_experts(x, words, scale, zero, bias, table, down: the same five, index, weights,
-                   bits, inputs, exponent, act, interleaved, alpha, limit) -> out
+                   bits, inputs, exponent, act, interleaved, alpha, limit, floats, scales) -> out
 
-Shapes and meaning are those of ``ops/packed_stacks.py``, whose reference runs here for eager, and wherever there is no
-kernel. Gradients go to x, the biases and the weights of the choices; rounded inputs are as if they were whole.
+Shapes and meaning are those of ``ops/packed_stacks.py``, whose ``floats`` are ``floats`` and ``scales`` here. Its
+reference runs for eager, and wherever there is no kernel. Gradients go to x, the biases and the weights of the choices;
+rounded inputs are as if they were whole.
 """
 
 from __future__ import annotations
@@ -26,15 +27,25 @@ _LIB = torch.library.Library("tessel", "FRAGMENT")
 _STACK = "Tensor {0}words, Tensor {0}scale, Tensor? {0}zero, Tensor? {0}bias, Tensor? {0}table"
 _LIB.define(
     f"packed_experts(Tensor x, {_STACK.format('')}, {_STACK.format('down_')}, Tensor index, Tensor weights, int bits, "
-    "int inputs, int exponent, str act, bool interleaved, float alpha, float limit) -> Tensor",
+    "int inputs, int exponent, str act, bool interleaved, float alpha, float limit, float[] floats, str scales) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _OPERANDS = 13
-_NAMES = ("bits", "inputs", "exponent", "act", "interleaved", "alpha", "limit")
+_NAMES = ("bits", "inputs", "exponent", "act", "interleaved", "alpha", "limit", "floats", "scales")
+
+
+def _attrs(args: tuple[Any, ...]) -> dict[str, Any]:
+    attrs = dict(zip(_NAMES, args[_OPERANDS:], strict=True))
+    floats, scales = attrs.pop("floats"), attrs.pop("scales")
+    if floats:
+        *whole, largest = floats
+        attrs["floats"] = (*map(int, whole), largest, scales)
+    return attrs
 
 
 def _forward(*args: Any) -> Tensor:
-    return packed_experts_ref(*args[:_OPERANDS], **dict(zip(_NAMES, args[_OPERANDS:], strict=True)))[0]
+    return packed_experts_ref(*args[:_OPERANDS], **_attrs(args))[0]
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:
@@ -49,7 +60,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """That of the layer with the matrices written out."""
     x, *stacks, index, weights = ctx.saved_tensors
-    bits, _, exponent, act, interleaved, alpha, limit = ctx.attrs
+    bits, _, exponent, act, interleaved, alpha, limit, *_ = ctx.attrs
     widths = (x.shape[1], stacks[0].shape[1] // 2)  # of gate and up, of down
     up, down = (
         unpacked(words, scale, zero, table, bits, k, x.dtype, exponent)
@@ -78,7 +89,7 @@ TABLE: Table = {}
 
 @register(TABLE, "tessel.packed_experts.default")
 def _packed_experts(c: Lowering, *args: Any) -> Value:
-    attrs = dict(zip(_NAMES, args[_OPERANDS:], strict=True))
+    attrs = _attrs(args)
     if attrs["act"] != "limited":
         del attrs["alpha"], attrs["limit"]
     return c("packed_experts", *args[:_OPERANDS], **{n: v for n, v in attrs.items() if v})

@@ -22,6 +22,7 @@ from .emit import Emit
 from .experts import by_expert, gated
 from .fold import need_float
 from .packed import dequantized, emit_weight, whole_numbers
+from .rounding import WHOLE_TENSOR, rounded_ref
 
 __all__ = [
     "PACKED_STACKS",
@@ -74,6 +75,7 @@ def packed_experts_ref(
     alpha: float = 1.0,
     limit: float = 0.0,
     inputs: int = 0,
+    floats: tuple[Any, ...] = (),
     linear: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """The layer by its definition, one expert after another, each unpacked where it is used.
@@ -84,6 +86,7 @@ def packed_experts_ref(
         exponent: as of ``packed_linear``.
         act, interleaved, alpha, limit: as of ``experts``.
         inputs: bits that tokens, and what becomes of gate and up, are rounded to, as of ``packed_linear``.
+        floats: the same of small floats: the attributes of ``rounded``, one after another; (): not rounded to these.
         linear: what multiplies: of the arguments and attributes of ``packed_linear_ref``, which it is without.
 
     Returns:
@@ -98,10 +101,24 @@ def packed_experts_ref(
     first = (words, scales, zeros, bias)
     second = (down_words, down_scales, down_zeros, down_bias)
     attrs: dict[str, int] = {"bits": bits, "inputs": inputs, "exponent": exponent}
-    for e, slots in by_expert(index, words.shape[0], 0):
-        up, down = ([None if t is None else t[e] for t in given] for given in (first, second))
-        pre = linear(x[slots // choices], *up, lut, **attrs)
-        got = linear(gated(pre, act, interleaved, alpha, limit), *down, down_lut, **attrs)
+    parts = list(by_expert(index, words.shape[0], 0))
+
+    def own(e: int, given: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        return [None if t is None else t[e] for t in given]
+
+    def inner(e: int, slots: Tensor) -> Tensor:
+        pre = linear(x[slots // choices], *own(e, first), lut, **attrs)
+        return gated(pre, act, interleaved, alpha, limit)
+
+    held = None
+    if floats:  # all of them, since one scale may be above all
+        x = rounded_ref(x, *floats)
+        held = x.new_zeros((index.numel(), words.shape[1] // 2))
+        for e, slots in parts:
+            held[slots] = inner(e, slots)
+        held = rounded_ref(held, *floats)
+    for e, slots in parts:
+        got = linear(inner(e, slots) if held is None else held[slots], *own(e, second), down_lut, **attrs)
         rows[slots] = got.to(wide) * by_slot[slots, None].to(wide)
     return rows.unflatten(0, (-1, choices)).sum(1).to(x.dtype), x.new_empty(0)
 
@@ -136,16 +153,21 @@ def _infer(x: Any, words: Any, *rest: Any, **attrs: Any) -> Any:
     check(fits, lambda: f"packed_experts: {x}, {words}, {down} and {index} are not of the ranks and dtypes it takes")
     bits = attrs.get("inputs", 0)
     check(bits in (0, *range(2, 9)), lambda: f"packed_experts: inputs of {bits} bits; 2 to 8, or 0, are possible")
+    group, inner = (attrs.get("floats") or (0,))[0], words.shape[1] // 2
+    fits = group <= 0 or not any(isinstance(n, int) and n % group for n in (x.shape[1], inner))
+    check(fits, lambda: f"packed_experts: inputs in groups of {group} for rows of {x.shape[1]} and {inner} values")
     return result((x.shape[0], down.shape[1]), x.dtype, x), result((0,), x.dtype, x)
 
 
 def _dims(node: Node) -> str:
     _, _, _, zero, bias, lut, _, _, down_zero, down_bias, down_lut, _, _ = arg_types(node)
-    given = ["t h*", "e* p* w*", "e* p* g*", "e* p* g*" if zero is not None else ""]
+    floats = node.attrs.get("floats")
+    t = "t*" if floats and (floats[0] == WHOLE_TENSOR or floats[-1] == "e4m3") else "t"  # one scale above all tokens
+    given = [f"{t} h*", "e* p* w*", "e* p* g*", "e* p* g*" if zero is not None else ""]
     given += ["e* p*" if bias is not None else "", "l*" if lut is not None else ""]
     given += ["e* o v*", "e* o q*", "e* o q*" if down_zero is not None else "", "e* o" if down_bias is not None else ""]
-    given += ["m*" if down_lut is not None else "", "t c*", "t c*"]
-    return f"{', '.join(filter(None, given))} -> t o, no_pre*"
+    given += ["m*" if down_lut is not None else "", f"{t} c*", f"{t} c*"]
+    return f"{', '.join(filter(None, given))} -> {t} o, no_pre*"
 
 
 def _flops(node: Node) -> Dim:
@@ -240,6 +262,6 @@ PACKED_STACKS = table(
         flops=_flops,
         cost=1000,
         doc="packed_experts(x, words, scale, zero|None, bias|None, table|None, down: the same five, index, scale, "
-        "bits=, exponent=, act=, interleaved=, alpha=, limit=, inputs=) -> (out, nothing)",
+        "bits=, exponent=, act=, interleaved=, alpha=, limit=, inputs=, floats=) -> (out, nothing)",
     ),
 )

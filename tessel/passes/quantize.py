@@ -14,15 +14,16 @@ experts take them as they are stored:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from ..ir.node import Builder, Graph, Node, Value
-from ..ir.rewrite import Rule, apply_rules
+from ..ir.rewrite import Rule, apply_rules, storage_root
 from ..ops.packed import KERNEL_DTYPES, has_kernel, open_packed
 from ..ops.packed_stacks import join_packed, open_unpacked
 from ..ops.sparse import open_sparse
 
-__all__ = ["notes", "run"]
+__all__ = ["notes", "run", "said_of_floats"]
 
 
 def run(graph: Graph, native: bool) -> Graph:
@@ -39,9 +40,19 @@ def run(graph: Graph, native: bool) -> Graph:
 def notes(graph: Graph, native: bool) -> list[str]:
     """What no kernel of the target does with such layers, of the graph before the pass: how many, where, and what is
     done in its place."""
+    return _told(graph, lambda node: _without(node, native))
+
+
+def said_of_floats(graph: Graph) -> list[str]:
+    """What inputs rounded to small floats are multiplied as, of a graph whose composites are whole: no kernel of any
+    target multiplies small floats themselves."""
+    return _told(graph, _as_wide)
+
+
+def _told(graph: Graph, why_of: Callable[[Node], str]) -> list[str]:
     found: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        if why := _without(node, native):
+        if why := why_of(node):
             found.setdefault(why, []).append(node)
     first = {why: nodes[0].loc.short or str(nodes[0]) for why, nodes in found.items()}
     return [f"{len(nodes)} layers, the first at {first[why]}: {why}" for why, nodes in found.items()]
@@ -59,6 +70,24 @@ def _without(node: Node, native: bool) -> str:
         return f"no kernel here uses products of 2:4 weights: zeros are put in, {dtype} is multiplied"
     inputs = node.attrs.get("inputs")
     return f"no kernel here multiplies integers: inputs of {inputs} bits are multiplied as {dtype}" if inputs else ""
+
+
+def _as_wide(node: Node) -> str:
+    bits = _small_floats(node)
+    if not bits:
+        return ""
+    dtype = str(node.operands[0].dtype).removeprefix("torch.")
+    return f"inputs rounded to floats of {bits} bits are multiplied as {dtype}: no kernel multiplies small floats"
+
+
+def _small_floats(node: Node) -> int:
+    """Bits of the small floats that a layer's inputs are rounded to; 0: they are not."""
+    if node.op.name == "packed_experts" and node.attrs.get("floats"):
+        _, exponent, mantissa, *_ = node.attrs["floats"]
+        return 1 + int(exponent) + int(mantissa)
+    if node.op.name == "packed_linear" and (source := storage_root(node.operands[0])).op.name == "rounded":
+        return 1 + int(source.node.attrs["exponent"]) + int(source.node.attrs["mantissa"])
+    return 0
 
 
 def _open(native: bool, builder: Builder, node: Node) -> tuple[Value, ...] | None:

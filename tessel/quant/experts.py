@@ -1,4 +1,4 @@
-"""Layers of experts whose inputs are rounded too, so that whole numbers may be multiplied.
+"""Layers of experts whose inputs are rounded too: to integers, so that whole numbers may be multiplied, or to floats.
 
 The code of such a module says nothing of rounding, and what its first product is given lies inside. So its code is
 replaced by ``tessel::packed_experts``, where both are shown to be the same: a few tokens are sent through each, with
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..frontend.packed_experts_op import packed_experts
 from ..ops.experts import ACTS, experts_ref
-from .formats import WHOLE_ROW, Format, integers
+from .formats import WHOLE_ROW, Format
 
 __all__ = ["ExpertInputs", "inputs_of"]
 
@@ -42,16 +42,19 @@ class ExpertInputs:
         f = self.format
         if f is None:
             return ""
-        if not (f.kind == "int" and f.group == WHOLE_ROW and f.symmetric):
-            return "its inputs stay whole: experts round them to integers a row only"
+        if f.kind == "codebook" or (f.kind == "int" and not (f.group == WHOLE_ROW and f.symmetric)):
+            return "its inputs stay whole: experts round them to integers a row, or to small floats"
         key = (type(module).__mro__[1], getattr(module, "act_fn", None).__class__, *_numbers(module))
         if key not in self._known:
             self._known[key] = _what(module)
         act = self._known[key]
         if isinstance(act, str):
             return f"its inputs stay whole: {act}"
+        odd = next((s.k for s in _stacks(module) if f.group > 0 and s.k % f.group), 0)
+        if odd:
+            return f"its inputs stay whole: groups of {f.group} do not divide k = {odd}"
         own: Any = module
-        own.packed_attrs = (f.bits, act)
+        own.packed_attrs = (f, act)
         kind: Any = type(module)
         module.__class__ = _rounding(kind)
         return ""
@@ -60,7 +63,7 @@ class ExpertInputs:
 def inputs_of(module: nn.Module) -> Format | None:
     """What a module of experts rounds its inputs to."""
     held: Any = getattr(module, "packed_attrs", None)
-    return None if held is None else integers(held[0])
+    return None if held is None else held[0]
 
 
 def _numbers(module: Any) -> tuple[float, float]:
@@ -128,13 +131,15 @@ def _rounding(base: Any) -> type:
 
 
 def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    bits, act = self.packed_attrs
+    given, act = self.packed_attrs
+    whole = given.kind == "int"
+    floats = [] if whole else [given.group, given.exponent, given.mantissa, given.largest]
     up, down = _stacks(self)
     f, x = up.format, hidden_states.reshape(-1, up.k)
     bias, down_bias = _biases(self)
     out = packed_experts(
         x, up.words, up.scale, up.zero, bias, up.table, down.words, down.scale, down.zero, down_bias, down.table,
-        top_k_index.reshape(x.shape[0], -1), top_k_weights.reshape(x.shape[0], -1), f.bits, bits,
-        f.exponent if f.kind == "float" else 0, *act,
+        top_k_index.reshape(x.shape[0], -1), top_k_weights.reshape(x.shape[0], -1), f.bits,
+        given.bits if whole else 0, f.exponent if f.kind == "float" else 0, *act, floats, "" if whole else given.scale,
     )  # fmt: skip
     return out.reshape(hidden_states.shape)

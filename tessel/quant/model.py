@@ -33,7 +33,7 @@ from .report import LayerReport, QuantReport, Speed, time_text
 from .resume import Work, run_of
 from .scheme import Scheme, scheme
 from .sparse import SparseLinear, sparse_layer
-from .speed import seconds, sparse_seconds
+from .speed import multiplied_as, seconds, sparse_seconds
 from .sqnr import expected, sqnr_of
 from .stacks import quantize_stacks
 from .transforms import awq_scales, outliers, signs, smooth_scales
@@ -155,6 +155,9 @@ def quantize_model(
             done += 1
             if progress is not None:
                 progress(name, done, len(layers))
+    if chosen.activation is not None and report.layers:
+        first = next(w for m in layers.values() if (w := _weight(m)) is not None)
+        report.inputs = multiplied_as(chosen.activation, first.dtype, device)
     left = {r.name for r in report.whole}
     if chosen.weight is not None and not chosen.sparse:
         stacks, whole = _stacks(model, chosen, steps, skip)

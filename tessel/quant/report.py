@@ -107,6 +107,7 @@ class QuantReport:
 
     Attributes:
         target: that speed is predicted for; empty if none was named.
+        inputs: what rounded inputs are multiplied as, where it is not what they are rounded to; empty otherwise.
         cache: what the cache of keys and values became; empty if it is as it was.
         resumed: layers that an earlier run had finished.
     """
@@ -120,6 +121,7 @@ class QuantReport:
     measured: Measured | None = None
     resumed: int = 0
     cache: str = ""
+    inputs: str = ""
 
     @property
     def before(self) -> int:
@@ -178,6 +180,8 @@ class QuantReport:
         return text.getvalue()
 
     def _lines(self) -> Iterator[str]:
+        if self.inputs:
+            yield self.inputs
         if self.cache:
             yield f"cache: {self.cache}"
         if (speed := self.speed) is not None:

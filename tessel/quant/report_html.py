@@ -54,6 +54,7 @@ def _view(d: Mapping[str, Any]) -> dict[str, Any]:
         "rows": [_row(x, d["bits"]) for x in layers],
         "whole": [_row(x, d["bits"]) for x in d["whole"]],
         "resumed": d["resumed"],
+        "said": [words for words in (d["inputs"], d["cache"]) if words],
     }
 
 

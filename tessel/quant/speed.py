@@ -28,7 +28,7 @@ from .cpu_time import seconds as on_cpu
 from .formats import Format
 from .linear import table_of
 
-__all__ = ["packed_graph", "packed_kernels", "seconds", "sparse_seconds", "stored_bytes"]
+__all__ = ["multiplied_as", "packed_graph", "packed_kernels", "seconds", "sparse_seconds", "stored_bytes"]
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
 
@@ -45,6 +45,23 @@ def stored_bytes(n: int, k: int, format: Format | None, dtype: torch.dtype) -> i
     words = -(-k // (32 // format.bits))
     groups = k // format.group if format.group > 0 else 1
     return 4 * n * (words + groups * (1 if format.symmetric or format.kind != "int" else 2))
+
+
+def multiplied_as(inputs: Format, dtype: torch.dtype, target: Target | None) -> str:
+    """In words, what rounded inputs are multiplied as where that is not what they are rounded to; else empty.
+
+    >>> from .formats import FORMATS
+    >>> multiplied_as(FORMATS["nvfp4"], torch.bfloat16, None)
+    'inputs are rounded to float4 and multiplied as bfloat16: no kernel multiplies small floats'
+    """
+    wide = str(dtype).removeprefix("torch.")
+    said = f"inputs are rounded to {inputs.kind}{inputs.bits} and multiplied as {wide}"
+    if inputs.kind != "int":
+        able = target.name if target is not None and inputs.bits == 8 and "f8" in target.flops else ""
+        return f"{said}: no kernel multiplies small floats" + f", which {able} could" * bool(able)
+    if target is not None and target.gpu_target is not None:
+        return f"{said} on {target.name}: no kernel for GPUs multiplies integers, experts' apart"
+    return ""
 
 
 @lru_cache(maxsize=4096)

@@ -134,7 +134,7 @@ def quantize_stacks(
             continue
         put_stacks(module, stacks)
         why = rounding.put(module)
-        said = f", inputs int{inputs.bits}" if inputs is not None and not why else ""
+        said = f", inputs {inputs.kind}{inputs.bits}" if inputs is not None and not why else ""
         for row in made:
             notes = "; ".join(filter(None, (row.fallback, why)))
             rows.append(replace(row, how=row.how + said, fallback=notes))

@@ -13,6 +13,7 @@ import torch
 
 from ..codegen.fused import SPAN, grouped_source, loss_source, packed_source, packed_tile_of
 from ..ops.packed import rounded_rows
+from ..ops.rounding import rounded_ref
 from ..targets import Target
 from .launch import load
 
@@ -243,11 +244,13 @@ class GpuPackedExperts(FusedKernels):
         """See ``packed_experts_ref``."""
         up, down, index, weights = given[:5], given[5:10], given[10], given[11]
         attrs = dict(attrs)
-        bits, inputs = attrs.pop("bits", 4), attrs.pop("inputs", 0)
+        bits, inputs, floats = attrs.pop("bits", 4), attrs.pop("inputs", 0), attrs.pop("floats", ())
         attrs.pop("exponent", None)  # of a table's codes; the table is what is read
         route = _route(index, up[0].shape[0], 0)
-        h = x.new_empty((index.numel(), up[0].shape[1] // 2))
+        h = x.new_zeros((index.numel(), up[0].shape[1] // 2))  # slots of no expert count for one scale above all
+        x = rounded_ref(x, *floats) if floats else x
         self._multiply("inner", x, up, route, h, bits, inputs, [], attrs)
+        h = rounded_ref(h, *floats) if floats else h
         rows = torch.zeros((index.numel(), down[0].shape[1]), device=x.device)
         self._multiply("product", h, down, route, rows, bits, inputs, [_wide(weights)], {"scaled": True})
         return rows.unflatten(0, (-1, index.shape[1])).sum(1).to(x.dtype), x.new_empty(0)
