@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from offline_record import Recorded
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,3 +52,9 @@ def same_start() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def offline(request: pytest.FixtureRequest) -> Recorded:
+    """Compile for GPUs that are absent, what is not known by its rows."""
+    return Recorded(request.node.nodeid, request.config.getoption("--bless"))

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernels import gpu_kernels
+from offline_record import Recorded
 
 import tessel
-from tessel.codegen.offline import offline_compile
 from tessel.codegen.triton import render
 from tessel.targets import get_target
 
@@ -284,7 +284,7 @@ def one_query(q: Any, k: Any, v: Any) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "queries"), [("a100", 1), ("h100", 16), ("b200", 1), ("mi300x", 16)])
-def test_offline(target: str, queries: int) -> None:
+def test_offline(target: str, queries: int, offline: Recorded) -> None:
     """One query for a long cache, its keys in parts that a merge follows; pages, for one query or for several."""
     record = get_target(target)
     assert record.limits is not None
@@ -297,7 +297,7 @@ def test_offline(target: str, queries: int) -> None:
     kernels += gpu_kernels(by_table, *args, table, torch.full((4,), 1000))
     assert sum(k.family == "attention" for k in kernels) == 2
     sources = [render(k, record) for k in kernels]
-    for source, got in zip(sources, offline_compile(sources, record.arch), strict=True):
+    for source, got in zip(sources, offline(sources, record.arch), strict=True):
         what = f"{source.name} on {record.arch} with {dict(source.knobs)}"
         assert got.ok, f"{what}: {got.error}"
         assert got.shared_bytes is not None and not got.spills, what

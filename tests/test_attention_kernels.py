@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import interpret
+from offline_record import Recorded
 
-from tessel.codegen.offline import offline_compile
 from tessel.codegen.triton import render
 from tessel.config import Options
 from tessel.errors import TesselError
@@ -261,7 +261,7 @@ def test_when_keys_are_split() -> None:
     assert heads(2, 4096) == (1, 8, 2, 64)
 
 
-def offline() -> list[Kernel]:
+def samples() -> list[Kernel]:
     """Half and full precision, widths that are no powers of two, masks, caps and windows."""
     kernels = []
     for d, e, dtype, attrs, mask in (
@@ -282,11 +282,11 @@ def offline() -> list[Kernel]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ("a100", "h100", "b200", "mi300x"))
-def test_offline(target: str) -> None:
+def test_offline(target: str, offline: Recorded) -> None:
     record = get_target(target)
     assert record.limits is not None
-    sources = [render(k, record) for k in offline()]
-    for source, got in zip(sources, offline_compile(sources, record.arch), strict=True):
+    sources = [render(k, record) for k in samples()]
+    for source, got in zip(sources, offline(sources, record.arch), strict=True):
         what = f"{source.kernel.family} {source.kernel.attrs.get('wrt', '')} on {record.arch}: {dict(source.knobs)}"
         assert got.ok, f"{what}: {got.error}"
         assert got.shared_bytes is not None

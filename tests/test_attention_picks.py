@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from offline_record import Recorded
 from test_attention_kernels import kernel_of
 
-from tessel.codegen.offline import offline_compile
 from tessel.codegen.triton import render
 from tessel.solve import tile
 from tessel.targets import get_target
@@ -68,9 +68,9 @@ def test_picks_fit(target: str, dtype: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_widest_compile(target: str) -> None:
+def test_the_widest_compile(target: str, offline: Recorded) -> None:
     record = get_target(target)
     sources = [render(k, record) for k in kernels_of(576, 576, "bf16").values()]
-    for source, got in zip(sources, offline_compile(sources, record.arch), strict=True):
+    for source, got in zip(sources, offline(sources, record.arch), strict=True):
         assert got.ok and got.spills == 0, f"{source.name} on {target}: {got}"
         assert got.shared_bytes is not None and got.shared_bytes <= source.smem_bytes

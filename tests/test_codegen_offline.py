@@ -16,6 +16,7 @@ from kernels import (
     product_kernel,
     rand,
 )
+from offline_record import Recorded
 
 from tessel.codegen.offline import offline_compile
 from tessel.codegen.triton import render
@@ -51,11 +52,11 @@ def kernels() -> list[Kernel]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ("a100", "h100", "b200", "mi300x"))
-def test_templates_compile_offline(target: str) -> None:
+def test_templates_compile_offline(target: str, offline: Recorded) -> None:
     record = get_target(target)
     assert record.limits is not None
     sources = [render(k, record) for k in kernels()]
-    for source, got in zip(sources, offline_compile(sources, record.arch)):
+    for source, got in zip(sources, offline(sources, record.arch)):
         what = f"{source.kernel.family} of {source.kernel.params[0].type} on {record.arch}"
         assert got.ok, f"{what}: {got.error}"
         assert got.shared_bytes is not None

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from offline_record import Recorded
 
 import tessel
 from tessel.codegen.fused import grouped_source, loss_source
-from tessel.codegen.offline import offline_compile
 from tessel.ops.experts import experts_backward_ref, experts_ref
 from tessel.ops.loss import linear_cross_entropy_backward_ref, linear_cross_entropy_ref
 from tessel.runtime.fused_gpu import GpuExperts, GpuLoss
@@ -92,7 +92,7 @@ def test_whole_graphs_run_by_them() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ("a100", "h100", "b200", "mi300x"))
-def test_compile_offline(target: str) -> None:
+def test_compile_offline(target: str, offline: Recorded) -> None:
     record = get_target(target)
     assert record.limits is not None
     limited = {"act": "limited", "interleaved": True, "alpha": 1.7, "limit": 7.0}
@@ -105,7 +105,7 @@ def test_compile_offline(target: str) -> None:
         grouped_source("back", half, record, {"act": "gelu_tanh"}),
         grouped_source("outer", half, record, {"gathered": "left"}),
     ]
-    for source, got in zip(sources, offline_compile(sources, record.arch), strict=True):
+    for source, got in zip(sources, offline(sources, record.arch), strict=True):
         what = f"{source.name} on {record.arch}"
         assert got.ok, f"{what}: {got.error}"
         assert got.shared_bytes is not None

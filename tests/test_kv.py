@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import gpu_kernels
+from offline_record import Recorded
 from torch import Tensor, nn
 
 import tessel
-from tessel.codegen.offline import offline_compile
 from tessel.codegen.triton import render
 from tessel.errors import TesselError
 from tessel.quant.files import load_quantized, save_quantized
@@ -331,11 +331,11 @@ def offline_kernel(m: int, bits: int) -> Kernel:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "m", "bits"), [("a100", 16, 8), ("h100", 1, 4), ("b200", 1, 2), ("mi300x", 1, 4)])
-def test_offline(target: str, m: int, bits: int) -> None:
+def test_offline(target: str, m: int, bits: int, offline: Recorded) -> None:
     record = get_target(target)
     assert record.limits is not None
     source = render(offline_kernel(m, bits), record, {"BM": 16, "BN": 32, "num_warps": 4, "num_stages": 2})
-    (got,) = offline_compile([source], record.arch)
+    (got,) = offline([source], record.arch)
     assert got.ok, f"{record.arch}: {got.error}"
     assert got.shared_bytes is not None
     assert got.shared_bytes <= source.smem_bytes <= record.limits.shared_bytes_per_block

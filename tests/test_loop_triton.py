@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from offline_record import Recorded
 from test_rolled import bent, two_back
 
 import tessel
-from tessel.codegen.offline import offline_compile
 from tessel.codegen.triton import render
 from tessel.targets import get_target
 from tessel.tiles.kernel import Kernel
@@ -118,11 +118,11 @@ def kernels() -> list[Kernel]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ("a100", "h100", "b200", "mi300x"))
-def test_compile_offline(target: str, kernels: list[Kernel]) -> None:
+def test_compile_offline(target: str, kernels: list[Kernel], offline: Recorded) -> None:
     record = get_target(target)
     assert len(kernels) == 2 and record.limits is not None
     sources = [render(k, record) for k in kernels]
-    for source, got in zip(sources, offline_compile(sources, record.arch), strict=True):
+    for source, got in zip(sources, offline(sources, record.arch), strict=True):
         what = f"{source.name} on {record.arch}"
         assert got.ok, f"{what}: {got.error}"
         assert got.shared_bytes is not None and got.shared_bytes <= source.smem_bytes, what

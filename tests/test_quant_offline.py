@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
+from offline_record import Recorded
 
 import tessel
-from tessel.codegen.offline import offline_compile
 from tessel.codegen.source import Source
 from tessel.codegen.triton import render
 from tessel.quant.formats import FORMATS, Format, integers, quantize
@@ -59,12 +59,12 @@ def sources(target: Target) -> list[tuple[str, Source]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["a100", "h100", "b200", "mi300x"])
-def test_packed_products_compile_offline(target: str) -> None:
+def test_packed_products_compile_offline(target: str, offline: Recorded) -> None:
     """Within what was predicted of shared memory, and without a spill."""
     record = get_target(target)
     assert record.limits is not None
     made = sources(record)
-    for (what, source), got in zip(made, offline_compile([s for _, s in made], record.arch), strict=True):
+    for (what, source), got in zip(made, offline([s for _, s in made], record.arch), strict=True):
         assert got.ok, f"{what} on {record.arch}: {got.error}"
         assert got.shared_bytes is not None and got.registers is not None
         assert got.shared_bytes <= source.smem_bytes <= record.limits.shared_bytes_per_block, what

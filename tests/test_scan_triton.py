@@ -11,11 +11,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernels import check, poisoned, run
+from offline_record import Recorded
 from test_scans import chain, selective, selective_ref, tree
 from test_selective_scan import by_loop, by_scan, operands
 
 import tessel
-from tessel.codegen.offline import offline_compile
 from tessel.codegen.selective import PARTS, selective_source
 from tessel.codegen.triton import render
 from tessel.config import Options
@@ -188,11 +188,11 @@ def kernels() -> dict[str, Kernel]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ("a100", "h100", "b200", "mi300x"))
-def test_compile_offline(target: str, kernels: dict[str, Kernel]) -> None:
+def test_compile_offline(target: str, kernels: dict[str, Kernel], offline: Recorded) -> None:
     record = get_target(target)
     assert record.limits is not None
     sources = [render(k, record) for k in kernels.values()]
-    for (what, kernel), source, got in zip(kernels.items(), sources, offline_compile(sources, record.arch)):
+    for (what, kernel), source, got in zip(kernels.items(), sources, offline(sources, record.arch)):
         what = f"{what} on {record.arch} with {dict(source.knobs)}"
         assert got.ok, f"{what}: {got.error}"
         assert got.shared_bytes is not None and got.registers is not None
@@ -255,11 +255,11 @@ def test_training_runs_by_these_kernels() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ("a100", "h100", "b200", "mi300x"))
-def test_gradients_compile_offline(target: str) -> None:
+def test_gradients_compile_offline(target: str, offline: Recorded) -> None:
     record = get_target(target)
     assert record.limits is not None
     sources = [selective_source(part, torch.bfloat16, record) for part in PARTS]
-    for source, got in zip(sources, offline_compile(sources, record.arch), strict=True):
+    for source, got in zip(sources, offline(sources, record.arch), strict=True):
         what = f"{source.name} on {record.arch}"
         assert got.ok, f"{what}: {got.error}"
         assert got.shared_bytes is not None

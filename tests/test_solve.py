@@ -25,9 +25,9 @@ from kernels import (
     product_kernel,
     rand,
 )
+from offline_record import Recorded
 
 import tessel
-from tessel.codegen.offline import offline_compile
 from tessel.codegen.triton import render
 from tessel.config import Options, tile_entries
 from tessel.errors import TesselError
@@ -347,7 +347,7 @@ def test_tables_agree_with_one_tile_at_a_time() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["a100", "h100", "b200", "mi300x"])
-def test_picks_compile_as_predicted(target: str) -> None:
+def test_picks_compile_as_predicted(target: str, offline: Recorded) -> None:
     """The three best of some half-precision products: bytes within the bound, registers near, no spills."""
     record = get_target(target)
     assert record.limits is not None
@@ -361,7 +361,7 @@ def test_picks_compile_as_predicted(target: str) -> None:
     for kernel in products:
         choice = tile(kernel, record)
         tried += [(choice, (c, render(kernel, record, c.knobs))) for c in choice.candidates(3)]
-    done = offline_compile([source for _, (_, source) in tried], record.arch)
+    done = offline([source for _, (_, source) in tried], record.arch)
     for (choice, (candidate, source)), got in zip(tried, done):
         what = f"{choice.problem} on {target}: {dict(candidate.knobs)}"
         assert got.ok, f"{what}: {got.error}"
