@@ -16,7 +16,7 @@ from .linear_match import LinearAttention
 from .step import Step
 from .written import Written
 
-__all__ = ["emit", "emit_known", "is_known"]
+__all__ = ["emit", "emit_known", "is_known", "own_results"]
 
 _MOST_REGIONS = 4096
 
@@ -56,14 +56,9 @@ def _writer(step: Step) -> Callable[[fx.Graph], tuple[list[fx.Node], list[fx.Nod
 
 
 def _as_scan(root: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The loop as torch's higher-order operator. Its results must share no memory with one another or with inputs."""
-    graph = root.graph
-    inner = step.gm.graph
-    (out,) = (n for n in inner.nodes if n.op == "output")
-    with inner.inserting_before(out):
-        copies = [inner.call_method("clone", (v,), {"memory_format": torch.contiguous_format}) for v in step.outputs()]
-    out.args = (tuple(copies),)
-    step.gm.recompile()
+    """The loop as torch's higher-order operator."""
+    graph, count = root.graph, len(step.outputs())
+    own_results(step.gm)
     name = next(n for i in range(_MOST_REGIONS) if not hasattr(root, n := f"tessel_step_{i}"))
     root.add_submodule(name, step.gm)
     region = graph.get_attr(name)
@@ -71,8 +66,19 @@ def _as_scan(root: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[fx.N
     if SCAN_CUTS_CARRY:
         init = _needing_gradients(graph, init, (*step.xs, *step.extras), step.init)
     got = graph.call_function(torch.ops.higher_order.scan, (region, init, step.xs, step.extras))
-    parts = [graph.call_function(operator.getitem, (got, i)) for i in range(len(copies))]
+    parts = [graph.call_function(operator.getitem, (got, i)) for i in range(count)]
     return parts[: len(init)], parts[len(init) :]
+
+
+def own_results(gm: fx.GraphModule) -> None:
+    """Make the results of a step share no memory with one another, with what it is given or with what its gradient
+    keeps: torch's ``scan`` wants that."""
+    (out,) = (n for n in gm.graph.nodes if n.op == "output")
+    with gm.graph.inserting_before(out):
+        kept: dict[str, Any] = {"memory_format": torch.contiguous_format}
+        copies = [gm.graph.call_method("clone", (v,), kept) for v in out.args[0]]  # type: ignore[union-attr]
+    out.args = (tuple(copies),)
+    gm.recompile()
 
 
 def _needing_gradients(

@@ -28,7 +28,7 @@ from ..fx_words import value_of
 from ..locs import Locations
 from ..scan_op import linear_scan
 from .affine import NotAffine
-from .emit import emit_known
+from .emit import emit_known, own_results
 from .step import Step
 
 __all__ = ["lower_scans"]
@@ -70,16 +70,18 @@ def _replace(node: fx.Node, new: fx.Node) -> None:
 
 
 def _affine(gm: fx.GraphModule, node: fx.Node) -> int:
-    """A scan whose carries are linear recurrences, written without a loop."""
+    """A scan whose carries are linear recurrences, written without a loop; any other stays."""
     _, init, xs, extras = node.args
-    shape = value_of(xs[0]).shape if xs else ()  # type: ignore[index,arg-type]
+    region, shape = _region(gm, node), value_of(xs[0]).shape if xs else ()  # type: ignore[index,arg-type]
     if not shape or not isinstance(shape[0], int) or any(u.target is not operator.getitem for u in node.users):
+        own_results(region)
         return 0
-    step = Step(_region(gm, node), tuple(init), tuple(xs), tuple(extras), shape[0])  # type: ignore[arg-type]
+    step = Step(region, tuple(init), tuple(xs), tuple(extras), shape[0])  # type: ignore[arg-type]
     with gm.graph.inserting_before(node):
         try:
             lasts, ys = emit_known(gm.graph, step)
         except NotAffine:
+            own_results(region)
             return 0
     results = [*lasts, *ys]
     for user in list(node.users):
