@@ -7,23 +7,29 @@ float64. The size of an element's terms is what the reference makes of operands 
 from __future__ import annotations
 
 import itertools
+import warnings
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernels import check, compiled, interpret, poisoned
 from test_attention_kernels import doubled, rand
 from test_attention_kernels import run as by_triton
 from test_moe import by_definition, dtypes, layer
+from test_scan_trace import by_steps, largest, recurrence, swapped, total
 from test_scan_triton import IN_ORDER, kernel_of, running_kernel
 from test_selective_scan import operands as selective_operands
+from torch._higher_order_ops.associative_scan import associative_scan
+from torch._higher_order_ops.scan import scan
 
 import tessel
+from tessel.errors import TesselError
 from tessel.frontend.scan_op import linear_scan
 from tessel.ir.types import symbol
 from tessel.ops import OPS
@@ -50,6 +56,12 @@ def within(got: Tensor, want: Tensor, size: Tensor, unit: Any) -> None:
 # ---------------------------------------------------------------- attention
 
 
+def prefix_mask(m: int, n: int, prefix: Any) -> Tensor:
+    """The first ``prefix`` keys are seen by all, the others by queries that do not come before them."""
+    at = torch.arange(n)
+    return (at <= torch.arange(m)[:, None]) | (at < prefix)
+
+
 def drawn_mask(kind: str, b: int, h: int, m: int, n: int) -> Tensor | None:
     return {
         "none": lambda: None,
@@ -57,6 +69,7 @@ def drawn_mask(kind: str, b: int, h: int, m: int, n: int) -> Tensor | None:
         "rows": lambda: rand(m, n) > 0,
         "added": lambda: rand(1, h, m, n),
         "hidden": lambda: rand(b, 1, m, n).masked_fill(rand(m, n, seed=7) > 0, -torch.inf),
+        "prefix": lambda: prefix_mask(m, n, torch.arange(b).view(b, 1, 1, 1) * n // 2),
     }[kind]()
 
 
@@ -66,7 +79,7 @@ SIZES = ((1, 2), (1, 2), (1, 3), (1, 33), (1, 33), (1, 40), (1, 40))
 @settings(max_examples=8, deadline=None)
 @given(
     sizes=st.tuples(*(st.integers(*x) for x in SIZES)),
-    mask=st.sampled_from(("none", "keys", "rows", "added", "hidden")),
+    mask=st.sampled_from(("none", "keys", "rows", "added", "hidden", "prefix")),
     dtype=st.sampled_from((F32, BF16, F16, F64)),
     bounds=st.tuples(st.booleans(), st.integers(-3, 9), st.none() | st.integers(1, 20)),
     softcap=st.sampled_from((None, 1.5)),
@@ -196,6 +209,160 @@ def test_gradients_of_running_folds() -> None:
     (got,) = torch.autograd.grad(tessel.compile(fn, target="cpu")(x), x)
     (want,) = torch.autograd.grad(fn(exact), exact)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def matrices(left: Any, right: Any) -> Any:
+    """Products of triangular matrices of two rows."""
+    (a, b, c), (d, e, f) = left, right
+    return a * d, b * d + c * e, c * f
+
+
+# Results of positive operands are sums and products of positive terms, and so are their gradients; where they are not,
+# another function's are as large.
+COMBINES: dict[str, tuple[Any, int, Any]] = {
+    "total": (total, 1, total),
+    "largest": (largest, 1, total),
+    "log_sum": (torch.logaddexp, 1, total),
+    "recurrence": (recurrence, 2, recurrence),
+    "swapped": (swapped, 2, swapped),
+    "matrices": (matrices, 3, matrices),
+}
+
+
+def drawn(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    return [(rand(*shape, seed=i) * 0.7).to(dtype) for i in range(count)]
+
+
+def with_gradients(fn: Any, args: list[Tensor], slopes: list[Tensor]) -> list[Tensor]:
+    """Results of ``fn``, then the gradients of all arguments."""
+    args = [x.detach().requires_grad_() for x in args]
+    outs = torch.utils._pytree.tree_leaves(fn(*args))
+    grads = torch.autograd.grad(outs, args, [g.to(o.dtype) for o, g in zip(outs, slopes, strict=True)])
+    return [o.detach() for o in outs] + list(grads)
+
+
+def as_it_is_written(fn: Any, want: Any, size: Any, args: list[Tensor], outs: list[Tensor], steps: int) -> None:
+    """What is compiled against the definition in float64, results and gradients."""
+    slopes = [rand(*o.shape, seed=9 + i) for i, o in enumerate(outs)]
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*ran eagerly")
+        got = with_gradients(tessel.compile(fn, target="cpu", fullgraph=True, dynamic=False), args, slopes)
+    wide = [x.double() for x in args]
+    exact = with_gradients(want, wide, [g.to(o.dtype).double() for g, o in zip(slopes, outs, strict=True)])
+    sizes = with_gradients(size, [x.abs() for x in wide], [g.abs().double() for g in slopes])
+    largest = max(float(x.abs().max()) for x in wide)
+    for x, y, s in zip(got, exact, sizes, strict=True):
+        within(x, y, s, 4 * (steps + 1) * (1 + largest) * torch.finfo(x.dtype).eps)
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    name=st.sampled_from(sorted(COMBINES)),
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5)),
+    dim=st.integers(0, 2),
+    reverse=st.booleans(),
+    dtype=st.sampled_from((F32, BF16, F64)),
+)
+def test_associative_scans(name: str, shape: tuple[int, ...], dim: int, reverse: bool, dtype: torch.dtype) -> None:
+    combine, count, as_large = COMBINES[name]
+    args = drawn(count, shape, dtype)
+    if name == "largest":  # no two alike: the gradient of equal ones may go to any
+        args = [torch.randperm(args[0].numel()).view(shape).to(dtype) / args[0].numel()]
+
+    def fn(*xs: Tensor) -> Any:
+        given_ = xs if count > 1 else xs[0]
+        return associative_scan(combine, given_, dim=dim, reverse=reverse, combine_mode="generic")
+
+    def of(combine: Any) -> Any:
+        return lambda *xs: by_steps(combine, xs if count > 1 else xs[0], dim, reverse)
+
+    as_it_is_written(fn, of(combine), of(as_large), args, args, shape[dim])
+
+
+def line(h: Tensor, x: Any) -> Any:
+    h = x[0] * h + x[1]
+    return h, h * x[1]
+
+
+def pair(carry: Any, x: Any) -> Any:
+    """Two carries, of which one needs the other."""
+    h, kept = carry
+    h = x[0] * h + x[1]
+    kept = kept * 0.5 + (h * x[0]).sum(-1)
+    return (h, kept), h * kept[..., None]
+
+
+def counted(carry: Any, x: Any) -> Any:
+    """A carry that is one number, and results of two shapes."""
+    h, n = carry
+    h = h * x[0] + n * x[1]
+    return (h, n + 1), (h * x[1], h.sum(-1))
+
+
+STEPS: dict[str, Any] = {"line": line, "pair": pair, "counted": counted}
+
+
+@settings(max_examples=3, deadline=None)
+@given(
+    name=st.sampled_from(sorted(STEPS)),
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(1, 5)),
+    dim=st.integers(0, 1),
+    reverse=st.booleans(),
+    dtype=st.sampled_from((F32, BF16, F64)),
+)
+def test_scans(name: str, shape: tuple[int, ...], dim: int, reverse: bool, dtype: torch.dtype) -> None:
+    step = STEPS[name]
+    a, b = drawn(2, shape, dtype)
+    of_one = shape[:dim] + shape[dim + 1 :]
+    h = (rand(*of_one, seed=5) * 0.7).to(dtype)
+    carry = {"line": [h], "pair": [h, h.sum(-1)], "counted": [h, h.new_tensor(3)]}[name]
+
+    def fn(a: Tensor, b: Tensor, *carry: Tensor) -> Any:
+        return scan(step, carry if len(carry) > 1 else carry[0], (a, b), dim=dim, reverse=reverse)
+
+    def want(a: Tensor, b: Tensor, *carry: Tensor) -> Any:
+        now: Any = carry if len(carry) > 1 else carry[0]
+        steps = list(zip(a.unbind(dim), b.unbind(dim), strict=True))
+        ys = []
+        for x in steps[::-1] if reverse else steps:
+            now, y = step(now, x)
+            ys.append(y if isinstance(y, tuple) else (y,))
+        ys = ys[::-1] if reverse else ys
+        return now, [torch.stack(y, dim) for y in zip(*ys, strict=True)]
+
+    args = [a, b, *carry]
+    as_it_is_written(fn, want, want, args, torch.utils._pytree.tree_leaves(want(*args)), shape[dim])
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    of=st.tuples(st.sampled_from((0, 0.5, 1, -1)), st.sampled_from((0, 0.5, 1, 2)), st.sampled_from((0, 1, -0.5))),
+    dtype=st.sampled_from((F32, BF16, F64)),
+)
+@example((1, 1, 1), F32)
+@example((1, 0.5, 0), BF16)
+def test_what_is_not_associative_is_refused(of: tuple[float, float, float], dtype: torch.dtype) -> None:
+    """Of all functions p x + q y + r x y those that are, by algebra, are scanned."""
+    p, q, r = of
+    x, y, z = sympy.symbols("x y z")
+
+    def combine(x: Any, y: Any) -> Any:
+        return p * x + q * y + r * x * y
+
+    def fn(x: Tensor) -> Tensor:
+        return associative_scan(combine, x, dim=0, combine_mode="generic")
+
+    args = drawn(1, (6, 3), dtype)
+    torch._dynamo.reset()
+    fast = tessel.compile(fn, target="cpu", fullgraph=True, dynamic=False)
+    if sympy.expand(combine(combine(x, y), z) - combine(x, combine(y, z))) == 0:
+        want = by_steps(combine, args[0].double(), 0)
+        size = by_steps(lambda x, y: abs(p) * x + abs(q) * y + abs(r) * x * y, args[0].double().abs(), 0)
+        within(fast(*args), want, size, 24 * torch.finfo(dtype).eps)
+    else:
+        with pytest.raises(TesselError, match="is not associative"):
+            fast(*args)
 
 
 # ---------------------------------------------------------------- experts
