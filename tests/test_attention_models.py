@@ -280,6 +280,20 @@ def test_longformer() -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_written_out_is_found_without_weights() -> None:
+    """On ``meta``, of which torch cannot say whether autocast is on."""
+    q, k, v = (x.to("meta") for x in qkv())
+    graph = export_graph(ByHand(), (q, k, v)).graph
+    assert sum(n.op.name == "attention" for n in graph.nodes) == 1
+
+
+class ByHand(torch.nn.Module):
+    """Attention written out."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return by_hand(q, k, v, lambda scores: scores)
+
+
 def test_a_condition_that_asks_where_a_rank_stands_stays() -> None:
     graph = parse_graph(
         """graph "g"

@@ -25,6 +25,7 @@ from torch import fx
 
 from .attention_op import attention
 from .attention_walk import Scores, down, up
+from .compat import autocasts
 from .fx_words import (
     CASTS,
     SAME,
@@ -152,7 +153,7 @@ def rewrite(softmax: fx.Node) -> fx.Node:
     k = k if k is None else _strip(k, dtype)
     keys = kt if k is None else k
     types = {value_of(x).dtype for x in (q, keys, v)}
-    autocast = torch.is_autocast_enabled(value_of(v).device.type) or value_of(weights.product).dtype != dtype
+    autocast = autocasts(value_of(v).device.type) or value_of(weights.product).dtype != dtype
     if not dtype.is_floating_point or (len(types) > 1 and not autocast):
         raise Refused(f"operands of different dtypes, {', '.join(sorted(map(str, types)))}")
     if len({value_of(x).device for x in (q, keys, v)}) > 1:

@@ -32,6 +32,7 @@ __all__ = [
     "aot_module_simplified",
     "aot_options",
     "autocast_disabled",
+    "autocasts",
     "boxed",
     "compiling_backend",
     "core_decompositions",
@@ -215,6 +216,15 @@ def autocast_disabled() -> Iterator[None]:
     keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
     with torch._C._ExcludeDispatchKeyGuard(keys):
         yield
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a kind of device; of ``meta``, which has none, torch refuses to be asked.
+
+    >>> autocasts("cpu"), autocasts("meta")
+    (False, False)
+    """
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def keeps_graph() -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .compat import autocasts
 from .fx_effects import erase_unread
 from .fx_words import Maker, value_of
 from .loss_op import linear_cross_entropy
@@ -89,7 +90,7 @@ def _covered(node: fx.Node) -> str | tuple[_Path, dict[str, Any]]:
     if not 0 <= a["label_smoothing"] <= 1:
         return ""  # eager's error
     values = [value_of(t) for t in (x, weight, bias) if t is not None]
-    same = len({t.dtype for t in values}) == 1 or torch.is_autocast_enabled(values[0].device.type)
+    same = len({t.dtype for t in values}) == 1 or autocasts(values[0].device.type)
     floating = all(t.is_floating_point() and t.layout == torch.strided for t in values)
     if not floating or not same or values[0].dim() < 2 or values[1].dim() != 2:
         return "operands of different dtypes or layouts: the logits are written"
