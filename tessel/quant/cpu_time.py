@@ -89,7 +89,7 @@ class Product:
 # (AVX-512 with bf16 and int8 products), 2026-11-21: within a fifth there, and a third for 1 to 4 rows of tables.
 # `read`: of the bandwidth of a plain sum, from benchmarks/results/quant-2026-11-21.json, a layer 8192 wide in bf16.
 _COST = {
-    "decode": 2.9, "decode_eight": 5.0, "decode_table": 4.2, "decode_short": 7.6, "decode_odd": 4.5,
+    "decode": 2.9, "decode_eight": 5.0, "decode_table": 4.2, "decode_short": 7.6, "decode_odd": 3.6,
     "decode_integers": 1.0, "decode_integers_row": 2.0, "dot_integers": 0.37, "columns": 10.0, "dot": 1.1, "panel": 7.0,
     "panel_eight": 12.0, "panel_table": 9.0, "panel_odd": 15.0, "written": 14.0, "written_table": 70.0, "pack": 8.0,
     "pack_integers": 3.0, "pack_integers_groups": 8.0, "round": 2.0, "group": 7.0, "reach": 0.87,
