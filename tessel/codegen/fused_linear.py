@@ -1,6 +1,6 @@
 """Triton kernels of linear attention, which a host function launches (``runtime/linear_gpu.py``).
 
-source = linear_source("forward", q.dtype, target, keys=128, kind={"decay": True, "delta": True})
+source = linear_source("forward", q.dtype, target, keys=128, values=128, kind={"decay": True, "delta": True})
 
 The record is that of the other kernels, so that they are written, launched, interpreted and compiled for absent GPUs in
 the same way.
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import check
-from ..ir.types import TensorType, product, symbol
+from ..ir.types import TensorType, symbol
 from ..targets import Target
 from ..tiles.header import environment
 from ..tiles.kernel import Kernel, Param
@@ -27,7 +27,7 @@ _SCRATCH = 4096  # bytes beside operands: sums that warps exchange
 _HALF = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 _F32 = torch.float32
 MOST_KEYS = 256  # a state's keys lie in the registers of one program
-_SIZES = ("steps", "keys", "values")
+_SIZES = ("steps",)
 
 
 def tile_of(target: Target, keys: int) -> dict[str, int]:
@@ -41,7 +41,9 @@ def tile_of(target: Target, keys: int) -> dict[str, int]:
     return {"C": 16, "BK": wide, "BV": 16, "num_warps": 8 if wide >= 128 else 4, "num_stages": 1}
 
 
-def linear_source(part: str, dtype: torch.dtype, target: Target, keys: int, kind: Mapping[str, bool]) -> Source:
+def linear_source(
+    part: str, dtype: torch.dtype, target: Target, keys: int, values: int, kind: Mapping[str, bool]
+) -> Source:
     """One kernel of ``linear_attention.triton.j2``.
 
     Gradients of q, k, beta and decay are given for each block of values.
@@ -52,7 +54,9 @@ def linear_source(part: str, dtype: torch.dtype, target: Target, keys: int, kind
             of ``backward``, else of ``adjoints`` (of the states where chunks end; and of values), which goes back
             through time, and ``gradients`` (all others), whose chunks run side by side.
         dtype: of q, k and v.
-        keys: width of a key.
+        keys: width of a key; it is part of the kernel, as is that of values: where an element lies is then known, but
+            for a start, to the compiler, which has no address of its own to hold for every element.
+        values: width of a value.
         kind: the switches ``channels``, ``decay``, ``delta``, ``start``, ``last_grad`` and ``keep``.
 
     Raises:
@@ -102,10 +106,10 @@ def linear_source(part: str, dtype: torch.dtype, target: Target, keys: int, kind
         args=args,
         sizes=_SIZES,
         grid=(),
-        constexprs=knobs,
+        constexprs={**knobs, "keys": keys, "values": values},
         knobs=knobs,
         smem_bytes=bytes_,
-        extents=(product(map(symbol, _SIZES)),),
+        extents=(),
         always_wide=True,  # heads are not among the sizes
         checks=False,
         interpret=target.vendor == "interpret",

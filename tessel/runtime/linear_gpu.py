@@ -19,9 +19,10 @@ class GpuLinear(FusedKernels, LinearCalls):
     Gradients of q, k, beta and factors are sums over blocks of values, added in the order of the blocks.
     """
 
-    def _kernel(self, part: str, q: torch.Tensor, **kind: bool) -> Any:
-        key = (part, q.dtype, q.shape[3], *sorted(kind.items()))
-        return self.get(key, lambda: linear_source(part, q.dtype, self.target, q.shape[3], kind))
+    def _kernel(self, part: str, q: torch.Tensor, v: torch.Tensor, **kind: bool) -> Any:
+        widths = (q.shape[3], v.shape[3])
+        key = (part, q.dtype, *widths, *sorted(kind.items()))
+        return self.get(key, lambda: linear_source(part, q.dtype, self.target, *widths, kind))
 
     def _forward(self, q: Any, k: Any, v: Any, decay: Any, beta: Any, start: Any, o: Any, last: Any) -> None:
         self._run_forward(q, k, v, decay, beta, start, [o, last], keep=False)
@@ -30,10 +31,10 @@ class GpuLinear(FusedKernels, LinearCalls):
         self, q: Any, k: Any, v: Any, decay: Any, beta: Any, start: Any, outs: list[torch.Tensor], keep: bool
     ) -> None:
         kind = {"delta": beta is not None, "start": start is not None, "keep": keep, **_factors(decay)}
-        kernel = self._kernel("forward", q, **kind)
+        kernel = self._kernel("forward", q, v, **kind)
         given = [x.contiguous() for x in (q, k, v, decay, beta, start) if x is not None]
-        b, h, steps, keys = q.shape
-        kernel((b * h * _blocks(kernel, v),), *given, *outs, steps, keys, v.shape[3])
+        b, h, steps, _ = q.shape
+        kernel((b * h * _blocks(kernel, v),), *given, *outs, steps)
 
     def _backward(
         self, grad: Any, grad_last: Any, q: Any, k: Any, v: Any, decay: Any, beta: Any, start: Any
@@ -50,7 +51,7 @@ class GpuLinear(FusedKernels, LinearCalls):
         # With a factor for every channel one kernel goes back step by step; else the adjoints of the states are kept,
         # and gradients of all chunks are made side by side.
         parts = ("backward",) if kind["channels"] else ("adjoints", "gradients")
-        kernels = [self._kernel(part, q, **kind) for part in parts]
+        kernels = [self._kernel(part, q, v, **kind) for part in parts]
         chunks, blocks = -(-steps // kernels[0].source.knobs["C"]), _blocks(kernels[0], v)
         kept = [room(b * h, chunks, keys, values)]  # states, and what steps write before beta
         kept += [] if beta is None else [room(*v.shape)]
@@ -63,14 +64,14 @@ class GpuLinear(FusedKernels, LinearCalls):
         ends = [] if grad_last is None else [grad_last.contiguous()]
         wanted = [x for x in of_steps if x.numel()]
         starts = [x for x in down if x.numel()]
-        grad, sizes = grad.contiguous(), (steps, keys, values)
+        grad = grad.contiguous()
         if kind["channels"]:
-            kernels[0]((b * h * blocks,), *given, *kept, grad, *ends, dq, dk, dv, *wanted, *starts, *sizes)
+            kernels[0]((b * h * blocks,), *given, *kept, grad, *ends, dq, dk, dv, *wanted, *starts, steps)
         else:
             # adjoints where chunks end, and gradients of what steps write
             between = [torch.empty_like(x) for x in kept]
-            kernels[0]((b * h * blocks,), *given, grad, *ends, *between, dv, *starts, *sizes)
-            kernels[1]((b * h * chunks * blocks,), *given, *kept, grad, *between, dq, dk, *wanted, *sizes)
+            kernels[0]((b * h * blocks,), *given, grad, *ends, *between, dv, *starts, steps)
+            kernels[1]((b * h * chunks * blocks,), *given, *kept, grad, *between, dq, dk, *wanted, steps)
         dbeta, ddecay = (x.sum(0) if x.numel() else x for x in of_steps)
         return dq.sum(0).to(q.dtype), dk.sum(0).to(k.dtype), dv, ddecay, dbeta, *down
 
