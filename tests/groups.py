@@ -1,23 +1,36 @@
-"""What processes of one test share: a port, an environment, graphs that one of them traced."""
+"""What processes of one test share: their start, a port, an environment, graphs that one of them traced."""
 
 from __future__ import annotations
 
 import copyreg
+import multiprocessing
 import os
 import pickle
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from tessel.ir.node import INPUT, Op
 from tessel.ops import OPS
 
 _DEEP = 50_000  # a graph is pickled from its results back, a node inside the other
+_IMPORTED = ["torch._dynamo", "torch.distributed", "tessel.sharding.staged", "transformers.models.llama.modeling_llama"]
+
+
+def start(process: Callable[..., None], world: int, *args: Any, join: bool = True) -> Any:
+    """Run ``process(rank, world, *args)`` in ``world`` processes, which begin where imports are done.
+
+    They are forked from a process that has done nothing else, and importing takes longer than most of what is tested.
+    """
+    multiprocessing.set_forkserver_preload(_IMPORTED)
+    return mp.start_processes(process, (world, *args), nprocs=world, join=join, start_method="forkserver")
 
 
 def free_port() -> int:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from groups import environment, free_port
+from groups import environment, free_port, start
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -253,6 +253,9 @@ def process(rank: int, world: int, port: int, folder: str, whats: tuple[Callable
         own = Path(folder, str(i))
         own.mkdir(exist_ok=True)
         what(rank, str(own))
+    Path(folder, f"done {rank}").touch()
+    while rank == 0 and len(list(Path(folder).glob("done *"))) < world:  # they read in its store why all stopped
+        time.sleep(0.05)
     dist.destroy_process_group()
 
 
@@ -260,7 +263,7 @@ def process(rank: int, world: int, port: int, folder: str, whats: tuple[Callable
 def test_four_processes_save_load_and_stop_together() -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o700)
-        mp.spawn(process, (4, free_port(), folder, (checkpoint, files, wrong)), nprocs=4)
+        start(process, 4, free_port(), folder, (checkpoint, files, wrong))
 
 
 @pytest.mark.slow
@@ -268,7 +271,7 @@ def test_a_rank_that_dies_stops_all() -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o700)
         with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
-            context = mp.spawn(process, (4, free_port(), folder, (dying,)), nprocs=4, join=False)
+            context = start(process, 4, free_port(), folder, (dying,), join=False)
             while not context.join(timeout=120, grace_period=60):
                 pass
         told = sorted(p.name for p in Path(folder, "0").iterdir())

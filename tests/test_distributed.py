@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import tempfile
 from dataclasses import replace
 from functools import cache
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from groups import environment, free_port, start
 from ranks import annotations
 from test_partition import Layer
 from torch import nn
@@ -212,10 +210,8 @@ def call(rank: int) -> None:
     dist.barrier()
 
 
-def process(rank: int, world: int, cases: Cases, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TESSEL_CACHE_DIR=folder)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def process(rank: int, world: int, port: int, cases: Cases, folder: str) -> None:
+    environment(rank, world, port, folder)
     try:
         step(rank, cases)
         optimize(rank)
@@ -229,12 +225,9 @@ def process(rank: int, world: int, cases: Cases, port: int, folder: str) -> None
 
 
 def run_processes(world: int, cases: Cases) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o700)
-        mp.spawn(process, (world, cases, port, folder), nprocs=world)
+        start(process, world, free_port(), cases, folder)
 
 
 def test_two_processes_give_what_one_device_gives() -> None:

@@ -14,8 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from groups import environment, free_port
+from groups import environment, free_port, start
 from ranks import annotations, arguments, counts, on_all_ranks, same_as_one_device
 from test_partition import DEVICES, HEADS, HIDDEN, ORACLES, SEQUENCE, Grouped
 from torch import nn
@@ -599,4 +598,4 @@ def steps_of_a_rank(rank: int, world: int, port: int, folder: str) -> None:
 def test_steps_of_two_processes() -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o700)
-        mp.spawn(steps_of_a_rank, (2, free_port(), folder), nprocs=2)
+        start(steps_of_a_rank, 2, free_port(), folder)

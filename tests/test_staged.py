@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from groups import environment, free_port, start
 from ranks import annotations
 from test_partition import Layer
 from torch import nn
@@ -182,10 +180,8 @@ def llama(rank: int, folder: Path) -> None:
     assert placed.handed.bytes == sum(c["bytes"] * c["times"] for c in messages if c["part"] == int(own))
 
 
-def process(rank: int, world: int, cases: Cases, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TESSEL_CACHE_DIR=folder)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def process(rank: int, world: int, port: int, cases: Cases, folder: str) -> None:
+    environment(rank, world, port, folder)
     try:
         steps(rank, cases)
         if (Path(folder) / "plan.json").exists():
@@ -195,11 +191,8 @@ def process(rank: int, world: int, cases: Cases, port: int, folder: str) -> None
 
 
 def run_processes(world: int, cases: Cases, folder: str) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     Path(folder).chmod(0o700)
-    mp.spawn(process, (world, cases, port, folder), nprocs=world)
+    start(process, world, free_port(), cases, folder)
 
 
 def test_two_stages_give_what_one_device_gives() -> None:
