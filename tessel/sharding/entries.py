@@ -12,9 +12,10 @@ from ..ir.types import DTYPE_NAMES
 from ..solve.comm import P, State, Step
 from ..solve.memory import Kept, kept_of
 from ..solve.shard_choice import Choice
-from ..solve.shard_price import Pricer, weight_sharding
+from ..solve.shard_price import Pricer
 from ..solve.shard_search import Answer, alternatives
 from ..solve.shard_tables import Picked
+from ..solve.shard_weights import weight_sharding
 from ..solve.shortage import kinds_of
 from ..solve.units import Param, Segment, Tensor, Unit
 

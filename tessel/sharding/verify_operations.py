@@ -12,7 +12,8 @@ from ..ir.sharding import Sharding
 from ..ir.types import TensorType
 from ..ops.dims import Piece
 from ..passes._factors import Rule, Split, compose, project, rule_of
-from ..solve.lemma import Operand, Verdict, holds, interpreted
+from ..solve.lemma import Operand, Verdict, holds
+from ..solve.meaning import interpreted
 from .verify_shares import QUESTION, Fault, Held, Shares, parts_of
 
 __all__ = ["Operations"]

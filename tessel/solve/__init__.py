@@ -1,7 +1,8 @@
-"""Which tile every kernel should have on a named GPU, and why.
+"""What is computed, not guessed: the tile of a kernel on a named GPU, and what every way to lay out a model costs.
 
-``tile(kernel, target)`` answers for one kernel (``choice.py``), ``solve_joint`` for several that share something
-(``joint.py``).
+Tiles: ``tile(kernel, target)`` answers for one kernel (``choice``), ``solve_joint`` for several that share something
+(``joint``). Layouts: ``units`` (what a graph is made of), ``shard_*`` (choices, prices, the search), ``comm``,
+``memory``, ``pipeline``; ``tessel/sharding`` asks them. Proofs of laid out programs: ``lemma``, with ``meaning``.
 """
 
 from .choice import Choice, tile, tile_of
