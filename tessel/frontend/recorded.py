@@ -19,15 +19,11 @@ can be built again; what the outputs are must need no work after the graph. Priv
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib
-import inspect
 import marshal
-import os
 import pickle
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +33,18 @@ import torch
 from .capture import GraphInfo
 from .fingerprint import Fingerprints
 from .importer import Imported
+from .trace_state import (
+    NoRecord,
+    digest,
+    digests,
+    find_object,
+    frame_of,
+    importable,
+    memory_of,
+    need,
+    process_state,
+    value_at,
+)
 
 __all__ = ["Recording", "noted", "plain", "possible", "put_back", "recording"]
 
@@ -59,10 +67,6 @@ _DROPPED = frozenset({"SHAPE_ENV"})  # nothing in it where all sizes are fixed: 
 _KEPT = ("guards", "checks", "shared", "files", "state", "process", "imports", "bytecode", "compiled")
 
 Run = Callable[[list[Any]], Sequence[Any]]
-
-
-class _NoError(Exception):
-    """A reason not to record or not to put back."""
 
 
 def possible() -> bool:
@@ -89,25 +93,25 @@ class Recording:
         """The record, if it can be made; else ``why`` says what stood against it."""
         try:
             return self._recorded(fn, args, kwargs)
-        except _NoError as e:
+        except NoRecord as e:
             self.why = str(e)
         except Exception as e:  # of torch's private parts or of pickle: then there is no record
             self.why = f"{type(e).__name__}: {e}"
         return None
 
     def _recorded(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
-        _need(not self.why, self.why)
-        _need(self.frames == len(self.graphs) == 1 and "code" in self.notes, f"{self.frames} frames were compiled")
+        need(not self.why, self.why)
+        need(self.frames == len(self.graphs) == 1 and "code" in self.notes, f"{self.frames} frames were compiled")
         (imported, info), seen = self.graphs[0], self.notes
-        _need(info.is_inference and imported.device == "cpu", "no inference graph on the CPU")
-        _need(not any(n.symbols() for n in (*imported.graph.inputs, *imported.graph.nodes)), "symbolic sizes")
-        _need(None not in info.order and len(info.order) == seen["arguments"], "inputs in another order")
-        _need(sum(t.numel() for t in imported.constants.values()) < 1 << 16, "large constants")
-        target, scope = _frame(fn, args, kwargs)
-        _need(target.__code__ is seen["code"], "not the frame of the function itself")
+        need(info.is_inference and imported.device == "cpu", "no inference graph on the CPU")
+        need(not any(n.symbols() for n in (*imported.graph.inputs, *imported.graph.nodes)), "symbolic sizes")
+        need(None not in info.order and len(info.order) == seen["arguments"], "inputs in another order")
+        need(sum(t.numel() for t in imported.constants.values()) < 1 << 16, "large constants")
+        target, scope = frame_of(fn, args, kwargs)
+        need(target.__code__ is seen["code"], "not the frame of the function itself")
         theirs = seen["scope"]
         # Tuples and mappings of arguments are made anew for every call.
-        _need(
+        need(
             scope.keys() == theirs.keys() and all(_same(scope[k], theirs[k]) for k in scope), "other names in the frame"
         )
         return pickle.dumps(
@@ -130,30 +134,6 @@ def _same(a: Any, b: Any) -> bool:
     return a is b
 
 
-def _need(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise _NoError(otherwise)
-
-
-def _frame(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[types.FunctionType, dict[str, Any]]:
-    """The function whose frame Dynamo compiles, and the names in that frame when it starts."""
-    own: tuple[Any, ...] = ()
-    if isinstance(fn, types.MethodType):
-        own, fn = (fn.__self__,), fn.__func__
-    _need(isinstance(fn, types.FunctionType), "no plain function")
-    assert isinstance(fn, types.FunctionType)
-    code = fn.__code__
-    # Not the signature of what it wraps, and no defaults where the code has none.
-    bound = inspect.signature(fn, follow_wrapped=False).bind(*own, *args, **kwargs)
-    bound.apply_defaults()
-    scope = dict(bound.arguments)
-    for name, cell in zip(code.co_freevars, fn.__closure__ or (), strict=True):
-        scope[name] = cell.cell_contents
-    return fn, scope
-
-
 # ---------------------------------------------------------------- recording
 
 _current = threading.local()
@@ -165,7 +145,7 @@ def recording() -> Iterator[Recording]:
     from torch._dynamo.convert_frame import register_bytecode_hook
 
     seen = Recording()
-    seen.notes["process"] = _process()
+    seen.notes["process"] = process_state()
     before, _current.seen = getattr(_current, "seen", None), seen
     handle = register_bytecode_hook(lambda old, new: _at_the_end(seen, old, new))
     try:
@@ -210,44 +190,44 @@ def _at_the_end(seen: Recording, old: types.CodeType, new: types.CodeType) -> No
         return
     try:
         seen.notes |= {"code": old, **_record(output, seen.notes.pop("meta", None), new, seen.notes.pop("traced", ()))}
-    except _NoError as e:
+    except NoRecord as e:
         seen.why = str(e)
     except Exception as e:  # of torch's private parts: then there is no record
         seen.why = f"{type(e).__name__}: {e}"
 
 
 def _record(output: Any, meta: Any, new: types.CodeType, traced: Sequence[types.CodeType]) -> dict[str, Any]:
-    _need(_plain_outputs(meta), "outputs or inputs that need work around the graph")
+    need(_plain_outputs(meta), "outputs or inputs that need work around the graph")
     env = output.shape_env
     # Dynamo has a symbol for the number in each small integer tensor, used or not.
     symbols = [s for s in env.var_to_range if not _all_items(env.var_to_sources.get(s, ()))]
-    _need(not symbols and not env.guards and not env.deferred_runtime_asserts, f"symbolic sizes: {symbols}")
+    need(not symbols and not env.guards and not env.deferred_runtime_asserts, f"symbolic sizes: {symbols}")
     compiled = [n for n in new.co_names if n.startswith("__compiled_fn")]
-    _need(len(set(compiled)) == 1 and not any(n.startswith("__resume") for n in new.co_names), "more than one graph")
+    need(len(set(compiled)) == 1 and not any(n.startswith("__resume") for n in new.co_names), "more than one graph")
     known = {compiled[0], output.name_of_builtins_dict_key_in_fglobals, *output.import_sources}
-    others = {n: _importable(n, output.global_scope[n]) for n in set(output.installed_globals) - known}
+    others = {n: importable(n, output.global_scope[n]) for n in set(output.installed_globals) - known}
     state = output.dump_guards_state()
-    _need(
+    need(
         not state.torch_function_mode_stack and not state.functorch_layers and state.dual_level < 0,
         f"modes {state.dual_level}",
     )
-    _need(state.current_device is None and not state._aotautograd_guards and not state.export, "a default device")
+    need(state.current_device is None and not state._aotautograd_guards and not state.export, "a default device")
     guards = []
     values: dict[Any, Any] = {}  # of the sources of all guards, and of what these go through
     for guard in sorted(output.guards):
         kind = guard.create_fn_name()
         if kind in _DROPPED:
             continue
-        _need(kind in _KINDS or kind in _STATE, f"a guard of kind {kind}")
+        need(kind in _KINDS or kind in _STATE, f"a guard of kind {kind}")
         guards.append((guard.originating_source, kind, *_arguments(guard.create_fn)))
         if kind in _KINDS:
-            _value(guard.originating_source, output.global_scope, output.local_scope, values)
+            value_at(guard.originating_source, output.global_scope, output.local_scope, values)
     prints = Fingerprints()
     return {
         "guards": guards,
         "checks": [(source, prints.of(value)) for source, value in values.items()],
-        "shared": _shared(values.values()),
-        "files": _files(traced),
+        "shared": memory_of(values.values()),
+        "files": digests(traced),
         "state": (
             set(state.guard_on_key_order),
             dict(state.input_source_to_sizes_strides),
@@ -260,31 +240,6 @@ def _record(output: Any, meta: Any, new: types.CodeType, traced: Sequence[types.
     }
 
 
-def _importable(name: str, x: Any) -> tuple[str, str, str]:
-    """How another process comes by an object that Dynamo made a global name for."""
-    if isinstance(x, types.ModuleType):
-        found = ("module", x.__name__, "")
-    elif isinstance(x, dict):
-        found = ("names", str(x.get("__name__")), "")
-    else:
-        found = ("object", str(getattr(x, "__module__", "")), str(getattr(x, "__qualname__", "")))
-    try:
-        same = _imported(*found) is x
-    except (AttributeError, ImportError, ValueError):
-        same = False
-    _need(same, f"the global name {name} was made for {type(x).__name__}")
-    return found
-
-
-def _imported(kind: str, module: str, path: str) -> Any:
-    x: Any = importlib.import_module(module)
-    if kind == "names":
-        return x.__dict__
-    for part in path.split(".") if kind == "object" else ():
-        x = getattr(x, part)
-    return x
-
-
 def _arguments(create: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a guard is made with beside its source. A tensor is taken from the source when the guard is built again."""
     if not isinstance(create, functools.partial):
@@ -292,52 +247,12 @@ def _arguments(create: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     keywords = {k: v for k, v in create.keywords.items() if k != "value" and not k.endswith("hint")}
     if create.func.__name__ == "TENSOR_MATCH":
         return (), keywords
-    _need("value" not in create.keywords, f"a guard {create.func.__name__} with a value")
+    need("value" not in create.keywords, f"a guard {create.func.__name__} with a value")
     return create.args, keywords
-
-
-def _value(source: Any, global_scope: dict[str, Any], local_scope: dict[str, Any], values: dict[Any, Any]) -> Any:
-    return source.get_value({"G": global_scope, "L": local_scope, **_words()}, {}, values)
-
-
-@functools.cache
-def _words() -> dict[str, Any]:
-    from torch._dynamo.guards import _get_closure_vars
-
-    return dict(_get_closure_vars())
-
-
-def _shared(values: Iterable[Any]) -> list[tuple[int, int]]:
-    """Which tensors are one, and which lie in one memory, each as the place of the first such value."""
-    objects: dict[int, int] = {}
-    memory: dict[int, int] = {}
-    out = []
-    for i, x in enumerate(values):
-        if isinstance(x, torch.Tensor):
-            lies = x.untyped_storage()._cdata if x.layout == torch.strided else -id(x)
-            out.append((objects.setdefault(id(x), i), memory.setdefault(lies, i)))
-    return out
 
 
 def _all_items(sources: Sequence[Any]) -> bool:
     return bool(sources) and all(source.name.endswith(".item()") for source in sources)
-
-
-def _files(traced: Sequence[types.CodeType]) -> dict[str, str]:
-    """Digests of the files that traced code is from, torch's own left out: its release is part of the key."""
-    _need(bool(traced), "torch does not say what it traced")
-    # Frozen modules are of the Python release. Text given to exec (the methods of dataclasses) has no file: classes
-    # and functions are named by their bytecode as well.
-    known = (os.path.dirname(torch.__file__) + os.sep, "<frozen ", "<string>")
-    return {name: _file(name) for name in sorted({c.co_filename for c in traced}) if not name.startswith(known)}
-
-
-def _file(name: str) -> str:
-    try:
-        with open(name, "rb") as f:
-            return hashlib.sha256(f.read()).hexdigest()
-    except OSError as e:
-        raise _NoError(f"the source {name} cannot be read") from e
 
 
 def _plain_outputs(meta: Any) -> bool:
@@ -356,26 +271,6 @@ def _plain_outputs(meta: Any) -> bool:
 def plain() -> bool:
     """Whether AOTAutograd does nothing before and after the graph it is compiling; asked inside a backend."""
     return _plain_outputs(getattr(torch._guards.TracingContext.try_get(), "fw_metadata", None))
-
-
-def _process() -> dict[str, Any]:
-    """The state of the process that a trace depends on and no source names."""
-    state = torch._C._dynamo.guards.GlobalStateGuard()
-    return {
-        "state": state.__getstate__(),  # gradients, autocast, threads, deterministic algorithms, default type
-        "hooks": torch._C._autograd._top_saved_tensors_default_hooks(True) is None,
-        "device": str(torch.utils._device.CURRENT_DEVICE),
-        "modes": len(torch.overrides._get_current_function_mode_stack()),
-        "inference": torch.is_inference_mode_enabled(),
-        "forward": torch.autograd.forward_ad._current_level,
-        "anomaly": torch.is_anomaly_enabled(),
-        "dynamo": _hash_of(torch._dynamo.config),
-        "aot": _hash_of(torch._functorch.config),
-    }
-
-
-def _hash_of(config: Any) -> str:
-    return Fingerprints().of(dict(config.get_serializable_config_copy()))
 
 
 # ---------------------------------------------------------------- putting back
@@ -404,7 +299,7 @@ def put_back(
     try:
         _put_back(pickle.loads(data), fn, args, kwargs, make_run, mine)
         return ""
-    except _NoError as e:
+    except NoRecord as e:
         return str(e)
 
 
@@ -422,29 +317,29 @@ def _put_back(
     from torch._guards import Guard, GuardsSet
     from torch.utils._ordered_set import OrderedSet
 
-    now = _process()
+    now = process_state()
     other = [name for name, value in held["process"].items() if now[name] != value]
-    _need(not other, f"another state of the process: {', '.join(other)}")
-    _need(all(_file(name) == digest for name, digest in held["files"].items()), "other sources")
-    target, scope = _frame(fn, args, kwargs)
+    need(not other, f"another state of the process: {', '.join(other)}")
+    need(all(digest(name) == known for name, known in held["files"].items()), "other sources")
+    target, scope = frame_of(fn, args, kwargs)
     space = target.__globals__
     key_order, sizes, builtins = held["state"]
-    names: dict[str, Any] = {alias: _imported(*what) for alias, what in held["imports"].items()}
+    names: dict[str, Any] = {alias: find_object(*what) for alias, what in held["imports"].items()}
     if builtins:
         names[builtins] = get_builtins_dict(space)
     names[held["compiled"]] = None
-    _need(all(n not in space or (space[n] is not None and space[n] is v) for n, v in names.items()), "names in use")
+    need(all(n not in space or (space[n] is not None and space[n] is v) for n, v in names.items()), "names in use")
     values: dict[Any, Any] = {}
     prints = Fingerprints()
     globals_then = {**space, **names}
     for source, wanted in held["checks"]:
         try:
-            found = prints.of(_value(source, globals_then, scope, values))
+            found = prints.of(value_at(source, globals_then, scope, values))
         except Exception as e:  # an attribute or a key that is not there
-            raise _NoError(f"{source.name}: {type(e).__name__}") from e
-        _need(found == wanted, f"{source.name} is another")
-    shared = _shared([values[source] for source, _ in held["checks"]])
-    _need(shared == held["shared"], "other tensors share their memory")
+            raise NoRecord(f"{source.name}: {type(e).__name__}") from e
+        need(found == wanted, f"{source.name} is another")
+    shared = memory_of([values[source] for source, _ in held["checks"]])
+    need(shared == held["shared"], "other tensors share their memory")
     guards = OrderedSet(
         [
             Guard(source, functools.partial(getattr(GuardBuilder, kind), *more, **keywords))
@@ -480,7 +375,7 @@ def _put_back(
     try:
         manager = CheckFunctionManager(target.__code__, OutputGraphCommon(state)).guard_manager
         manager.root.add_lambda_guard(lambda _: mine(), ["compiled for this function"], None)
-        _need(manager.check(scope), "a guard does not hold")
+        need(manager.check(scope), "a guard does not hold")
         _load_precompile_entry(target.__code__, manager, new)
     except BaseException:
         for name in fresh:
