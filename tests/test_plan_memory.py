@@ -12,7 +12,7 @@ from torch import nn
 from tessel.errors import TesselError
 from tessel.frontend.capture import export_program, import_program
 from tessel.ir.text import value_names
-from tessel.solve.memory import activation_bytes, kept_of, optimizer_bytes, param_bytes
+from tessel.solve.memory import kept_of, optimizer_bytes, param_bytes
 from tessel.solve.units import Segment, segments_of, units_of
 
 ORACLES = json.loads((Path(__file__).parent / "data/sharding_oracles.json").read_text())
@@ -82,12 +82,12 @@ def test_activations_of_a_layer(middle: list[Segment]) -> None:
     """34sbh of arXiv 2205.05198 without its two dropout masks of 1sbh: with flash attention 32sbh and the
     log-sum-exp of each row. Full recomputation keeps the layer's input, 2sbh a cut."""
     sbh = S * B * H
-    none = sum(activation_bytes(kept_of(s.units, s.before, "none").saved) for s in middle)
+    none = sum(t.nbytes for s in middle for t in kept_of(s.units, s.before, "none").saved)
     lse, statistics = 4 * B * A * S, none - 32 * sbh - 4 * B * A * S
     assert statistics >= 0 and statistics <= 4 * 4 * B * S, (none / sbh, lse)  # mean and rstd of the norms
-    full = sum(activation_bytes(kept_of(s.units, s.before, "full").saved) for s in middle)
+    full = sum(t.nbytes for s in middle for t in kept_of(s.units, s.before, "full").saved)
     assert full == 2 * (2 * sbh)
-    selective = sum(activation_bytes(kept_of(s.units, s.before, "selective").saved) for s in middle)
+    selective = sum(t.nbytes for s in middle for t in kept_of(s.units, s.before, "selective").saved)
     assert full < selective < none
 
 

@@ -57,10 +57,6 @@ class GraphInfo:
     def is_inference(self) -> bool:
         return self.kind == "inference"
 
-    @property
-    def is_backward(self) -> bool:
-        return self.kind == "backward"
-
 
 # compile_graph(imported, info) -> callable taking one list of inputs and returning a list of outputs.
 CompileGraph: TypeAlias = Callable[[Imported, GraphInfo], Callable[[list[Any]], Sequence[Any]]]

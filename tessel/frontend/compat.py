@@ -38,11 +38,9 @@ __all__ = [
     "core_decompositions",
     "default_store",
     "detect_fake_mode",
-    "disable_dynamo",
     "dynamo_source",
     "export_decompositions",
     "for_tessel",
-    "free_unbacked",
     "guarded_equalities",
     "input_index",
     "keeps_graph",
@@ -204,11 +202,6 @@ def guarded_equalities(value: Any) -> list[tuple[Any, Any]]:
     return pairs
 
 
-def disable_dynamo(fn: Callable[..., Any], reason: str) -> Callable[..., Any]:
-    """Keep Dynamo from tracing into ``fn`` when it runs inside a compiled region."""
-    return torch._dynamo.disable(fn, reason=reason)  # type: ignore[no-any-return]
-
-
 @contextmanager
 def autocast_disabled() -> Iterator[None]:
     """Skip the autocast dispatch keys: what an autocast kernel wraps around its own redispatch."""
@@ -230,11 +223,6 @@ def autocasts(device: str) -> bool:
 def keeps_graph() -> bool:
     """Whether the backward that is running keeps what was saved for it (``retain_graph=True``)."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())  # type: ignore[attr-defined]
-
-
-def free_unbacked(expr: Any) -> bool:
-    """Whether a torch size or expression mentions a symbol without a known example value."""
-    return bool(symbolic_shapes.free_unbacked_symbols(expr))
 
 
 def default_store() -> Any:

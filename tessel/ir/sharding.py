@@ -76,18 +76,9 @@ class Sharding:
         """The mesh axes that split a dimension, in the order of dimensions."""
         return tuple(a for axes in self.dims for a in axes)
 
-    @property
-    def is_replicated(self) -> bool:
-        """Whether every device holds the whole finished tensor."""
-        return not self.axes and not self.partial
-
     def dim_of(self, axis: str) -> int | None:
         """The dimension that ``axis`` splits, ``None`` where it splits none."""
         return next((d for d, axes in enumerate(self.dims) if axis in axes), None)
-
-    def combine_of(self, axis: str) -> str | None:
-        """How the values along ``axis`` are still to be combined, ``None`` where they are not partial."""
-        return dict(self.partial).get(axis)
 
     def parts(self, mesh: Mapping[str, int]) -> tuple[int, ...]:
         """Into how many parts each dimension is split."""

@@ -192,11 +192,6 @@ def sent_of(name: str, x: Value, parts: int) -> int:
     return payload(name, nbytes, parts)
 
 
-def payload_of(node: Node) -> int:
-    """Bytes that one device sends for a node of a program of one rank; 0 for what is no collective."""
-    return sum(sent_of(name, x, attrs["parts"]) for name, x, attrs in units(node))
-
-
 # ---------------------------------------------------------------- table
 
 
@@ -302,6 +297,6 @@ CALLS = table(
 )  # fmt: skip
 
 __all__ = [
-    "CALLS", "COLLECTIVE", "Communicator", "call_attrs", "communicating", "of_operand", "payload", "payload_of",
+    "CALLS", "COLLECTIVE", "Communicator", "call_attrs", "communicating", "of_operand", "payload",
     "sent_of", "together", "units",
 ]  # fmt: skip

@@ -70,18 +70,6 @@ def merge_attention(*parts: Partial) -> Partial:
     return out.to(parts[0][0].dtype), merged
 
 
-def add_sink(part: Partial, sink: torch.Tensor) -> Partial:
-    """Attention with a sink, once, from the merged result without one.
-
-    Args:
-        part: ``(out [b, h, s, e], lse [b, h, s])`` over all keys.
-        sink: ``[h]``, a score of each head that has no value.
-    """
-    out, lse = part
-    column = sink.to(lse.dtype)[:, None].expand_as(lse)
-    return merge_attention(part, (torch.zeros_like(out), column))
-
-
 def _softmax_merge(parts: Sequence[Part], attrs: Mapping[str, Any], i: int) -> torch.Tensor:
     """Results (out, lse) of parts of the keys."""
     return merge_attention(*((p.results[0], p.results[1]) for p in parts))[i]
@@ -149,4 +137,4 @@ def join_scan(pieces: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     return torch.cat(done, dim)
 
 
-__all__ = ["COMBINES", "Part", "Partial", "add_sink", "combine", "join_scan", "merge_attention"]
+__all__ = ["COMBINES", "Part", "Partial", "combine", "join_scan", "merge_attention"]

@@ -33,12 +33,11 @@ from typing import TypeAlias
 import numpy as np
 
 from ..errors import TesselError, check
-from ..ir.sharding import Sharding
 from ..targets import Target
 from ..targets.links import Links, links_of
 from ..targets.mesh import Link, Mesh
 
-__all__ = ["Atom", "Layouts", "MeshAxis", "P", "R", "Step", "V", "axes_of", "bytes_sent", "redistribute"]
+__all__ = ["Atom", "Layouts", "MeshAxis", "P", "R", "Step", "V", "axes_of", "bytes_sent"]
 
 R, V, P = -1, -2, -3  # a layout on one axis; 0, 1, ... number the atoms that may be split
 State: TypeAlias = "tuple[int, ...]"
@@ -276,29 +275,3 @@ class Layouts:
 
 def _letter(code: int) -> str:
     return {R: "R", V: "V", P: "P"}.get(code, "S")
-
-
-def redistribute(
-    source: Sharding, to: Sharding, shape: Sequence[int], itemsize: int, axes: Sequence[MeshAxis]
-) -> list[Step]:
-    """The cheapest sequence of collectives that turns one sharding of a tensor into another.
-
-    Args:
-        source, to: of a tensor of ``shape``; a sum may be left to finish in ``source``, and in ``to`` where it was.
-        itemsize: bytes an element.
-        axes: the whole mesh.
-
-    Raises:
-        TesselError: no sequence leads there.
-    """
-    atoms = [Atom(d, 1, n) for d, n in enumerate(shape)]
-    layouts = Layouts(prod(shape) * itemsize, atoms, axes)
-    return layouts.steps(_state(source, axes), _state(to, axes))
-
-
-def _state(sharding: Sharding, axes: Sequence[MeshAxis]) -> State:
-    out = []
-    for axis in axes:
-        d = sharding.dim_of(axis.name)
-        out.append(d if d is not None else P if sharding.combine_of(axis.name) else R)
-    return tuple(out)

@@ -18,7 +18,7 @@ Values that fused pointwise kernels can compute again from what is kept anyway a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -30,7 +30,6 @@ __all__ = [
     "OPTIMIZERS",
     "Kept",
     "ParamBytes",
-    "activation_bytes",
     "is_cheap",
     "kept_of",
     "optimizer_bytes",
@@ -199,8 +198,3 @@ def _feeds(t: Tensor, targets: set[Tensor], own: set[Tensor]) -> bool:
             seen.add(t)
             stack += [r for u, _ in t.users if is_cheap(u) for r in u.results if r in own]
     return False
-
-
-def activation_bytes(kept: Iterable[Tensor]) -> int:
-    """Bytes of whole tensors, on one device."""
-    return sum(t.nbytes for t in kept)
