@@ -17,7 +17,8 @@ from tessel.cli import main
 from tessel.errors import TesselError
 from tessel.quant.formats import FORMATS, integers
 from tessel.quant.report import LayerReport, QuantReport
-from tessel.quant.speed import packed_kernels, seconds
+from tessel.quant.scheme import scheme
+from tessel.quant.speed import multiplied_as, packed_kernels, seconds
 from tessel.solve import problem_of
 from tessel.targets import get_target
 from tessel.tiles.lower import lower
@@ -167,6 +168,24 @@ def test_targets_without_a_model_are_refused(monkeypatch: pytest.MonkeyPatch, tm
         seconds.cache_clear()
         with pytest.raises(TesselError, match=words):
             tessel.quantize(model, "w8a16", target=target)
+
+
+def test_what_rounded_inputs_are_multiplied_as() -> None:
+    small, whole = "inputs are rounded to float8 and multiplied as bfloat16", "inputs are rounded to int8"
+    for name, target, words in (
+        ("fp8", "h100", f"{small}: no kernel multiplies small floats, which h100 could"),
+        ("mxfp8", "a100", f"{small}: no kernel multiplies small floats"),
+        ("w8a8", "h100", f"{whole} and multiplied as bfloat16 on h100: no kernel for GPUs multiplies integers"),
+        ("w8a8", None, ""),
+    ):
+        inputs = scheme(name).activation
+        assert inputs is not None
+        said = multiplied_as(inputs, BF16, None if target is None else get_target(target))
+        assert said.startswith(words) and bool(said) == bool(words), said
+    report = tessel.quantize(nn.Sequential(nn.Linear(64, 32, dtype=BF16)), "nvfp4").quantization
+    words = "inputs are rounded to float4 and multiplied as bfloat16: no kernel multiplies small floats"
+    assert report.inputs == words and words in str(report) and words in Page(report.to_html()).text
+    assert not tessel.quantize(nn.Sequential(nn.Linear(128, 32)), "w4a16").quantization.inputs
 
 
 # ---------------------------------------------------------------- the command
