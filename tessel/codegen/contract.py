@@ -104,6 +104,7 @@ def dot(a: str, b: str, acc: str | None, dtype: torch.dtype, plain: bool, precis
 
 
 def batch_index(kernel: Kernel, programs: str, interpret: bool) -> str:
+    """Which of the batch a program works on, as text: ``programs`` of them share one."""
     return f"tl.full([1, 1], tile // {programs}, INDEX)" if interpret else f"(tile // {programs}).to(INDEX)"
 
 

@@ -267,7 +267,20 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> tuple[Value, ...]:
-    """The attention operator on rank-4 operands."""
+    """The attention operator on rank-4 operands.
+
+    Args:
+        q, k, v: ``[batch, heads, rows, width]``; query heads share key heads evenly.
+        mask: a bool (True shows) or an addend, broadcast to ``[batch, heads, queries, keys]``.
+        causal: query ``i`` sees keys up to ``i + offset``.
+        scale: of the products; 1/sqrt(width) by default.
+        sink: a score of each head that has no value.
+        window: how many keys up to its own a query sees.
+        softcap: ``cap * tanh(score / cap)`` before the mask.
+
+    Raises:
+        Opaque: a form that the operator has not.
+    """
     if isinstance(scale, float) and not math.isfinite(scale):
         raise Opaque("an attention scale that is not finite")
     if try_divide(q.shape[1], k.shape[1]) is None:

@@ -46,6 +46,11 @@ class Weights:
 
 
 def down(softmax: fx.Node) -> Weights:
+    """From a softmax to the product with the values.
+
+    Raises:
+        Refused: something else is done with the weights, or something else reads them.
+    """
     node, drops = softmax, False
     while True:
         user = only_reader(node)
@@ -89,7 +94,18 @@ _Term: TypeAlias = tuple[float, Any]
 
 @dataclass(frozen=True)
 class Scores:
-    """What has been met on the way up from the softmax. ``times`` multiplies all that is still above."""
+    """What has been met on the way up from the softmax.
+
+    Attributes:
+        times: what all that is still above is multiplied by.
+        added: biases, each with what it is multiplied by.
+        seen: masks: the condition, which of its values shows a score, and what is added to those that it hides.
+        softcap: of the scores.
+        sink: a column that has no value.
+        heads: of scores that are computed as ``[batch * heads, queries, keys]``.
+        column: the softmax is over one column more than there are keys.
+        q, kt: operands of the product, once it is reached; keys transposed.
+    """
 
     times: float = 1.0
     added: tuple[_Term, ...] = ()

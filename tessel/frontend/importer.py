@@ -82,6 +82,22 @@ def graph_device(gm: fx.GraphModule) -> str:
 
 
 class Importer:
+    """One fx graph on its way into the IR; the entries of the ATen table and ``special`` are handed it.
+
+    Args:
+        gm: the graph, functional, with fake tensors in ``meta["val"]``.
+        name: of the IR graph.
+        roles: name and role (``param``, ``buffer``, ``input``) of placeholders by position; else their own, ``input``.
+
+    Attributes:
+        env: what each fx node stands for: a value, a number, a nest of these.
+        c: the builder that table entries call.
+        fallbacks: nodes that became opaque calls, with reasons.
+
+    Raises:
+        TesselError: by ``run``; the graph is none that AOTAutograd or ``torch.export`` makes.
+    """
+
     def __init__(self, gm: fx.GraphModule, name: str, roles: Mapping[int, tuple[str, str]]) -> None:
         # Operators are looked up when a graph is imported, so that importing this module stays cheap.
         from ..ops import OPS

@@ -110,6 +110,11 @@ def axis(op: str, dim: int, rank: int) -> int:
 
 
 def axes(op: str, dims: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Dimension numbers as non-negative ones, as ``axis`` does.
+
+    Raises:
+        TesselError: there is no such dimension, or one is named twice.
+    """
     got = tuple(axis(op, d, rank) for d in dims)
     check(len(set(got)) == len(got), lambda: f"{op}: dims {tuple(dims)} name a dim twice")
     return got

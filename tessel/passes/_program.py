@@ -29,10 +29,16 @@ _WHY = {
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of a program: what, over which axes, how many bytes a device sends, where and why.
+    """One collective of a program.
 
-    ``call`` is the place of the first that the same call carries. ``beside`` are the nodes that are computed while it
-    goes on; 0 if it is waited for at once.
+    Attributes:
+        kind: ``all_reduce``, ``all_gather`` and so on.
+        axes, parts: the mesh axes that it goes over, and how many devices that is.
+        bytes: what a device sends.
+        tensor: the operand's type and sharding.
+        loc, why: the line that needs it, and what for.
+        call: the place of the first collective that the same call carries.
+        beside: nodes that are computed while it goes on; 0 if it is waited for at once.
     """
 
     kind: str

@@ -56,11 +56,14 @@ _ROW_OPS = 48  # lane operations a row of scores: assumed, two folds across four
 
 @dataclass(frozen=True)
 class Time:
-    """A predicted time and what it is made of, in seconds; ``str`` gives the table.
+    """A predicted time and what it is made of; ``str`` gives the table.
 
-    ``matrix`` to ``latency`` are the terms of one step of all programs that are resident on a unit, the longest of
-    which counts; ``work`` to ``launch`` are sums over all waves and add up to ``total``. The first ``ahead`` steps
-    have no latency to wait for.
+    Attributes:
+        programs, resident, waves: programs in all, on one unit at once, and how often all units are filled.
+        steps: tiles of a program's loop; the first ``ahead`` of them have no latency to wait for.
+        matrix, l2, memory, shared, vector, serial, latency: seconds of one step of all programs that are resident on a
+            unit, the longest of which counts.
+        work, issue, fill, epilogue, start, dispatch, combine, launch: seconds over all waves; they add up to ``total``.
     """
 
     programs: float

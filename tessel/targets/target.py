@@ -41,7 +41,15 @@ class Level:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one kernel may ask of one unit (SM or CU). Registers are 32 bits wide."""
+    """What one kernel may ask of one unit (SM or CU).
+
+    Attributes:
+        shared_bytes_per_block, shared_bytes_per_unit: shared memory of one block, and of all resident ones together.
+        registers_per_unit, registers_per_thread: each 32 bits wide.
+        warps_per_unit: resident at once.
+        threads_per_block: at most.
+        warp_size: threads of a warp or wave.
+    """
 
     shared_bytes_per_block: int
     shared_bytes_per_unit: int
@@ -54,10 +62,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class MatrixInstruction:
-    """A matrix instruction: ``m × n × k`` at its largest, ``k_bytes`` wide along k whatever the type.
+    """A matrix instruction: ``m × n × k`` at its largest.
 
-    ``warps`` issue it together. ``rate`` is the part of the device's peak it can reach; ``shared`` says that its right
-    operand is read from shared memory by the instruction, once for every ``m`` rows, not by each warp for itself.
+    Attributes:
+        k_bytes: how wide it is along k, whatever the type.
+        warps: that issue it together.
+        rate: the part of the device's peak that it can reach.
+        shared: its right operand is read from shared memory by the instruction, once for every ``m`` rows, not by each
+            warp for itself.
+        source: where the numbers are from.
     """
 
     name: str

@@ -97,6 +97,7 @@ def _make(terms: dict[Atom, Dim], const: Dim) -> Index:
 
 
 def add(a: Index, b: Index) -> Index:
+    """``a + b`` in normal form; quotients and remainders of one thing by one number are put together again."""
     terms = dict(a.terms)
     for atom, c in b.terms:
         terms[atom] = simplify_dim(terms.get(atom, 0) + c)
@@ -104,6 +105,7 @@ def add(a: Index, b: Index) -> Index:
 
 
 def scale(a: Index, factor: Dim) -> Index:
+    """``a * factor``; the factor may be a symbolic size."""
     if isinstance(factor, int) and factor == 0:
         return constant(0)
     return Index(tuple((t, simplify_dim(c * factor)) for t, c in a.terms), simplify_dim(a.const * factor))

@@ -90,6 +90,8 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class Load:
+    """The element at a place of a parameter, as value number ``out`` of type ``dtype``."""
+
     out: int
     access: Access
     dtype: torch.dtype
@@ -188,6 +190,8 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Store:
+    """Write a value or a literal, converted to ``dtype``, where the mask of ``access`` holds."""
+
     access: Access
     arg: Operand
     dtype: torch.dtype

@@ -34,6 +34,11 @@ def broadcast(t: TensorType, coords: Coords) -> Coords:
 
 
 def through_view(node: Node, coords: Coords) -> Coords:
+    """Coordinates in the operand of a view of the element at ``coords`` in its result.
+
+    Raises:
+        TesselError: a view that has no index map.
+    """
     x = node.operands[0].type
     name = node.op.name
     if name == "permute":
