@@ -127,7 +127,7 @@ def test_node_counts_do_not_depend_on_the_length(fn: Callable[..., Any]) -> None
     assert len(counts) == 1
 
 
-@pytest.mark.parametrize("fn", [written, delta_rule], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("fn", [written, delta_rule, bent], ids=lambda f: f.__name__)
 def test_sizes_that_are_symbols(fn: Callable[..., Any]) -> None:
     """A batch that has changed stays one; the length has changed too, and is the number that the loop counted to."""
     torch._dynamo.reset()

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..compat import SCAN_CUTS_CARRY
+from ..compat import SCAN_CUTS_CARRY, FakeTensor
 from ..fx_words import value_of
 from .affine import NotAffine, affine_plan
 from .linear_match import LinearAttention
 from .step import Step
 from .written import Written
 
-__all__ = ["emit", "emit_known", "is_known", "own_results"]
+__all__ = ["emit", "emit_known", "is_known", "own_results", "scan_takes"]
 
 _MOST_REGIONS = 4096
 
@@ -68,6 +68,33 @@ def _as_scan(root: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[fx.N
     got = graph.call_function(torch.ops.higher_order.scan, (region, init, step.xs, step.extras))
     parts = [graph.call_function(operator.getitem, (got, i)) for i in range(count)]
     return parts[: len(init)], parts[len(init) :]
+
+
+def scan_takes(step: Step, slices: Sequence[torch.Tensor]) -> bool:
+    """Whether torch's ``scan`` takes a step with sizes that are symbols: it cannot keep a size for a gradient.
+
+    Its own tracing is what knows, so it is tried on fake tensors.
+
+    Args:
+        slices: for each of the step's ``xs`` what one step takes of it.
+    """
+    starts, extras = ([value_of(n) for n in nodes] for nodes in (step.init, step.extras))
+    mode = next((x.fake_mode for x in (*starts, *slices) if isinstance(x, FakeTensor)), None)
+    if mode is None:
+        return False
+    own_results(step.gm)
+
+    def like(x: Any, *more: int) -> Any:
+        made = torch.empty((*more, *x.shape), dtype=x.dtype, device=x.device)
+        return made.requires_grad_(x.requires_grad)
+
+    try:
+        with mode, torch.set_grad_enabled(True):
+            xs = tuple(like(x, step.length) for x in slices)
+            torch.ops.higher_order.scan(step.gm, tuple(map(like, starts)), xs, tuple(map(like, extras)))
+    except Exception:  # whatever tracing stumbles over: the loop is then left as it is
+        return False
+    return True
 
 
 def own_results(gm: fx.GraphModule) -> None:

@@ -23,7 +23,7 @@ from ...ir.nested import leaves
 from ..fx_effects import has_effects
 from ..fx_words import fixed, value_of
 from .counting import Counting, NoLoop, Slices, counts, slices_of
-from .emit import is_known
+from .emit import is_known, scan_takes
 from .repeats import Stretch
 from .step import Step
 
@@ -65,14 +65,15 @@ class Unrolled:
             raise NoLoop
         self._check_stores()
         read = [*self.first, *(a for n in self.first for a in n.all_input_nodes)]
-        if any(not fixed(value_of(n)) for n in read) and not self._is_known():
+        if any(not fixed(value_of(n)) for n in read) and not self._is_written():
             raise NoLoop  # sizes that no number stands for yet
 
-    def _is_known(self) -> bool:
-        """Whether it will be written without a loop, which needs no number but that of the steps."""
+    def _is_written(self) -> bool:
+        """Whether the loop is written where sizes are symbols: without one, or as a loop that has no use for them."""
         inputs: dict[Any, fx.Node] = {}  # stand for what is sliced
         xs = [inputs.setdefault((s.source, repr(s.index)), fx.Graph().placeholder("x")) for s in self.slices.values()]
-        return is_known(self.step(xs))
+        step = self.step(xs)
+        return is_known(step) or scan_takes(step, [value_of(n) for n in self.slices])
 
     # ------------------------------------------------------------ what each argument is
 
