@@ -363,7 +363,7 @@ INLINE void unpack_panel(const Layer<T>& a, const float* table, i64 n0, i64 colu
   constexpr i64 per = 32 / BITS;
   const i64 row = ceil_div(a.k, per), begin = k0 / per, count = ceil_div(k0 + ks, per) - begin;
   turn_words((const u16*)(a.words + n0 * row + begin), 2 * row, columns, count, 0, WIDTH, WIDTH, words);
-  if (a.group % per || k0 % per || ks % per) {  // groups or parts end inside of words
+  if (per % 2 || a.group % per || k0 % per || ks % per) {  // pairs, groups or parts end inside of words
     for (i64 n = 0; n < WIDTH; n += LANES) {
       i64 g = k0 / a.group, left = (g + 1) * a.group - k0, q = 0, i = k0 % per;
       Scales s = scales_of(a, n0 + n, columns - n, g, 1 << (BITS - 1));
