@@ -23,7 +23,7 @@ from tessel.codegen.compile_job import compile_job
 from tessel.codegen.offline import Compiled, offline_compile
 from tessel.codegen.source import Source
 from tessel.codegen.triton import job_for
-from tessel.targets import TARGETS
+from tessel.targets import TARGETS, Target
 
 FILE = Path(__file__).parent / "data" / "offline.json"
 Row = list[int | None]  # bytes of shared memory, registers of a thread, bytes of spills
@@ -92,6 +92,25 @@ class Recorded:
         elif new:
             warnings.warn(f"{new} kernels for {arch} are not in {FILE.name}: pytest --bless writes them", stacklevel=2)
         return found
+
+    def fitting(self, sources: Sequence[Source], target: Target, spills: int | None = 0) -> list[Compiled]:
+        """The same for a target, where each kernel must compile and take no more of a unit than its template declares.
+
+        Args:
+            spills: bytes that a kernel may spill, less than which is as good as none; ``None`` asks for no number.
+
+        Raises:
+            AssertionError: one does not.
+        """
+        assert target.limits is not None
+        done = self(sources, target.arch)
+        for source, got in zip(sources, done, strict=True):
+            what = f"{source.name} on {target.arch} with {dict(source.knobs)}"
+            assert got.ok, f"{what}: {got.error}"
+            assert got.shared_bytes is not None, what
+            assert got.shared_bytes <= source.smem_bytes <= target.limits.shared_bytes_per_block, what
+            assert spills is None or (got.spills or 0) <= spills, f"{what}: {got.spills} bytes of spills"
+        return done
 
     def _write(self) -> None:
         assert "PYTEST_XDIST_WORKER" not in os.environ, "rows are written by one process: leave out -n"

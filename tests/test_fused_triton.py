@@ -94,7 +94,6 @@ def test_whole_graphs_run_by_them() -> None:
 @pytest.mark.parametrize("target", ("a100", "h100", "b200", "mi300x"))
 def test_compile_offline(target: str, offline: Recorded) -> None:
     record = get_target(target)
-    assert record.limits is not None
     limited = {"act": "limited", "interleaved": True, "alpha": 1.7, "limit": 7.0}
     half = torch.bfloat16
     sources = [
@@ -105,9 +104,4 @@ def test_compile_offline(target: str, offline: Recorded) -> None:
         grouped_source("back", half, record, {"act": "gelu_tanh"}),
         grouped_source("outer", half, record, {"gathered": "left"}),
     ]
-    for source, got in zip(sources, offline(sources, record.arch), strict=True):
-        what = f"{source.name} on {record.arch}"
-        assert got.ok, f"{what}: {got.error}"
-        assert got.shared_bytes is not None
-        assert got.shared_bytes <= source.smem_bytes <= record.limits.shared_bytes_per_block, what
-        assert (got.spills or 0) < 64, what
+    offline.fitting(sources, record, spills=63)

@@ -31,7 +31,7 @@ import tessel
 from tessel.codegen.triton import render
 from tessel.config import Options, tile_entries
 from tessel.errors import TesselError
-from tessel.solve import Choice, Learned, Problem, problem_of, tile, tile_of
+from tessel.solve import Learned, Problem, problem_of, tile, tile_of
 from tessel.solve.forced import TileRefused, forced_knobs, unused_entries
 from tessel.solve.solver import Table
 from tessel.targets import TARGETS, get_target
@@ -350,24 +350,13 @@ def test_tables_agree_with_one_tile_at_a_time() -> None:
 def test_picks_compile_as_predicted(target: str, offline: Recorded) -> None:
     """The three best of some half-precision products: bytes within the bound, registers near, no spills."""
     record = get_target(target)
-    assert record.limits is not None
     products = [
         product_kernel(meta(4096, 4096), meta(4096, 4096).t(), meta(4096), relu=True),
         product_kernel(meta(256, 8192), meta(8192, 1024)),
         product_kernel(meta(16, 4096), meta(4096, 4096).t()),
         product_kernel(meta(1000, 1001), meta(1001, 1000)),
     ]
-    tried: list[tuple[Choice, Any]] = []
-    for kernel in products:
-        choice = tile(kernel, record)
-        tried += [(choice, (c, render(kernel, record, c.knobs))) for c in choice.candidates(3)]
-    done = offline([source for _, (_, source) in tried], record.arch)
-    for (choice, (candidate, source)), got in zip(tried, done):
-        what = f"{choice.problem} on {target}: {dict(candidate.knobs)}"
-        assert got.ok, f"{what}: {got.error}"
-        assert got.shared_bytes is not None and got.registers is not None
-        assert got.shared_bytes <= source.smem_bytes <= record.limits.shared_bytes_per_block, what
-        assert not got.spills, what
+    offline.fitting([render(k, record, c.knobs) for k in products for c in tile(k, record).candidates(3)], record)
 
 
 def test_the_interpreter_runs_a_solved_tile() -> None:
