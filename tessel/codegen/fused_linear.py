@@ -24,21 +24,24 @@ __all__ = ["MOST_KEYS", "linear_source", "tile_of"]
 
 _IMPORTS = "import triton\nimport triton.language as tl\n"
 _SCRATCH = 4096  # bytes beside operands: sums that warps exchange
+_OF_A_WARP = 32 * 16  # bytes of a state, as an operand
 _HALF = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 _F32 = torch.float32
 MOST_KEYS = 256  # a state's keys lie in the registers of one program
 _SIZES = ("steps",)
 
 
-def tile_of(target: Target, keys: int) -> dict[str, int]:
-    """Steps of a chunk, and the padded keys and the values of a program.
+def tile_of(target: Target, keys: int, dtype: torch.dtype) -> dict[str, int]:
+    """Steps of a chunk, the padded keys and the values of a program, and its warps.
 
     The state, keys times values in f32, lives in registers, in the backward with its adjoint, beside the chunk's keys.
+    A lane has 16 bytes of it as an operand of a product, up to eight warps: of more, each may have fewer registers.
     """
     wide = max(16, 1 << (keys - 1).bit_length())
     if target.vendor == "interpret":
         return {"C": 16, "BK": wide, "BV": 16, "num_warps": 1, "num_stages": 1}
-    return {"C": 16, "BK": wide, "BV": 16, "num_warps": 8 if wide >= 128 else 4, "num_stages": 1}
+    warps = min(8, max(4, wide * 16 * dtype.itemsize // _OF_A_WARP))
+    return {"C": 16, "BK": wide, "BV": 16, "num_warps": warps, "num_stages": 1}
 
 
 def linear_source(
@@ -88,7 +91,7 @@ def linear_source(
             params += [("grad_last", _F32)] * switches["last_grad"]
             outs = [*of_keys, ("d_v", dtype), *of_steps] if by_step else [("adjoints", _F32), *more, ("d_v", dtype)]
             outs += [("d_start", _F32)] * switches["start"]
-    knobs = tile_of(target, keys)
+    knobs = tile_of(target, keys, dtype)
     name = f"linear_attention_{part}"
     args = (*(f"{p}_ptr" for p, _ in (*params, *outs)), *_SIZES)
     module = environment().get_template("linear_attention.triton.j2").module
@@ -97,8 +100,8 @@ def linear_source(
     size = TensorType((symbol("numel"),), dtype)
     record = tuple(Param(p, size.with_(dtype=d), i >= len(params), i) for i, (p, d) in enumerate((*params, *outs)))
     c, bk, bv = (knobs[x] for x in ("C", "BK", "BV"))
-    # operands of a product that were made in registers go through shared memory: a state, and rows of a chunk
-    bytes_ = 4 * (2 * bk * bv + 4 * c * (bk + bv + c)) + _SCRATCH
+    # operands of products go through shared memory: of states and of a chunk's keys, six at once as compiled
+    bytes_ = 6 * bk * max(c, bv) * dtype.itemsize + _SCRATCH
     return Source(
         name=name,
         header=f"# {part} of linear_attention\n# tile: {', '.join(f'{n}={v}' for n, v in knobs.items())}\n",
