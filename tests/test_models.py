@@ -15,6 +15,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import tessel
+from tessel.errors import TesselError
 from tessel.models import load_model
 from tessel.wrapper import session_of
 
@@ -35,6 +36,7 @@ MODELS = (
 )
 TRAINED = ("llama", "gpt2", "bert", "vit", "mixtral")
 EXPERTS = ("mixtral", "deepseek_v3")  # their float64 run needs the plain loop over experts
+LAYERS = {"llama": 2, "deepseek_v3": 2}  # else one; the first of deepseek has no experts
 pytestmark = pytest.mark.slow
 
 
@@ -45,9 +47,12 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def load(name: str, batch: int = 2, seq: int = 9, dtype: str = "f32") -> tuple[torch.nn.Module, dict[str, Any]]:
+def load(
+    name: str, batch: int = 2, seq: int = 9, dtype: str = "f32", layers: int | None = None
+) -> tuple[torch.nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
-    module, _, kwargs = load_model(f"hf:{name}", batch=batch, seq=seq, dtype=dtype, layers=2, device="cpu")
+    layers = layers or LAYERS.get(name, 1)
+    module, _, kwargs = load_model(f"hf:{name}", batch=batch, seq=seq, dtype=dtype, layers=layers, device="cpu")
     return module.eval(), kwargs
 
 
@@ -91,34 +96,39 @@ def captures_whole(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_inference(name: str) -> None:
-    module, kwargs = load(name)
+    module, kwargs = load(name, layers=2)
     exact, exact_kwargs = double(name, module, kwargs)
     with torch.no_grad():
-        whole = captures_whole(module, kwargs)
-        fast = tessel.compile(module, target="triton-interpret", fullgraph=whole)
-        same(tensors(fast(**kwargs)), tensors(module(**kwargs)), tensors(exact(**exact_kwargs)), half=False)
-    report = session_of(fast).report
-    assert report.kernels, "nothing was generated"
-    if whole:
-        assert len(report.compilations) == 1, "the graph was broken where torch.compile does not"
+        fast = tessel.compile(module, target="triton-interpret", fullgraph=True)
+        try:
+            got = fast(**kwargs)
+        except TesselError as e:
+            assert not captures_whole(module, kwargs), f"the graph was broken where torch.compile does not: {e}"
+            fast = tessel.compile(module, target="triton-interpret")
+            got = fast(**kwargs)
+        same(tensors(got), tensors(module(**kwargs)), tensors(exact(**exact_kwargs)), half=False)
+    assert session_of(fast).report.kernels, "nothing was generated"
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_dynamic(name: str) -> None:
     """With dynamic=True the kernels of the first call serve other batches and lengths, where Dynamo's capture does."""
     module, kwargs = load(name)
-    captures = CompileCounter()
-    plain = torch.compile(module, backend=captures, dynamic=True)
+    calls = (kwargs, load(name, 3, 5)[1])
     fast = tessel.compile(module, target="triton-interpret", dynamic=True)
     with torch.no_grad():
-        for batch, seq in ((2, 9), (3, 5)):
-            _, kwargs = load(name, batch, seq)
-            exact, exact_kwargs = double(name, module, kwargs)
-            same(tensors(fast(**kwargs)), tensors(module(**kwargs)), tensors(exact(**exact_kwargs)), half=False)
-            plain(**kwargs)
-    compiled = len(session_of(fast).report.compilations)
-    assert compiled <= captures.frame_count, f"compiled again: {session_of(fast).report.recompiles}"
-    assert captures.frame_count == 1 or name == "mamba", "its scan is unrolled by length, a capture each"
+        for given in calls:
+            exact, exact_given = double(name, module, given)
+            same(tensors(fast(**given)), tensors(module(**given)), tensors(exact(**exact_given)), half=False)
+    report = session_of(fast).report
+    if len(report.compilations) > 1:
+        assert name == "mamba", f"compiled again: {report.recompiles}"  # where its scan is unrolled by length
+        captures = CompileCounter()
+        plain = torch.compile(module, backend=captures, dynamic=True)
+        with torch.no_grad():
+            for given in calls:
+                plain(**given)
+        assert len(report.compilations) <= captures.frame_count, f"compiled again: {report.recompiles}"
 
 
 @pytest.mark.parametrize("name", ("llama", "gemma3", "gpt2", "bert", "vit", "t5"))

@@ -90,12 +90,13 @@ def deepseek_v3() -> torch.nn.Module:
 
 
 def mixtral() -> torch.nn.Module:
-    return causal("Mixtral", intermediate_size=48, **HEADS, num_local_experts=4, num_hidden_layers=2)
+    return causal("Mixtral", intermediate_size=48, **HEADS, num_local_experts=4, num_hidden_layers=1)
 
 
 def t5() -> torch.nn.Module:
     """Biases by relative position; an encoder and a decoder."""
-    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4}
+    sizes |= {"num_layers": 2, "num_decoder_layers": 1}  # of two layers the second has the first one's bias
     config = transformers.T5Config(**sizes, dropout_rate=0.0, use_cache=False, **EAGER)
     return transformers.T5ForConditionalGeneration(config)  # type: ignore[no-any-return]
 
