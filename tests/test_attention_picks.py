@@ -25,7 +25,7 @@ TARGETS = ("a100", "h100", "b200", "mi300x")
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 WIDTHS = {
     "bf16": (*((w, w) for w in (40, 64, 80, 96, 128, 192, 256, 576)), (192, 128), (576, 512)),
-    "f32": ((64, 64),),
+    "f32": tuple((w, w) for w in (40, 64, 80, 96)),
 }
 PARTS = ("forward", "keys", "queries")
 KNOBS = ("BM", "BN", "num_stages", "num_warps")

@@ -154,8 +154,9 @@ def _overhang(knob: str, axis: str, size: int, least: int = 1) -> Constraint:
 
 def _contraction(problem: Problem, target: Target) -> list[Constraint]:
     """Rules of products and attention."""
-    assert target.limits is not None
-    limit = target.limits.registers_per_thread
+    limits = target.limits
+    assert limits is not None
+    limit = limits.registers_per_thread
     tensor = target.arch == "sm_100" and problem.matrix and problem.family == "matmul"
     wide = problem.itemsize / 4 if problem.itemsize > 4 else 1.0  # an f64 accumulator takes two registers
     most = 256 if target.vendor == "amd" else limit  # half of AMD's file holds accumulators
@@ -189,6 +190,8 @@ def _contraction(problem: Problem, target: Target) -> list[Constraint]:
     if problem.family == "matmul":
         rules += [*_variants(problem, target), _group(problem, target), _depth(problem)]
     each = 1 if not problem.plain else problem.d if problem.family in ATTENTION else 16
+    if problem.family in ATTENTION and not problem.matrix:
+        each = max(each, 256 // limits.warp_size)  # the lanes multiply: a score each is work for a warp
     rules.append(
         Constraint(
             "warps",

@@ -30,6 +30,11 @@ _ROOM = 0.6  # of the limit, for the forward of heads unlike those measured: wha
 _SURE = 0.78  # of it, for what the gradients of such heads hold at once; the least that was seen to spill is 0.91
 _FULL = 0.85  # of the limit, for gradients in full precision, which took up to 40 registers more than estimated
 _STREAMED = 8  # rows a warp, of the same, where a width is in pieces
+_FEW_THREADS = 128  # at full precision, for a width in pieces; twice as many are few for a wide one
+_BESIDE = 48  # registers beside the tiles of such a program
+_KEYS = 4  # for every 32 threads, of the forward of a width in pieces: twice that spilled a little
+_NEARLY = 0.9  # of the half of the file that eight warps may have
+_IN_FULL_AMD = 3.0  # what gfx942 took for gradients in full precision, to the estimate
 _MEASURED = 128  # the widest side of a tile of attention that was fitted to
 _GRANULE = 8  # registers are handed to a thread in eights
 _FILE = Path(__file__).with_name("resources.json")
@@ -131,10 +136,20 @@ def estimate(family: str, target: Target, values: Mapping[str, Any]) -> dict[str
     elif family == "attention_backward" and values["itemsize"] > 2:  # sums, scores and their gradients; not fitted
         registers = 48 + 1.1 * values["acc"] + (2.2 + values["score_bytes"] / 4) * values["scores"]
         limit, columns = target.limits.registers_per_thread, 0
-        # Of a width in pieces what is loaded ahead spilled, and 16 rows of queries that one warp streams.
-        pieces = ((values["BD"] & (values["BD"] - 1)) | (values["BE"] & (values["BE"] - 1))) > 0
+        if target.vendor == "amd":
+            registers, limit = _IN_FULL_AMD * registers, np.minimum(512, 2048 // values["num_warps"])
+        # Of a width in pieces and a wide one what is loaded ahead spilled; of one in pieces 16 rows of queries that one
+        # warp streams.
+        pieces = _in_pieces(values["BD"]) | _in_pieces(values["BE"])
         many = (values["by_keys"] > 0) & (values["streamed_rows"] > _STREAMED)
-        spills = (registers > _FULL * limit) | (pieces & (many | (values["num_stages"] > 1)))
+        spills = (registers > _FULL * limit) | (pieces & many)
+        wide = np.maximum(values["BD"], values["BE"]) >= _MEASURED
+        spills = spills | ((pieces | wide) & (values["num_stages"] > 1))
+        spills = spills | _unlike_in_full(values, limit)
+        # Eight warps are given half of the file where that nearly does, and then spill.
+        half = target.limits.registers_per_unit // (2 * values["threads"])
+        near = (registers > _NEARLY * half) & (registers <= half) & (half < limit)
+        spills = spills | (near & np.logical_not(pieces) & (values["num_warps"] == 8))
     else:
         registers, limit, spills, columns = 0.0, 0, False, 0
         for variant, mask in (passes_of if family == "attention_backward" else variants_of)(values).items():
@@ -154,6 +169,22 @@ def estimate(family: str, target: Target, values: Mapping[str, Any]) -> dict[str
         "columns": columns,
         "per_unit": programs_per_unit(target, resident, registers, limit, values["num_warps"], columns),
     }
+
+
+def _in_pieces(width: Any) -> Any:
+    """Whether a head is no power of two wide, so that its tiles are several."""
+    return (width & (width - 1)) > 0
+
+
+def _unlike_in_full(values: Mapping[str, Any], limit: Any) -> Any:
+    """Whether attention in full precision, of a width in pieces or of 128 and more, holds too much: the lanes multiply,
+    and each has all of its rows and columns at hand, of every piece. Few threads spilled."""
+    operands = (values["BM"] + values["BN"]) * (values["BD"] + values["BE"]) / values["threads"]
+    at_once = _BESIDE + values["acc"] + operands + 2 * values["scores"]
+    pieces = _in_pieces(values["BD"]) | _in_pieces(values["BE"])
+    wide = np.maximum(values["BD"], values["BE"]) >= _MEASURED
+    few = values["threads"] < np.where(wide, 2 * _FEW_THREADS, _FEW_THREADS)
+    return (pieces & (at_once > limit)) | ((pieces | wide) & few)
 
 
 def _allocated(path: LoadPath, measured: bool, family: str, target: Target, values: Mapping[str, Any]) -> Any:
@@ -179,7 +210,7 @@ def _allocated(path: LoadPath, measured: bool, family: str, target: Target, valu
         unlike = values["BD"] > (128 if family == "attention" else 256)
         like = like & (np.maximum(values["BM"], values["BN"]) <= _MEASURED)
         if path.archs[0].startswith("sm_"):
-            unlike = unlike | ((values["BD"] & (values["BD"] - 1)) > 0)
+            unlike = unlike | _in_pieces(values["BD"])
             if family == "attention":
                 room = np.where(unlike, _ROOM, 1.0)
             else:  # all that a thread holds at once, where the sums are not in tensor memory
@@ -194,6 +225,10 @@ def _allocated(path: LoadPath, measured: bool, family: str, target: Target, valu
     score = weights[0] * registers / limit
     score = score + sum(w * evaluate(f, values) for w, f in zip(weights[1:], path.spill_terms))
     spills = (score + constant > 0) | (evaluate(path.always_spills, values) > 0)
+    if family == "attention" and values["itemsize"] > 2:
+        pieces = _in_pieces(values["BD"]) | _in_pieces(values["BE"])
+        many = values["BN"] * 32 > _KEYS * values["threads"]
+        spills = spills | _unlike_in_full(values, limit) | (pieces & many & (target.vendor == "nvidia"))
     # Where nothing like it was measured the limit is taken at its word.
     spills = spills | counted | (np.logical_not(measured & np.asarray(like, dtype=bool)) & (registers > limit * room))
     columns = evaluate(path.tensor_columns, values) if target.arch == "sm_100" else 0
