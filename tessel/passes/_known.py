@@ -16,7 +16,7 @@ import torch
 from ..ir.node import Node, Value, map_values
 from ..ir.types import TensorType
 
-__all__ = ["Known", "sources"]
+__all__ = ["Known"]
 
 Range: TypeAlias = "tuple[float, float]"
 
@@ -111,7 +111,7 @@ _TELL: Mapping[str, Callable[..., Range]] = {
 }
 
 
-def sources(v: Value, most: int) -> list[Node]:
+def _sources(v: Value, most: int) -> list[Node]:
     """What a value is computed from, in order, its own node last.
 
     Nothing if it reads an input, or something among it is random, has no fixed numbers or more than ``most`` elements.
@@ -139,7 +139,7 @@ def sources(v: Value, most: int) -> list[Node]:
 def _computed(v: Value) -> torch.Tensor | None:
     """A small value that reads no input."""
     known: dict[Value, Any] = {}
-    for node in sources(v, _SMALL):
+    for node in _sources(v, _SMALL):
         attrs = {name: x for name, x in node.attrs.items() if name != "device"}
         got = node.op.ref(*map_values(node.args, known.__getitem__), **attrs)
         known.update(zip(node.outs, (got,) if isinstance(got, torch.Tensor) else got, strict=True))

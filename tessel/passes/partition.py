@@ -29,7 +29,6 @@ from ..ops.collective import units
 from ..targets.mesh import Mesh
 from ._exchange import SENDING, can_ring, dry_run, exchange_of
 from ._factors import Rule, Split, follow, layout, project, rule_of
-from ._known import sources
 from ._layouts import Layouts
 from ._linear import Carried, carries
 from ._program import Collective, Program
@@ -41,7 +40,6 @@ from ._states import adds_up
 # 394 GB/s of an all-gather over 8 (the figures of NVIDIA's and NCCL's authors).
 FLOPS_PER_BYTE = 2015.0
 MEMORY_PER_BYTE = 8.5
-_SMALL = 1 << 24  # elements of a value that is computed on every device where it would be moved
 
 
 def partition(
@@ -198,9 +196,6 @@ class _Partition:
             return
         _, before = self.nearest(v, after)
         steps = self.steps(v, before, after)
-        if any(s.kind != "slice" for s in steps) and not after.partial and self.computed_whole(v):
-            self.bring(v, after, why, reader)
-            return
         if rematerializes(steps):
             self.program.warnings.append(
                 f"{v.op.name} {v.type} at {v.node.loc} goes from {before} to {after} through a whole copy on every "
@@ -210,19 +205,6 @@ class _Partition:
         loc = v.node.loc if before.partial or reader is None else reader.loc
         self.program.actions.append(Move(v, steps, f"{why}; {self.layouts.because(v)}", loc))
         self.have[v].append(after)
-
-    def computed_whole(self, v: Value) -> bool:
-        """Compute a value on every device rather than move it, if it is small and reads no input: places of tokens."""
-        if Sharding.replicated(v.type.rank) in self.have[v]:
-            return False
-        nodes = sources(v, _SMALL)
-        for node in nodes:
-            reads, results = ([Sharding.replicated(x.type.rank) for x in xs] for xs in (node.operands, node.outs))
-            if results[0] not in self.have[node.outs[0]]:
-                self.program.actions.append(Local(node, {}, tuple(reads), tuple(results)))
-                for x, lies in zip(node.outs, results, strict=True):
-                    self.have[x].append(lies)
-        return bool(nodes)
 
     # ------------------------------------------------------------ nodes
 
