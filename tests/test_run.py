@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from click.testing import CliRunner, Result
-from groups import free_port
+from groups import free_port, start
 
 from tessel.cli import main
+from tessel.cli.model import as_planned
 from tessel.cli.run import run as run_command
-from tessel.sharding.plan_file import read_plan
+from tessel.sharding.plan_file import ShardingPlan, read_plan
 
 MODEL = '''
 import torch
@@ -70,9 +70,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "model.py").write_text(MODEL)
     both = ("plan", f"{path / 'model.py'}:make", "--target", "h100", "--train", "--microbatches", 4)
     for name, more in (
-        ("microbatches", ("--mesh", "dp=2", "--whole", "--zero", 1)),
+        ("microbatches", ("--mesh", "dp=2", "--zero", 1)),
         ("stages", ("--mesh", "pp=2", "--schedule", "zb1p")),
-        ("others", ("--mesh", "tp=2", "--whole")),
+        ("others", ("--mesh", "tp=2")),
     ):
         made = tessel(*both, *more, "-o", path / f"{name}.json")
         assert made.exit_code == 0, made.output
@@ -95,7 +95,7 @@ def process(rank: int, world: int, folder: str, ports: list[int], out: str) -> N
 
 def test_microbatches_and_stages_run_and_are_checked(folder: Path) -> None:
     folder.chmod(0o700)
-    mp.spawn(process, (2, str(folder), [free_port() for _ in range(2)], str(folder / "out")), nprocs=2)
+    start(process, 2, str(folder), [free_port() for _ in range(2)], str(folder / "out"))
     said = (folder / "out.0").read_text()
     assert (folder / "out.1").read_text() == ""
     checks = [line for line in said.splitlines() if line.startswith("check: ")]
@@ -104,6 +104,24 @@ def test_microbatches_and_stages_run_and_are_checked(folder: Path) -> None:
     assert "stage 1" in said and "rank 1: " in said and "to other stages" in said
     parts = read_plan(folder / "stages.json").data["tensors"]["embed.weight"]["parts"]
     assert parts == [0, 1]  # kept by both stages, and its gradients are added up
+
+
+def test_what_a_plan_says_of_its_model() -> None:
+    """What it was planned with, else what its parameters and inputs tell; what is asked for comes first."""
+    tensors = {"a": {"shape": [2], "dtype": "f32"}, "b": {"shape": [64, 2], "dtype": "bf16"}}
+    settings = {"global_batch": 8, "seq": 16}
+    data = {"model": {"name": "hf:x.json"}, "settings": settings, "tensors": tensors}
+    ids, images = ({"x": {"dtype": t}} for t in ("i64", "f32"))
+    size = {"batch": 8, "seq": 16, "dtype": "bf16"}
+    assert as_planned(ShardingPlan(data), "hf:y.json") == size
+    assert as_planned(ShardingPlan({**data, "inputs": ids}), "hf:y.json", layers=2) == {**size, "layers": 2}
+    assert "seq" not in as_planned(ShardingPlan({**data, "inputs": images}), "hf:y.json")
+    assert as_planned(ShardingPlan(data), "m.py:make", meta=True) == {}
+    said = {**data, "model": {"name": "hf:x.json", "parameters": 2**30, "given": {"dtype": "f16"}}}
+    assert as_planned(ShardingPlan(said), "hf:y.json", meta=True) == {"dtype": "f16", "device": "meta"}
+    assert as_planned(ShardingPlan(said), "hf:y.json", dtype="f32") == {"dtype": "f32"}
+    assert as_planned(ShardingPlan(said), "m.py:make") == {}
+    assert as_planned(ShardingPlan({**said, "program": {}}), "hf:bert", meta=True) == {"dtype": "f16"}
 
 
 def test_without_torchrun_it_says_how_to_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ def test_cli(tmp_path: Path) -> None:
     config, plan = tmp_path / "c.json", tmp_path / "plan.json"
     sizes = {"n_embd": 64, "n_head": 4, "n_layer": 4, "vocab_size": 96}
     config.write_text(json.dumps({"model_type": "gpt2", **sizes}))
-    asked = ("--mesh", "dp=2,tp=2", "--target", "h100", "--global-batch", "4", "--seq", "8")
+    asked = ("--mesh", "dp=2,tp=2", "--target", "h100", "--global-batch", "4", "--seq", "8", "--no-whole")
     run = CliRunner().invoke
     assert run(main, ["plan", f"hf:{config}", *asked, "-o", str(plan)]).exit_code == 0
     got = run(main, ["verify", str(plan), f"hf:{config}"])

@@ -16,7 +16,9 @@ from ..targets import Target, get_target, match_device
 if TYPE_CHECKING:
     from ..sharding.plan_file import ShardingPlan
 
-__all__ = ["MODEL_HELP", "as_planned", "gpu_named", "model_options", "parse_options"]
+__all__ = ["LIGHT", "MODEL_HELP", "as_planned", "gpu_named", "model_options", "parse_options"]
+
+LIGHT = 2**28  # parameters of a model that is made to be looked at, though it is not run
 
 MODEL_HELP = """MODEL is file.py:function or package.module:function, where the function returns (module, args) or
 (module, args, kwargs); hf:config.json for the transformers model of a configuration; or hf:<model type>."""
@@ -81,7 +83,7 @@ def as_planned(plan: ShardingPlan, model: str, *, meta: bool = False, **asked: A
     and the dtype of its parameters, a function says itself what its tensors are.
 
     Args:
-        meta: without weights, where its size allows: of a type that a plan runs, a small model is meant.
+        meta: without weights, unless the plan runs a model that is small.
         asked: instead of what the plan says, where not None.
     """
     data, named = plan.data, model.startswith("hf:")
@@ -94,7 +96,8 @@ def as_planned(plan: ShardingPlan, model: str, *, meta: bool = False, **asked: A
         seq = settings["seq"] if tokens else None
         said = {"batch": settings["global_batch"], "seq": seq, "dtype": _dtype(plan)}
         found = {k: v for k, v in said.items() if v is not None}
-    if meta and named and (model.endswith(".json") or "program" not in data):
+    small = "program" in data and (data["model"]["parameters"] <= LIGHT or not model.endswith(".json"))
+    if meta and named and not small:
         found["device"] = "meta"
     return found | {k: v for k, v in asked.items() if v is not None}
 

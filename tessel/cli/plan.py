@@ -14,7 +14,7 @@ from rich.console import Console
 from ..errors import TesselError, check
 from ..sharding.plan_file import ShardingPlan, read_plan
 from ..sharding.text import diff_text, findings, plan_text
-from .model import MODEL_HELP, as_planned
+from .model import LIGHT, MODEL_HELP, as_planned
 
 __all__ = ["diff", "lint", "plan", "verify"]
 
@@ -114,7 +114,7 @@ def _told(made: ShardingPlan, given: dict[str, Any], why: str) -> ShardingPlan:
     """A plan that says what the model was asked for with, and why it holds no program."""
     notes = list(made.data["provenance"]["notes"])
     if why:
-        notes.append(f"no program is held, which `tessel run` needs: {why[:1000]}; --whole asks for one")
+        notes.append(f"no program is held, which `tessel run` needs: {why[:1000]}")
     data = {**made.data, "model": {**made.data["model"], "given": given}}
     return ShardingPlan({**data, "provenance": {**data["provenance"], "notes": notes}})
 
@@ -151,7 +151,7 @@ def _whole(
 
     named = model.startswith("hf:")
     if not asked and named and not model.endswith(".json"):
-        return None, f"{model} names a type, of which a small model is run, not the one of this plan"
+        return None, f"{model} names a type, of which a small model is run; --whole plans that one"
     place: dict[str, Any] = {"device": "meta"} if model.endswith(".json") else {}
     module, args, kwargs = load_model(model, **given, **place)
     if not isinstance(module, torch.nn.Module):
@@ -159,7 +159,9 @@ def _whole(
         return None, f"{model} is a function, not a module"
     tensors = sum(1 for _ in module.parameters())
     if not asked and (tensors > _FEW or (named and not captures_all(module, given.get("layers")))):
-        return None, f"{model} has many layers ({tensors} parameter tensors), which takes long to capture one by one"
+        return None, f"{model} has many layers ({tensors} parameter tensors); --whole captures them one by one"
+    if place and sum(p.numel() for p in module.parameters()) <= LIGHT:
+        module, args, kwargs = load_model(model, **given)  # as it runs: some operators of torch refuse meta tensors
     try:
         made = plan_model(
             module, args, kwargs, mesh=mesh, target=target, request=request, annotations=request.annotations,
@@ -168,7 +170,7 @@ def _whole(
     except TesselError as e:
         if asked:
             raise
-        return None, str(e)
+        return None, f"as it runs it cannot be planned: {str(e).splitlines()[0]}"
     return made, ""
 
 
@@ -254,8 +256,9 @@ def verify(plan_file: Path, model: str, layers: int | None, dtype: str | None, s
     module, args, kwargs = load_model(model, **size)
     if not isinstance(module, torch.nn.Module):
         raise TesselError(f"{model} is a function; a plan is of a module")
-    if staged:
+    if staged or "program" in made.data:
         made.check_model(parameters_of(module))
+    if staged:
         cut = cut_model(module, args, kwargs, mesh, plan=made, train=train)
         reports = verify_stages(cut, seconds=seconds)
     else:

@@ -118,9 +118,12 @@ def lay_out_plan(plan: ShardingPlan, step: Step) -> Spmd:
     """
     program = plan.data.get("program")
     if program is None:
+        notes = plan.data["provenance"]["notes"]
+        why = next((n.partition(": ")[2] for n in notes if n.startswith("no program is held")), "")
         raise TesselError(
-            f"the plan of {plan.data['model']['name']} holds no program: it was searched on {_captured(plan)} of the "
-            "model; make one that runs by tessel.plan(model, args, ...) or `tessel plan --whole`"
+            f"the plan of {plan.data['model']['name']} holds no program: "
+            f"{why or f'it was searched on {_captured(plan)} of the model'}; make one that runs by "
+            "tessel.plan(model, args, ...) or `tessel plan --whole`"
         )
     trains = bool(plan.data["settings"]["train"])
     if trains != (step.backward is not None):
