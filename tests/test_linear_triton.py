@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from test_linear_attention import compare_with, operands
 
 import tessel
@@ -105,10 +106,13 @@ def test_what_was_compiled_offline(target: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_compile_offline(target: str) -> None:
-    """The kernel that holds most, as it is written down."""
-    record = get_target(target)
+    """The kernel that holds most: as it is written down by the Triton that made the record, without spills by any."""
+    record, known = get_target(target), json.loads(FILE.read_text())
     name = "gradients, a number and delta, 128 in bf16"
-    (got,) = offline_compile([sources(record)[name]], record.arch)
+    source = sources(record)[name]
+    (got,) = offline_compile([source], record.arch)
     assert got.ok, got.error
-    (row,) = (row for row in json.loads(FILE.read_text())["targets"][target] if row[0] == name)
-    assert [got.shared_bytes, got.spills] == [row[2], row[4]]
+    assert got.spills == 0 and got.shared_bytes is not None and got.shared_bytes <= source.smem_bytes
+    if f"Triton {triton.__version__} " in known["about"]:
+        (row,) = (row for row in known["targets"][target] if row[0] == name)
+        assert got.shared_bytes == row[2]
