@@ -16,8 +16,8 @@ from tessel.errors import TesselError
 from tessel.frontend.joint import capture_step
 from tessel.models import load_model
 from tessel.passes.partition import Program
+from tessel.sharding.captured import parameters_of
 from tessel.sharding.plan_file import parse_plan, read_plan
-from tessel.sharding.planner import parameters_of
 from tessel.sharding.spmd import lay_out
 from tessel.sharding.text import findings
 from tessel.targets.mesh import Mesh

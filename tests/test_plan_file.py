@@ -17,10 +17,12 @@ from click.testing import CliRunner, Result
 from tessel.cli import main
 from tessel.errors import TesselError
 from tessel.ir.sharding import Sharding
+from tessel.sharding import captured as captured_module
 from tessel.sharding import planner
+from tessel.sharding.captured import Captured, capture_model, problem_of
 from tessel.sharding.html import plan_page
 from tessel.sharding.plan_file import ShardingPlan, parse_plan, read_plan, schema
-from tessel.sharding.planner import Captured, Request, capture_model, make_plan, problem_of
+from tessel.sharding.planner import Request, make_plan
 from tessel.sharding.text import findings, plan_text
 from tessel.solve.shard_choice import Setting
 from tessel.solve.shard_price import Pricer
@@ -76,7 +78,7 @@ def test_a_plan_reads_back(plan: ShardingPlan, captured: Captured, tmp_path: Pat
 
 def test_two_layers_stand_for_six(captured: Captured, plan: ShardingPlan, config: Path, monkeypatch: Any) -> None:
     assert (captured.held, captured.layers) == (2, 6)
-    monkeypatch.setattr(planner, "_ALL", 10)
+    monkeypatch.setattr(captured_module, "_ALL", 10)
     whole = capture_model(f"hf:{config}", batch=8, seq=64, train=True)
     assert whole.held == whole.layers == 6 and whole.fingerprint == captured.fingerprint
     other = make_plan(whole, MESH, "h100", Request(train=True))

@@ -10,8 +10,9 @@ import pytest
 from page import Element, Strict, width
 from test_stage_plans import CONFIGS, LLAMA
 
+from tessel.sharding.captured import capture_model
 from tessel.sharding.html import plan_page
-from tessel.sharding.planner import Request, capture_model, make_plan
+from tessel.sharding.planner import Request, make_plan
 from tessel.targets.mesh import Mesh
 
 WINDOW = 1280  # pixels across, of which a scroll bar takes 17

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from tessel.errors import TesselError
+from tessel.sharding.captured import Captured, capture_model
 from tessel.sharding.html import plan_page
 from tessel.sharding.pipeline import microbatch_choices
 from tessel.sharding.plan_file import ShardingPlan, parse_plan
-from tessel.sharding.planner import Captured, Request, capture_model, make_plan, make_staged_plan
+from tessel.sharding.planner import Request, make_plan, make_staged_plan
 from tessel.sharding.text import plan_text
 from tessel.solve.pipeline import bubble, held
 from tessel.targets.mesh import Mesh

@@ -63,14 +63,8 @@ def plan(
     The names of axes say what they split: dp and fsdp the batch, tp all but the batch, sp and cp the sequence (so do
     ring and ulysses, which say how attention copes); other names anything. pp cuts the model into stages.
     """
-    from ..sharding.planner import (  # torch with it: only where it is needed
-        Request,
-        capture_model,
-        check_request,
-        make_plan,
-        make_staged_plan,
-        microbatches_for,
-    )
+    from ..sharding.captured import capture_model  # torch with it: only where it is needed
+    from ..sharding.planner import Request, check_request, make_plan, make_staged_plan, microbatches_for
     from ..targets.mesh import Mesh
 
     axes = Mesh.parse(mesh)
@@ -146,8 +140,8 @@ def _whole(
     import torch  # slow to load: only where it is needed
 
     from ..models import load_model
+    from ..sharding.captured import captures_all
     from ..sharding.planned import plan_model
-    from ..sharding.planner import captures_all
 
     named = model.startswith("hf:")
     if not asked and named and not model.endswith(".json"):
@@ -202,7 +196,7 @@ def lint(
 ) -> None:
     """Check a plan against MODEL and against itself; exits with 1 if something is wrong."""
     from ..models import load_model
-    from ..sharding.planner import parameters_of
+    from ..sharding.captured import parameters_of
 
     found: list[str] = []
     try:
@@ -240,9 +234,9 @@ def verify(plan_file: Path, model: str, layers: int | None, dtype: str | None, s
 
     from ..frontend.joint import capture_step
     from ..models import load_model
+    from ..sharding.captured import parameters_of
     from ..sharding.microbatches import microbatch
     from ..sharding.parts import cut_model
-    from ..sharding.planner import parameters_of
     from ..sharding.verify import lay_out_planned, verify_program
     from ..sharding.verify_stages import verify_stages
     from ..targets.mesh import Mesh

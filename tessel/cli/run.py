@@ -153,7 +153,7 @@ def _run(
 
 def _check_size(plan: ShardingPlan, model: str, module: torch.nn.Module) -> None:
     """Refuse a model that is small because only its type was named, where the plan is for one of full size."""
-    from ..sharding.planner import parameters_of
+    from ..sharding.captured import parameters_of
 
     if not model.startswith("hf:") or model.endswith(".json"):
         return

@@ -34,12 +34,12 @@ from ..runtime.collectives import ProcessGroups
 from ..runtime.shares import share
 from ..targets.mesh import Mesh
 from .annotate import Annotations, annotations_of
+from .captured import parameters_of
 from .checkpoint import DTensors
 from .materialize import Files, drawn, region
 from .microbatches import microbatch
 from .plan_file import ShardingPlan, read_plan
 from .planned import lay_out_plan
-from .planner import parameters_of
 from .spmd import Spmd, lay_out
 
 Run = Callable[[list[Any]], Sequence[Any]]

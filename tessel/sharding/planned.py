@@ -33,10 +33,11 @@ from ..solve.shard_choice import role_of
 from ..solve.units import VIEWS, Unit, Use, place_of, units_of, view_back
 from ..targets.mesh import Mesh
 from .annotate import Annotations, annotations_of
+from .captured import Captured, aliases_of, parameters_of
 from .microbatches import microbatch
 from .pipeline import AXIS
 from .plan_file import ShardingPlan
-from .planner import Captured, Request, aliases_of, make_plan, parameters_of
+from .planner import Request, make_plan
 from .remat import recomputed
 from .spmd import Spmd, lay_out_prepared, overlap_of, prepared_step, tokens_apart
 

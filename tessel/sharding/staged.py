@@ -24,12 +24,12 @@ from ..runtime.schedules import Message, run_schedule, stage_class
 from ..solve.pipeline import APART, stage_of
 from ..targets.mesh import Mesh
 from .annotate import Annotations
+from .captured import parameters_of
 from .distributed import Distributed, How, distribute, tell
 from .distributed import _groups as groups_of
 from .parts import CutModel, Pipeline, cut_model
 from .pipeline import AXIS
 from .plan_file import ShardingPlan, read_plan
-from .planner import parameters_of
 from .stage_module import StageModule
 
 __all__ = ["Pipeline", "Staged", "distribute_model"]
