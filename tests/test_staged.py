@@ -22,8 +22,8 @@ import tessel
 from tessel.errors import TesselError
 from tessel.frontend.split import capture_parts
 from tessel.runtime.shares import share
-from tessel.sharding.plan_file import read_plan
 from tessel.sharding.captured import capture_model
+from tessel.sharding.plan_file import read_plan
 from tessel.sharding.planner import Request, make_plan
 from tessel.sharding.stage_module import StageModule
 from tessel.sharding.staged import Pipeline, Staged, distribute_model

@@ -110,4 +110,5 @@ def test_cli_proves_stages(tmp_path: Path) -> None:
     assert "part 1, " in got.output
     config.write_text(json.dumps({"model_type": "gpt2", **sizes, "n_embd": 128}))
     other = run(main, ["verify", str(plan), f"hf:{config}"])
-    assert other.exit_code == 2 and "bf16[96, 64] in the plan and bf16[96, 128] in the model" in other.output, other.output
+    assert other.exit_code == 2, other.output
+    assert "bf16[96, 64] in the plan and bf16[96, 128] in the model" in other.output, other.output

@@ -156,6 +156,7 @@ def _whole(
         return None, f"{model} has many layers ({tensors} parameter tensors); --whole captures them one by one"
     if place and sum(p.numel() for p in module.parameters()) <= LIGHT:
         module, args, kwargs = load_model(model, **given)  # as it runs: some operators of torch refuse meta tensors
+        assert isinstance(module, torch.nn.Module)
     try:
         made = plan_model(
             module, args, kwargs, mesh=mesh, target=target, request=request, annotations=request.annotations,
