@@ -157,6 +157,7 @@ def _whole(
     if place and sum(p.numel() for p in module.parameters()) <= LIGHT:
         module, args, kwargs = load_model(model, **given)  # as it runs: some operators of torch refuse meta tensors
         assert isinstance(module, torch.nn.Module)
+        assert isinstance(module, torch.nn.Module)
     try:
         made = plan_model(
             module, args, kwargs, mesh=mesh, target=target, request=request, annotations=request.annotations,
