@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import cache
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from tessel.passes._reshard import reshard
 from tessel.passes.collectives import Overlap, overlapped
 from tessel.passes.partition import Program, partition
 from tessel.passes.shard import Seed, propagate
+from tessel.runtime.collectives import ProcessGroups
 from tessel.sharding.spmd import Spmd, lay_out
 from tessel.sharding.verify import verify_program, verify_ranks
 from tessel.targets.mesh import Mesh
@@ -317,3 +320,26 @@ def test_wrong_orders_are_refused(change: Any, everywhere: bool, words: str) -> 
         graphs = [change(program.rank(r)) for r in range(program.mesh.devices)]
     (fault,) = verify_ranks(program, graphs).faults
     assert re.search(words, fault), fault
+
+
+class Done:
+    """A call that is done between the end of the time to look and the look, well or not."""
+
+    def __init__(self, error: str = "") -> None:
+        self.error, self.waited = error, 0
+
+    def wait(self, *timeout: timedelta) -> None:
+        self.waited += 1
+        if self.waited == 1 or self.error:
+            raise RuntimeError(self.error if self.waited > 1 else "Operation timed out!")
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def test_a_call_that_is_done_when_the_time_to_look_is_up() -> None:
+    """Its own end counts, not that of the time: ranks on a busy machine stopped for no reason."""
+    waiting: Any = SimpleNamespace(_polls=True, seconds=60.0, _stopped=lambda: "")
+    ProcessGroups.wait(waiting, cast(Any, Done()))
+    with pytest.raises(RuntimeError, match="a peer is gone"):
+        ProcessGroups.wait(waiting, cast(Any, Done("a peer is gone")))

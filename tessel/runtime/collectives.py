@@ -257,8 +257,11 @@ class ProcessGroups:
                 work.wait(timedelta(seconds=_LOOK))
                 return
             except RuntimeError:
+                if work.is_completed():  # it failed, or it was done after the time to look was up
+                    work.wait()
+                    return
                 waited += _LOOK
-                if work.is_completed() or self._stopped():
+                if self._stopped():
                     raise
                 if waited >= self.seconds:
                     raise RuntimeError(f"waited {waited:.0f} s for the other ranks") from None
