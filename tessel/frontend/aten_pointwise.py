@@ -56,6 +56,13 @@ def _binary(name: str) -> Any:
     return lower
 
 
+def _shift_number(name: str) -> Any:
+    def lower(c: Lowering, number: int, by: Value) -> Value:
+        return c(name, c.full((), number, by.dtype), by)
+
+    return lower
+
+
 def _compare(name: str) -> Any:
     def lower(c: Lowering, a: Any, b: Any) -> Value:
         return c.pointwise(name, a, b, dtype=promoted(a, b))
@@ -199,8 +206,9 @@ def _pow(c: Lowering, a: Any, b: Any) -> Value:
 
 
 for _side in ("left", "right"):
-    for _overload in ("Tensor", "Tensor_Scalar", "Scalar_Tensor"):
+    for _overload in ("Tensor", "Tensor_Scalar"):
         TABLE[f"aten.bitwise_{_side}_shift.{_overload}"] = _binary(f"shift_{_side}")
+    TABLE[f"aten.bitwise_{_side}_shift.Scalar_Tensor"] = _shift_number(f"shift_{_side}")
     for _overload in ("Tensor", "Scalar"):
         TABLE[f"aten.__{_side[0]}shift__.{_overload}"] = _binary(f"shift_{_side}")
 for _name in ("and", "or", "xor"):

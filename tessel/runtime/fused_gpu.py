@@ -71,7 +71,7 @@ class GpuLoss(FusedKernels):
         kernel = self._kernel("fold", x.dtype, bias is not None, attrs)
         knobs = kernel.source.knobs
         spans = _cdiv(v, knobs["BN"] * SPAN)
-        top, total, plain, picked = torch.empty((4, spans, n), device=x.device)
+        top, total, plain, picked = torch.empty((4, spans, n), dtype=torch.float32, device=x.device)
         operands = [x, weight, *([] if bias is None else [bias.contiguous()]), target]
         kernel((_cdiv(n, knobs["BM"]) * spans,), *operands, top, total, plain, picked, n, v, k, k, k)
         lse = torch.logsumexp(top + total.log(), 0)
@@ -99,7 +99,7 @@ class GpuLoss(FusedKernels):
         grad, lse = grad.float().contiguous(), lse.contiguous()
         (n, k), v = x.shape, weight.shape[0]
         want_x, want_weight, want_bias = wanted[0], wanted[1], wanted[2] and bias is not None
-        dx = torch.zeros((n, k) if want_x else (0,), device=x.device)
+        dx = torch.zeros((n, k) if want_x else (0,), dtype=torch.float32, device=x.device)
         dweight = torch.empty((v, k) if want_weight else (0,), dtype=weight.dtype, device=x.device)
         dbias = torch.empty(v if want_bias else 0, dtype=weight.dtype, device=x.device)
         kernel = self._kernel("gradients", x.dtype, bias is not None, attrs)
@@ -167,7 +167,7 @@ class GpuExperts(FusedKernels):
         operands = [x, gate_up, *([] if gate_up_bias is None else [gate_up_bias])]
         outs = [h, *([pre] if keep else [])]
         self._by_expert(kernel, route, operands, outs, inner, x.shape[1], _along(gate_up, turned))
-        rows = torch.zeros((slots, out), device=x.device)
+        rows = torch.zeros((slots, out), dtype=torch.float32, device=x.device)
         kernel = self._kernel("product", x.dtype, {"bias": down_bias is not None, "scaled": True})
         operands = [h, down, *([] if down_bias is None else [down_bias]), _wide(scale)]
         self._by_expert(kernel, route, operands, [rows], out, inner, _along(down, turned))
@@ -196,12 +196,12 @@ class GpuExperts(FusedKernels):
         slots, choices, width = index.numel(), index.shape[1], x.shape[1]
         dpre, h = x.new_zeros((slots, 2 * inner)), x.new_zeros((slots, inner))
         kernel = self._kernel("back", x.dtype, attrs)
-        parts = torch.zeros((_cdiv(inner, kernel.source.knobs["BN"]), slots), device=x.device)
+        parts = torch.zeros((_cdiv(inner, kernel.source.knobs["BN"]), slots), dtype=torch.float32, device=x.device)
         operands = [grad, down, pre, _wide(scale)]
         self._by_expert(kernel, route, operands, [dpre, h, parts], inner, out, _along(down, not turned))
         dx, empty = x.new_empty(0), x.new_empty(0)
         if wanted[0]:
-            rows = torch.zeros((slots, width), device=x.device)
+            rows = torch.zeros((slots, width), dtype=torch.float32, device=x.device)
             kernel = self._kernel("product", x.dtype, {})
             self._by_expert(kernel, route, [dpre, gate_up], [rows], width, 2 * inner, _along(gate_up, not turned))
             dx = rows.unflatten(0, (-1, choices)).sum(1).to(x.dtype)
@@ -251,7 +251,7 @@ class GpuPackedExperts(FusedKernels):
         x = rounded_ref(x, *floats) if floats else x
         self._multiply("inner", x, up, route, h, bits, inputs, [], attrs)
         h = rounded_ref(h, *floats) if floats else h
-        rows = torch.zeros((index.numel(), down[0].shape[1]), device=x.device)
+        rows = torch.zeros((index.numel(), down[0].shape[1]), dtype=torch.float32, device=x.device)
         self._multiply("product", h, down, route, rows, bits, inputs, [_wide(weights)], {"scaled": True})
         return rows.unflatten(0, (-1, index.shape[1])).sum(1).to(x.dtype), x.new_empty(0)
 

@@ -107,7 +107,7 @@ def _by_torch(cpu: Target, why: str) -> HostRates:
     """Lower bounds without a compiler; ``why`` there is none."""
     size = _array_bytes(cpu)
     try:
-        x = torch.ones(size // 4)
+        x = torch.ones(size // 4, dtype=torch.float32)
         y = torch.zeros_like(x)
     except RuntimeError as e:
         raise TesselError(f"measuring the CPU: no memory for arrays of {size} bytes") from e
