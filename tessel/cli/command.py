@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -42,6 +43,8 @@ class _Group(click.Group):
 @click.version_option(package_name="tessel")
 def main() -> None:
     """Compile PyTorch models to fused Triton kernels, and see what was done and why."""
+    # torch copies its own trees while it captures a training step, and warns of what it does itself
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
 
 
 main.add_command(cache)
