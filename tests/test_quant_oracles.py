@@ -106,24 +106,31 @@ def test_kivi_keys_by_channel_and_by_token() -> None:
 
 
 def test_rotatekv_keys_by_token() -> None:
-    """2 bits a token, in groups of channels, keys before positions turn them, a Hadamard matrix for one head or four:
-    2.5 dB becomes 13.3 in groups of 64, and 22.8 in groups of 32; 16.9 is published and lies between.
+    """2 bits a token, in groups of 64 channels, 0.7 of each group's range kept: 2.5 dB becomes 16.9 (2.4 and 16.75).
 
-    It takes the order of channels that RotateKV makes, outliers a power of two apart: a rotation then gives all
-    channels of a group the same sum of outliers. At places that have nothing to do with each other, 9.
+    RotateKV's steps: channels in an order of their size, dealt out to the groups in turn, so that each has as many
+    outliers, in its first places; then a Hadamard matrix, for one head or four, which gives all channels of a group one
+    of two sums of outliers. Without that order 11 is reached. Groups and the range kept were found by fitting to the
+    two published figures, whose setup is not given; where all of the range is kept, 2.5 becomes 13.3.
     """
-    apart, anywhere, places = [0, 32, 64, 96], [3, 50, 77, 120], torch.arange(128)
-    places[apart + anywhere] = torch.tensor(anywhere + apart)
-    for group, before, ordered, left in ((64, 2.5, 13.3, 9.0), (32, 9.1, 22.8, 9.5)):
-        f = integers(2, group, minimum=True)
-        x = torch.stack([keys(0.0, seed) for seed in range(4)], 1)  # [tokens, heads, channels]
-        assert sqnr(x, quantize(x, f).dequantize()) == pytest.approx(before, abs=0.3)
+    places = torch.arange(128)
+    places[[0, 32, 64, 96, 3, 50, 77, 120]] = torch.tensor([3, 50, 77, 120, 0, 32, 64, 96])
+    x = torch.stack([keys(0.0, seed)[:, places] for seed in range(4)], 1)  # [tokens, heads, channels]
+    f = integers(2, 64, minimum=True)
+
+    def rotated(x: Tensor, clip: float) -> float:
+        sign = signs(x.shape[-1], 1)
+        return sqnr(x, rotate(quantize(rotate(x, sign), f, clip).dequantize()) * sign)
+
+    for clip, before, after, left in ((0.7, 2.5, 16.9, 11.0), (1.0, 2.5, 13.3, 9.0)):
+        assert sqnr(x, quantize(x, f, clip).dequantize()) == pytest.approx(before, abs=0.3)
         for heads in (1, 4):
-            sign = signs(heads * 128, 1)
-            for want, own in ((ordered, x), (left, x[:, :, places])):
-                whole = own.reshape(1024, -1, heads * 128)
-                small = quantize(rotate(whole, sign).reshape(x.shape), f).dequantize().reshape(whole.shape)
-                assert sqnr(whole, rotate(small) * sign) == pytest.approx(want, abs=0.3)
+            whole = x.reshape(1024, -1, heads * 128)
+            assert rotated(whole, clip) == pytest.approx(left, abs=0.3)
+            for head in whole.unbind(1):
+                by_size = head.square().sum(0).argsort(descending=True)
+                dealt = by_size.view(64, -1).T.flatten()
+                assert rotated(head[:, dealt], clip) == pytest.approx(after, abs=0.3)
 
 
 # ---------------------------------------------------------------- shapes and times
