@@ -4,8 +4,9 @@
     python benchmarks/attention_picks.py h100 b200 # these GPUs alone; the others' rows stay
     python benchmarks/attention_picks.py h100 f32  # and in this precision alone
 
-Forward and both passes of the gradients, causal. What is known of a tile is not compiled again. The tests ask the
-solver again: a tile that is not in the file, spills or takes more shared memory than was predicted fails.
+Forward and both passes of the gradients, causal, and one query against a cache, whose keys are in parts. What is known
+of a tile is not compiled again. The tests ask the solver again: a tile that is not in the file, spills or takes more
+shared memory than was predicted fails.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from tessel.errors import TesselError  # noqa: E402
 from tessel.solve import tile  # noqa: E402
 from tessel.targets import get_target  # noqa: E402
 
-WHAT = "the tiles that the solver picks for causal attention and its gradients (8 heads of 2048)"
+WHAT = (
+    "the tiles that the solver picks for causal attention and its gradients (8 heads of 2048) and for one query "
+    "(decode: 32 heads on 8, a cache of 4096)"
+)
 
 
 def rows(name: str, dtype: str, width: tuple[int, int], known: list[Row]) -> list[Row]:
@@ -57,7 +61,7 @@ def main() -> int:
     known = json.loads(FILE.read_text())["targets"]
     found = {name: known.get(name, []) for name in TARGETS}
     for dtype in [d for d in DTYPES if d in sys.argv] or DTYPES:
-        for d, e in WIDTHS[dtype]:
+        for d, e in WIDTHS:
             for name in [n for n in TARGETS if n in sys.argv] or TARGETS:
                 own = [row for row in found[name] if row[:3] == [d, e, dtype]]
                 found[name] = [row for row in found[name] if row not in own] + rows(name, dtype, (d, e), own)

@@ -32,6 +32,8 @@ _FULL = 0.85  # of the limit, for gradients in full precision, which took up to 
 _STREAMED = 8  # rows a warp, of the same, where a width is in pieces
 _FEW_THREADS = 128  # at full precision, for a width in pieces; twice as many are few for a wide one
 _BESIDE = 48  # registers beside the tiles of such a program
+_AT_HAND_AMD = 2.45  # what gfx942 took for gradients of wide heads in full precision, to what is counted at hand
+_AT_ONCE = 1.05  # of the limit, of what is counted at hand: 266 so counted took 172
 _KEYS = 4  # for every 32 threads, of the forward of a width in pieces: twice that spilled a little
 _NEARLY = 0.9  # of the half of the file that eight warps may have
 _IN_FULL_AMD = 3.0  # what gfx942 took for gradients in full precision, to the estimate
@@ -144,8 +146,13 @@ def estimate(family: str, target: Target, values: Mapping[str, Any]) -> dict[str
         many = (values["by_keys"] > 0) & (values["streamed_rows"] > _STREAMED)
         spills = (registers > _FULL * limit) | (pieces & many)
         wide = np.maximum(values["BD"], values["BE"]) >= _MEASURED
-        spills = spills | ((pieces | wide) & (values["num_stages"] > 1))
-        spills = spills | _unlike_in_full(values, limit)
+        ahead = (pieces | wide) & (values["num_stages"] > 1)
+        registers = registers + ahead * values["streamed"] * (1 + values["BE"] / values["BD"])
+        spills = spills | ahead
+        spills = spills | _unlike_in_full(values, limit / _AT_HAND_AMD if target.vendor == "amd" else limit)
+        # Of 128 more keys than queries: eight warps are given a third or a fifth of the file, and spill a little.
+        alike = (values["BD"] == _MEASURED) & (values["BE"] == _MEASURED)
+        spills = spills | (alike & (values["BN"] > values["BM"]) & (target.vendor == "nvidia"))
         # Eight warps are given half of the file where that nearly does, and then spill.
         half = target.limits.registers_per_unit // (2 * values["threads"])
         near = (registers > _NEARLY * half) & (registers <= half) & (half < limit)
@@ -184,7 +191,7 @@ def _unlike_in_full(values: Mapping[str, Any], limit: Any) -> Any:
     pieces = _in_pieces(values["BD"]) | _in_pieces(values["BE"])
     wide = np.maximum(values["BD"], values["BE"]) >= _MEASURED
     few = values["threads"] < np.where(wide, 2 * _FEW_THREADS, _FEW_THREADS)
-    return (pieces & (at_once > limit)) | ((pieces | wide) & few)
+    return (pieces & (at_once > _AT_ONCE * limit)) | ((pieces | wide) & few)
 
 
 def _allocated(path: LoadPath, measured: bool, family: str, target: Target, values: Mapping[str, Any]) -> Any:
@@ -229,6 +236,10 @@ def _allocated(path: LoadPath, measured: bool, family: str, target: Target, valu
         pieces = _in_pieces(values["BD"]) | _in_pieces(values["BE"])
         many = values["BN"] * 32 > _KEYS * values["threads"]
         spills = spills | _unlike_in_full(values, limit) | (pieces & many & (target.vendor == "nvidia"))
+    if family == "attention" and target.arch == "sm_100":
+        # Few queries of a width in pieces: four warps are given a seventh of the file, and spill a little.
+        few = (values["BM"] == 16) & (values["num_warps"] == 4) & (values["num_stages"] == 3)
+        spills = spills | (few & _in_pieces(values["BD"]) & (values["BD"] < _MEASURED))
     # Where nothing like it was measured the limit is taken at its word.
     spills = spills | counted | (np.logical_not(measured & np.asarray(like, dtype=bool)) & (registers > limit * room))
     columns = evaluate(path.tensor_columns, values) if target.arch == "sm_100" else 0
