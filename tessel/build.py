@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from .autotune.settle import Settled, settle
 from .codegen.compile_job import BINARY
@@ -38,6 +37,7 @@ from .config import Options
 from .driver import Place, Session, compile_graph, place_for, resolve_target
 from .errors import TesselError, check
 from .frontend.capture import GraphInfo, export_program, import_program
+from .frontend.compat import pytree
 from .frontend.importer import Imported
 from .ir.node import Graph, Node
 from .ir.parse import parse_graph

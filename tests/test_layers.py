@@ -44,7 +44,9 @@ ONLY = {
     "triton": ("codegen/compile_job.py", "runtime/"),
     "torch.ops.aten": ("frontend/", "runtime/library.py"),
     "os.environ": ("config.py",),
+    "torch.utils._pytree": ("frontend/compat.py",),
 }
+MEMBERS = ("torch.ops.aten", "os.environ", "torch.utils._pytree")
 
 
 def violations(package: Path) -> list[str]:
@@ -75,11 +77,12 @@ def _uses(node: ast.AST) -> list[str]:
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
         out = [n.split(".")[0] for n in names if n.split(".")[0] in ("z3", "triton")]
         members = {f"{names[0]}.{a.name}" for a in node.names}
-        out += [what for what in ("torch.ops.aten", "os.environ") if what in members]
+        members |= set(names) if isinstance(node, ast.Import) else {names[0]}
+        out += [what for what in MEMBERS if what in members]
         return out + ["os.environ"] * ("os.getenv" in members)
     if isinstance(node, ast.Attribute):
         text = ast.unparse(node)
-        return [w for w in ("torch.ops.aten", "os.environ") if text == w] + ["os.environ"] * (text == "os.getenv")
+        return [w for w in MEMBERS if text == w] + ["os.environ"] * (text == "os.getenv")
     return []
 
 
@@ -132,6 +135,10 @@ def test_imports_flow_one_way() -> None:
         ("ops/matmul.py", "from torch.ops import aten", "torch.ops.aten belongs in"),
         ("driver.py", "import os\nos.environ['A']", "os.environ belongs in"),
         ("driver.py", "from os import getenv", "os.environ belongs in"),
+        ("build.py", "from torch.utils import _pytree as pytree", "torch.utils._pytree belongs in"),
+        ("build.py", "from torch.utils._pytree import tree_map", "torch.utils._pytree belongs in"),
+        ("build.py", "def f():\n    import torch.utils._pytree as pytree", "torch.utils._pytree belongs in"),
+        ("build.py", "import torch\nx = torch.utils._pytree.tree_map", "torch.utils._pytree belongs in"),
         ("stray.py", "", "stray has no place in LAYERS"),
     ],
 )

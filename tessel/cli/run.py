@@ -203,7 +203,8 @@ class _Work:
     def wide(self) -> _Work:
         """In float64."""
         import torch
-        from torch.utils import _pytree as pytree
+
+        from ..frontend.compat import pytree
 
         def one(x: Any) -> Any:
             return x.double() if isinstance(x, torch.Tensor) and x.dtype.is_floating_point else x
@@ -214,7 +215,8 @@ class _Work:
 
 def _tensors(result: Any) -> list[torch.Tensor]:
     import torch
-    from torch.utils import _pytree as pytree
+
+    from ..frontend.compat import pytree
 
     return [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor) and x.dtype.is_floating_point]
 

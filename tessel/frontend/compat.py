@@ -21,6 +21,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import symbolic_shapes
 from torch.torch_version import TorchVersion
+from torch.utils import _pytree as pytree
 
 __all__ = [
     "SCAN_CUTS_CARRY",
@@ -46,6 +47,7 @@ __all__ = [
     "keeps_graph",
     "min_cut_rematerialization_partition",
     "more_decompositions",
+    "pytree",
     "size_hints",
     "static_input_indices",
     "unbacked_bindings",

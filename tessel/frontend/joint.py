@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..errors import TesselError, check
 from ..ir.node import Value
 from ..ir.types import TensorType
 from .capture import GraphInfo, aot
+from .compat import pytree
 from .dynamo import patcher
 from .importer import Imported
 

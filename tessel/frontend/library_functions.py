@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
-from .compat import autocast_disabled, for_tessel, without_modes
+from .compat import autocast_disabled, for_tessel, pytree, without_modes
 from .library_forms import FUNCTIONS, Sample, experts_samples, grouped_experts
 
 __all__ = ["exporting", "register", "seen_notes"]

@@ -15,11 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch._higher_order_ops.scan import scan
 
 from . import scan_op  # noqa: F401  its operators are traced
-from .compat import for_tessel
+from .compat import for_tessel, pytree
 
 __all__ = ["register"]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..errors import TesselError, check
+from ..frontend.compat import pytree
 
 __all__ = ["Seen", "call", "empty", "look", "running"]
 
@@ -174,5 +174,5 @@ def empty(batches: Sequence[Any]) -> bool:
     >>> empty([torch.ones(0, 8)]), empty([{"x": torch.ones(2, 8)}]), empty([3])
     (True, False, False)
     """
-    leaves = tree_leaves(list(batches))
+    leaves = pytree.tree_leaves(list(batches))
     return all(isinstance(x, Tensor) and x.numel() == 0 for x in leaves)

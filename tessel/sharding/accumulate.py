@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..errors import TesselError, check
+from ..frontend.compat import pytree
 from ..frontend.joint import Output, tensors_of
 from ..runtime.collectives import ProcessGroups
 from .distributed import Distributed, How, Init, Run, Weights, rank_runner

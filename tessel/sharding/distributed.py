@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.utils import _pytree as pytree
 
 from ..driver import Session, compile_graph
 from ..errors import TesselError, check
 from ..frontend.capture import GraphInfo
+from ..frontend.compat import pytree
 from ..frontend.importer import Imported
 from ..frontend.joint import Output, capture_step, tensors_of
 from ..ir.interp import interpret

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..errors import check
+from ..frontend.compat import pytree
 from ..frontend.joint import tensors_of
 
 __all__ = ["microbatch"]

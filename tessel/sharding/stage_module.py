@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..errors import check
+from ..frontend.compat import pytree
 from ..frontend.importer import Imported
 from ..frontend.joint import Output
 from ..ir.sharding import Sharding
