@@ -20,6 +20,7 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.torch_version import TorchVersion
 from torch.utils import _pytree as pytree
 
@@ -45,6 +46,7 @@ __all__ = [
     "guarded_equalities",
     "input_index",
     "keeps_graph",
+    "make_fx",
     "min_cut_rematerialization_partition",
     "more_decompositions",
     "pytree",

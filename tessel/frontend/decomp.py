@@ -28,7 +28,8 @@ _OPAQUE = frozenset(
 # Beyond the core set: forward forms that only some graphs hold.
 _MORE = (
     "_adaptive_avg_pool2d_backward addmv adaptive_max_pool2d batch_norm_backward dist elu_backward lcm "
-    "native_batch_norm rrelu_with_noise_backward tril_indices triu_indices hann_window permute_copy"
+    "native_batch_norm rrelu_with_noise_backward tril_indices triu_indices hann_window permute_copy unbind_copy "
+    "as_strided_copy"
 ).split()
 
 
@@ -46,7 +47,25 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """The table for AOTAutograd."""
     packets = [getattr(torch.ops.aten, n) for n in _MORE if hasattr(torch.ops.aten, n)]
     table = {**core_decompositions(), **more_decompositions(packets)}
-    return {op: fn for op, fn in table.items() if not _kept(op)}
+    return {op: fn for op, fn in table.items() if not _kept(op)} | _copies()
+
+
+def _copies() -> dict[Any, Callable[..., Any]]:
+    """Copying forms of views that torch has no decomposition for; functionalized steps of loops hold them."""
+    aten = torch.ops.aten
+    views = {aten.slice_copy.Tensor: aten.slice.Tensor, aten.select_copy.int: aten.select.int}
+    views |= {aten.split_copy.Tensor: aten.split.Tensor, aten._reshape_alias_copy.default: aten._reshape_alias.default}
+    return {copy: _copied(view) for copy, view in views.items()}
+
+
+def _copied(view: Callable[..., Any]) -> Callable[..., Any]:
+    def copy(*args: Any, **kwargs: Any) -> Any:
+        got = view(*args, **kwargs)
+        if isinstance(got, torch.Tensor):
+            return got.clone(memory_format=torch.contiguous_format)
+        return [x.clone(memory_format=torch.contiguous_format) for x in got]
+
+    return copy
 
 
 def for_export() -> Any:

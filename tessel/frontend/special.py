@@ -5,7 +5,7 @@ Each handler takes the importer and the fx node and returns what the node stands
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import fx
 
 from ..errors import check
 from ..ir.nested import leaves
-from ..ir.node import Node, Value
+from ..ir.node import Graph, Node, Value, make_input
+from ..ir.types import symbols_of
 from ..ops.loop import check_loop
 from .compat import unbacked_bindings
 from .lower import VIEWS, nest, target_name
@@ -118,15 +119,36 @@ def _scan(importer: Importer, node: fx.Node) -> Any:
     val = node.meta["val"]
     types = tuple(map(importer.tensor_type, leaves(val, torch.Tensor)))
     step = type(importer)(gm.held, "step", {}).run()
-    given = (tuple(init), tuple(xs), tuple(extras))
-    ordered = any(n.op.random or n.op.kind == "effect" for n in step.graph.nodes)
-    if step.constants or step.graph.effects or ordered or not all(isinstance(v, Value) for p in given for v in p):
+    region = step.graph
+    ordered = any(n.op.random or n.op.kind == "effect" for n in region.nodes)
+    if step.constants or region.effects or ordered or not all(isinstance(v, Value) for v in (*init, *xs)):
         why = "a loop whose step holds constants, draws random numbers or has effects"
-        return importer.opaque(node, (gm, *given), {}, val, types, why)
+        return importer.opaque(node, (gm, tuple(init), tuple(xs), tuple(extras)), {}, val, types, why)
+    region, extras = _sizes_by_tensors(importer, region, (*init, *xs), extras)
     importer.fallbacks += step.fallbacks
-    made = Node(importer.c.find("loop"), given, {}, types, (step.graph,), importer.builder.loc)
+    given = (tuple(init), tuple(xs), extras)
+    made = Node(importer.c.find("loop"), given, {}, types, (region,), importer.builder.loc)
     check_loop(made)
     return nest(val, iter(importer.builder.append(made).outs))
+
+
+def _sizes_by_tensors(
+    importer: Importer, region: Graph, others: tuple[Value, ...], extras: Sequence[Any]
+) -> tuple[Graph, tuple[Value, ...]]:
+    """A step and its extras without those that are sizes: tensors handed in tell them, or else an empty one does."""
+    first = len(others)
+    told = {d for n in region.inputs for d in getattr(n.out.type, "shape", ())}
+    used = {name for n in region.nodes for name in n.symbols()} | symbols_of(region.outputs)
+    inputs, kept = list(region.inputs[:first]), []
+    for node, extra in zip(region.inputs[first:], extras, strict=True):
+        if isinstance(extra, Value):
+            inputs.append(node)
+            kept.append(extra)
+        elif symbols_of([extra]) & used and extra not in told:
+            size = importer.c.full((extra, 0), 0, torch.float32)
+            inputs.append(make_input(node.attrs["name"], size.type, "input", node.loc))
+            kept.append(size)
+    return region.replace(inputs=tuple(inputs)), tuple(kept)
 
 
 def _token(importer: Importer, node: fx.Node) -> Any:

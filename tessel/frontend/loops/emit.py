@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..compat import SCAN_CUTS_CARRY, FakeTensor
+from ..compat import SCAN_CUTS_CARRY, FakeTensor, make_fx
+from ..decomp import decompositions
 from ..fx_words import value_of
 from .affine import NotAffine, affine_plan
 from .linear_match import LinearAttention
@@ -58,6 +60,7 @@ def _writer(step: Step) -> Callable[[fx.Graph], tuple[list[fx.Node], list[fx.Nod
 def _as_scan(root: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[fx.Node]]:
     """The loop as torch's higher-order operator."""
     graph, count = root.graph, len(step.outputs())
+    step = _with_sizes(graph, step)
     own_results(step.gm)
     name = next(n for i in range(_MOST_REGIONS) if not hasattr(root, n := f"tessel_step_{i}"))
     root.add_submodule(name, step.gm)
@@ -70,14 +73,17 @@ def _as_scan(root: fx.GraphModule, step: Step) -> tuple[list[fx.Node], list[fx.N
     return parts[: len(init)], parts[len(init) :]
 
 
-def scan_takes(step: Step, slices: Sequence[torch.Tensor]) -> bool:
-    """Whether torch's ``scan`` takes a step with sizes that are symbols: it cannot keep a size for a gradient.
+def scan_takes(graph: fx.Graph, step: Step, slices: Sequence[torch.Tensor]) -> bool:
+    """Whether torch's ``scan`` takes a step with sizes that are symbols, with gradients.
 
-    Its own tracing is what knows, so it is tried on fake tensors.
+    Its own tracing is what knows, so it is tried on fake tensors, with the decompositions that AOTAutograd will have:
+    without them a gradient that expands to a size that is a symbol is more than the tracing can do.
 
     Args:
+        graph: the host graph; nothing is added to it.
         slices: for each of the step's ``xs`` what one step takes of it.
     """
+    step = _with_sizes(graph, step)
     starts, extras = ([value_of(n) for n in nodes] for nodes in (step.init, step.extras))
     mode = next((x.fake_mode for x in (*starts, *slices) if isinstance(x, FakeTensor)), None)
     if mode is None:
@@ -85,16 +91,46 @@ def scan_takes(step: Step, slices: Sequence[torch.Tensor]) -> bool:
     own_results(step.gm)
 
     def like(x: Any, *more: int) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
         made = torch.empty((*more, *x.shape), dtype=x.dtype, device=x.device)
         return made.requires_grad_(x.requires_grad)
 
+    def loop(*given: Any) -> Any:
+        n, m = len(starts), len(starts) + len(slices)
+        return torch.ops.higher_order.scan(step.gm, given[:n], given[n:m], given[m:])
+
     try:
         with mode, torch.set_grad_enabled(True):
-            xs = tuple(like(x, step.length) for x in slices)
-            torch.ops.higher_order.scan(step.gm, tuple(map(like, starts)), xs, tuple(map(like, extras)))
+            given = [*map(like, starts), *(like(x, step.length) for x in slices), *map(like, extras)]
+            make_fx(loop, decomposition_table=decompositions())(*given)
     except Exception:  # whatever tracing stumbles over: the loop is then left as it is
         return False
     return True
+
+
+def _with_sizes(graph: fx.Graph, step: Step) -> Step:
+    """The step with the symbols of its sizes as extras.
+
+    What the gradient of a step needs to know of sizes is then the same at every step; torch's ``scan`` would keep it
+    step by step, and only tensors can be kept so.
+    """
+    given = [value_of(n) for n in step.placeholders()]
+    had = {x.node.expr for x in given if isinstance(x, torch.SymInt)}
+    tensors = [x for x in given if isinstance(x, torch.Tensor)]
+    wanted = {
+        s for x in tensors for n in x.shape if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols
+    } - had
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and isinstance(value_of(n), torch.SymInt)]
+    sizes = [n for n in inputs if value_of(n).node.expr in wanted]
+    if not sizes:
+        return step
+    first = next(n for n in step.gm.graph.nodes if n.op != "placeholder")
+    with step.gm.graph.inserting_before(first):
+        for i, node in enumerate(sizes):
+            step.gm.graph.placeholder(f"size{i}").meta["example_value"] = value_of(node)
+    step.gm.recompile()
+    return replace(step, extras=(*step.extras, *sizes))
 
 
 def own_results(gm: fx.GraphModule) -> None:

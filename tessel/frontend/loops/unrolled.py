@@ -73,7 +73,7 @@ class Unrolled:
         inputs: dict[Any, fx.Node] = {}  # stand for what is sliced
         xs = [inputs.setdefault((s.source, repr(s.index)), fx.Graph().placeholder("x")) for s in self.slices.values()]
         step = self.step(xs)
-        return is_known(step) or scan_takes(step, [value_of(n) for n in self.slices])
+        return is_known(step) or scan_takes(self.first[0].graph, step, [value_of(n) for n in self.slices])
 
     # ------------------------------------------------------------ what each argument is
 
@@ -139,7 +139,7 @@ class Unrolled:
         if any(not isinstance(v, fx.Node) for v in versions):
             raise NoLoop
         if not self._inside(first) and all(v is first for v in versions):
-            if not isinstance(value_of(first), torch.Tensor):
+            if not isinstance(value_of(first), torch.Tensor | torch.SymInt):
                 raise NoLoop
             return
         if not any(map(self._inside, versions)):

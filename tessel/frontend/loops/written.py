@@ -112,7 +112,11 @@ class Written:
         if isinstance(x, fx.Node):
             node, timed = self.of(x)
             val = value_of(x)
-            return _Part(node, timed, val.dim() if isinstance(val, torch.Tensor) else 0)
+            if isinstance(val, torch.Tensor):
+                return _Part(node, timed, val.dim())
+            dtype = torch.int64 if isinstance(val, torch.SymInt) else torch.float64  # of no dimension: promotes nothing
+            device = value_of(self.carries[0]).device
+            return _Part(self.call(torch.scalar_tensor, node, dtype=dtype, device=device), timed, 0)
         return x
 
     # ------------------------------------------------------------ nodes
