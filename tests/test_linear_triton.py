@@ -25,7 +25,7 @@ FILE = Path(__file__).parent / "data" / "linear_resources.json"
 TARGETS = ("a100", "h100", "b200", "mi300x")
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 EVERY_KIND = (("bf16", 64), ("bf16", 128))
-WIDTHS = (*EVERY_KIND, ("bf16", 256), ("f32", 64))
+WIDTHS = (*EVERY_KIND, ("bf16", 256), ("f32", 64), ("f32", 128), ("f32", 256))
 SPILLS = {("b200", "states, a channels and delta, 64 in f32"): 8}  # what is left, in bytes
 COLUMNS = ("kernel", "digest", "shared_bytes", "registers", "spill_bytes")
 

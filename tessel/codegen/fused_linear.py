@@ -27,21 +27,31 @@ _SCRATCH = 4096  # bytes beside operands: sums that warps exchange
 _OF_A_WARP = 32 * 16  # bytes of a state, as an operand
 _HALF = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 _F32 = torch.float32
+_PIECE = 64  # keys, of gradients at full precision: with 128 at once 168 bytes were spilled on sm_90
+_WITH_ALL_VALUES = 128  # keys, of the forward at full precision: of 256 with 16 values 116 bytes were spilled there
 MOST_KEYS = 256  # a state's keys lie in the registers of one program
 _SIZES = ("steps",)
 
 
-def tile_of(target: Target, keys: int, dtype: torch.dtype) -> dict[str, int]:
+def tile_of(part: str, target: Target, keys: int, dtype: torch.dtype) -> dict[str, int]:
     """Steps of a chunk, the padded keys and the values of a program, and its warps.
+
+    At full precision, where the lanes multiply, the keys of ``gradients`` come in pieces, and a program of the forward
+    has few values of wide keys.
 
     The state, keys times values in f32, lives in registers, in the backward with its adjoint, beside the chunk's keys.
     A lane has 16 bytes of it as an operand of a product, up to eight warps: of more, each may have fewer registers.
     """
     wide = max(16, 1 << (keys - 1).bit_length())
     if target.vendor == "interpret":
+        wide = min(wide, 32) if part == "gradients" else wide  # so that pieces are interpreted
         return {"C": 16, "BK": wide, "BV": 16, "num_warps": 1, "num_stages": 1}
     warps = min(8, max(4, wide * 16 * dtype.itemsize // _OF_A_WARP))
-    return {"C": 16, "BK": wide, "BV": 16, "num_warps": warps, "num_stages": 1}
+    lanes = dtype.itemsize > 2
+    if part == "gradients" and lanes:
+        wide = min(wide, _PIECE)
+    few = part == "forward" and lanes and keys > _WITH_ALL_VALUES
+    return {"C": 16, "BK": wide, "BV": 4 if few else 16, "num_warps": warps, "num_stages": 1}
 
 
 def linear_source(
@@ -91,7 +101,7 @@ def linear_source(
             params += [("grad_last", _F32)] * switches["last_grad"]
             outs = [*of_keys, ("d_v", dtype), *of_steps] if by_step else [("adjoints", _F32), *more, ("d_v", dtype)]
             outs += [("d_start", _F32)] * switches["start"]
-    knobs = tile_of(target, keys, dtype)
+    knobs = tile_of(part, target, keys, dtype)
     name = f"linear_attention_{part}"
     args = (*(f"{p}_ptr" for p, _ in (*params, *outs)), *_SIZES)
     module = environment().get_template("linear_attention.triton.j2").module
@@ -100,8 +110,9 @@ def linear_source(
     size = TensorType((symbol("numel"),), dtype)
     record = tuple(Param(p, size.with_(dtype=d), i >= len(params), i) for i, (p, d) in enumerate((*params, *outs)))
     c, bk, bv = (knobs[x] for x in ("C", "BK", "BV"))
-    # operands of products go through shared memory: of states and of a chunk's keys, six at once as compiled
-    bytes_ = 6 * bk * max(c, bv) * dtype.itemsize + _SCRATCH
+    # operands of products go through shared memory: of states and of a chunk's keys, six at once as compiled, or three
+    at_once = 3 if target.vendor == "amd" else 6
+    bytes_ = at_once * bk * max(c, bv) * dtype.itemsize + _SCRATCH
     return Source(
         name=name,
         header=f"# {part} of linear_attention\n# tile: {', '.join(f'{n}={v}' for n, v in knobs.items())}\n",
