@@ -40,14 +40,15 @@ def tile_of(part: str, target: Target, keys: int, dtype: torch.dtype) -> dict[st
     has few values of wide keys.
 
     The state, keys times values in f32, lives in registers, in the backward with its adjoint, beside the chunk's keys.
-    A lane has 16 bytes of it as an operand of a product, up to eight warps: of more, each may have fewer registers.
+    A lane has 16 bytes of it as an operand of a product, in the forward 8 numbers of whatever size, up to eight warps:
+    of more, each may have fewer registers.
     """
     wide = max(16, 1 << (keys - 1).bit_length())
     if target.vendor == "interpret":
         wide = min(wide, 32) if part == "gradients" else wide  # so that pieces are interpreted
         return {"C": 16, "BK": wide, "BV": 16, "num_warps": 1, "num_stages": 1}
-    warps = min(8, max(4, wide * 16 * dtype.itemsize // _OF_A_WARP))
     lanes = dtype.itemsize > 2
+    warps = min(8, max(4, wide * 16 * (2 if part == "forward" else dtype.itemsize) // _OF_A_WARP))
     if part == "gradients" and lanes:
         wide = min(wide, _PIECE)
     few = part == "forward" and lanes and keys > _WITH_ALL_VALUES
