@@ -73,14 +73,23 @@ def slices_of(sources: Sequence[Any], indices: Sequence[Any]) -> Slices | None:
     if len({len(p) for p in parts}) != 1:
         return None
     out: list[Any] = []
+    val = value_of(source)
     for versions in zip(*parts, strict=True):
-        got = _counted(versions)
+        plain = isinstance(val, torch.Tensor) and all(isinstance(p, int | slice | Counting) for p in out)
+        got = _counted(_from_the_front(versions, val.shape[len(out)]) if plain else versions)
         if got is None:
             return None
         out.append(got[0])
     if sum(map(counts, out)) > 1:
         return None
-    return Slices(source, tuple(out), value_of(source))
+    return Slices(source, tuple(out), val)
+
+
+def _from_the_front(versions: Sequence[Any], n: Any) -> Sequence[Any]:
+    """Numbers that count from the end of a dimension of known size, counted from its beginning."""
+    if type(n) is not int or not all(type(v) is int and -n <= v < 0 for v in versions):
+        return versions
+    return [v + n for v in versions]
 
 
 def counts(p: Any) -> bool:

@@ -117,10 +117,8 @@ def _with_sizes(graph: fx.Graph, step: Step) -> Step:
     """
     given = [value_of(n) for n in step.placeholders()]
     had = {x.node.expr for x in given if isinstance(x, torch.SymInt)}
-    tensors = [x for x in given if isinstance(x, torch.Tensor)]
-    wanted = {
-        s for x in tensors for n in x.shape if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols
-    } - had
+    shapes: list[Any] = [n for x in given if isinstance(x, torch.Tensor) for n in x.shape]
+    wanted = {s for n in shapes if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols} - had
     inputs = [n for n in graph.nodes if n.op == "placeholder" and isinstance(value_of(n), torch.SymInt)]
     sizes = [n for n in inputs if value_of(n).node.expr in wanted]
     if not sizes:

@@ -11,6 +11,7 @@ are collected (stack, cat, ``out[:, t] = y``) become the loop's results.
 
 from __future__ import annotations
 
+import bisect
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..fx_effects import erase_unread
+from ..fx_effects import erase_unread, has_effects
 from ..fx_words import complete_examples, value_of
 from .counting import Counting, NoLoop, Slices, counts
 from .emit import emit
@@ -32,6 +33,7 @@ __all__ = ["roll"]
 def roll(gm: fx.GraphModule) -> int:
     """Rewrite ``gm`` in place; how many loops were found."""
     count, start = 0, 0
+    _read_where_used(gm.graph)
     while (loop := _next_loop(list(gm.graph.nodes), start)) is not None:
         _Rewriting(gm, loop).run()
         count += 1
@@ -40,6 +42,19 @@ def roll(gm: fx.GraphModule) -> int:
         gm.graph.lint()
         gm.recompile()
     return count
+
+
+def _read_where_used(graph: fx.Graph) -> None:
+    """Move parts taken of a tensor ahead of a loop (``for x in xs`` takes all of them first) into its steps."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    effects = [i for n, i in order.items() if n.target is operator.setitem or has_effects(n)]
+    for node in order:
+        if node.target is not operator.getitem or type(node.args[1]) is not int or len(node.users) != 1:
+            continue
+        (user,) = node.users
+        crossed = bisect.bisect(effects, order[node]) != bisect.bisect_left(effects, order[user])
+        if user.op in ("call_function", "call_method") and not crossed:
+            user.prepend(node)
 
 
 def _next_loop(nodes: Sequence[fx.Node], start: int) -> Unrolled | None:
