@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 def from_the_end(x: Tensor, w: Tensor) -> Tensor:
     h, out = x.new_zeros(x.shape[0], 4), []
     for t in range(x.shape[1]):
-        h = torch.tanh(h @ w + x[:, -1 - t])
+        h = torch.tanh(h @ w + x[:, -1 - t, :, None][..., 0])  # with more parts than dimensions
         out.append(h)
     return torch.stack(out, 1)
 

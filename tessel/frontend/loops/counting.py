@@ -76,7 +76,8 @@ def slices_of(sources: Sequence[Any], indices: Sequence[Any]) -> Slices | None:
     val = value_of(source)
     for versions in zip(*parts, strict=True):
         plain = isinstance(val, torch.Tensor) and all(isinstance(p, int | slice | Counting) for p in out)
-        got = _counted(_from_the_front(versions, val.shape[len(out)]) if plain else versions)
+        size = val.shape[len(out)] if plain and len(out) < val.dim() else None
+        got = _counted(_from_the_front(versions, size))
         if got is None:
             return None
         out.append(got[0])
