@@ -131,7 +131,7 @@ INLINE void multiply_whole(const Layer<T>& a, const i8* x, i64 step, i64 n0, i32
     for (int j = 0; j < COLUMNS; ++j) {
       const u32* const from = a.words + (n0 + j) * row + c * LANES;
       const vu w = at(from);
-      __builtin_prefetch(from + COLUMNS * row);  // as packed::multiply_few does
+      __builtin_prefetch(from + COLUMNS * row, 0, 2);  // as packed::multiply_few does
 #pragma GCC unroll 8
       for (i64 i = 0; i < pieces; ++i) {
         const vu codes = bytes<BITS>(w, i);
@@ -162,7 +162,7 @@ INLINE void multiply_groups(const Layer<T>& a, const i8* x, i64 step, i64 n0, fl
     for (int j = 0; j < COLUMNS; ++j) {
       const u32* const from = a.words + (n0 + j) * row + c * LANES;
       const vu w = at(from);
-      __builtin_prefetch(from + COLUMNS * row);
+      __builtin_prefetch(from + COLUMNS * row, 0, 2);
       vi got[ROWS], start[ROWS];
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) got[r] = start[r] = (vi)at((const u32*)(xs + r * step + pieces * vector));

@@ -163,8 +163,8 @@ INLINE void multiply_few(const Layer<T>& a, const T* table, const float* x, i64 
     for (int j = 0; j < COLUMNS; ++j) {
       const u32* const from = a.words + (n0 + j) * row + c * LANES;
       const vu w = at(from);
-      // the next columns: rows are often pages, at whose ends the CPU stops to look ahead
-      __builtin_prefetch(from + COLUMNS * row);
+      // the next columns: rows are often pages, at whose ends the CPU stops to look ahead; as much as the first cache holds
+      __builtin_prefetch(from + COLUMNS * row, 0, 2);
       const vf scale = spread<SCALES>(a.scale + g + j * groups);
       vf got[ROWS];
       if constexpr (sizeof(T) == 4) {

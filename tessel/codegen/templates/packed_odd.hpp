@@ -118,7 +118,7 @@ INLINE void multiply_odd(const Layer<T>& a, const Steps& s, const i64* first, co
     for (int j = 0; j < COLUMNS; ++j) {
       const u32* const from = a.words + (n0 + j) * row + first[c];
       vu w = at(from);
-      __builtin_prefetch(from + COLUMNS * row);
+      __builtin_prefetch(from + COLUMNS * row, 0, 2);
       if constexpr (PARTS > 1) w = moved(w, at(places + c * LANES));
       const vf scale = spread<PARTS>(a.scale + g + j * groups);
       vf got[ROWS];
