@@ -64,6 +64,19 @@ def test_dropped_memory_comes_back_as_a_new_tensor() -> None:
     assert result((SIDE * SIDE,), (1,), torch.int32).data_ptr() == where  # another type of the same size
 
 
+def test_results_of_sizes_that_only_a_call_tells_are_used_again() -> None:
+    run = tessel.compile(lambda x: (x * 2, x.nonzero()), target="cpu", dynamic=True)
+    for rows in (1000, 1500, 1000):
+        x = torch.randn(rows, SIDE)
+        seen = set()
+        for _ in range(3):
+            twice, places = run(x)
+            seen.add(twice.data_ptr())
+            assert torch.equal(twice, x * 2) and torch.equal(places, x.nonzero())
+            del twice, places
+        assert len(seen) == 1, rows
+
+
 HOLDERS: dict[str, Callable[[torch.Tensor], Any]] = {
     "itself": lambda x: x,
     "a view": lambda x: x[3:5, 1],

@@ -18,6 +18,7 @@ from ..codegen.host import Storage
 from ..ir.exprs import evaluate
 from ..ir.node import Graph, Node, Value
 from ..ir.types import Dim, TensorType, simplify_dim
+from ..ir.verify import bound_symbols
 from ..ops.inplace import INPLACE
 
 __all__ = ["Buffers", "plan_buffers", "span_bytes"]
@@ -89,7 +90,7 @@ def plan_buffers(
     kept: tuple[Value, ...] = ()
     parts: dict[Value, tuple[Value, int]] = {}
     if keep is not None:
-        for some in _worth_keeping(made, death, keep):
+        for some in _worth_keeping(graph, made, death, keep, hints):
             inside = _parts(graph, some, made, death)
             then = _Level(graph, roots, death, hints, inside, some)
             if then.peak <= level.peak:
@@ -191,17 +192,27 @@ def _bytes(t: object, hints: Mapping[str, int]) -> int:
     if not isinstance(t, TensorType):
         return 0
     size = span_bytes(t)
-    names = {s.name for s in size.free_symbols} if not isinstance(size, int) else set()
-    return int(evaluate(size, {n: hints.get(n, 1) for n in names}))
+    return int(evaluate(size, {n: hints.get(n, 1) for n in _symbols(size)}))
 
 
-def _worth_keeping(made: Mapping[Value, int], death: Mapping[Value, int], least: int) -> list[tuple[Value, ...]]:
-    """Large values that leave the graph: all of them, and the largest alone."""
-    sizes = {v: span_bytes(v.type) for v in made if v not in death and isinstance(v.type, TensorType)}
-    large = [v for v, n in sizes.items() if isinstance(n, int) and n >= least]
+def _symbols(size: Dim) -> set[str]:
+    return set() if isinstance(size, int) else {s.name for s in size.free_symbols}
+
+
+def _worth_keeping(
+    graph: Graph, made: Mapping[Value, int], death: Mapping[Value, int], least: int, hints: Mapping[str, int]
+) -> list[tuple[Value, ...]]:
+    """Large values that leave the graph: all of them, and the largest alone. Sizes must be known when a call begins."""
+    late = {name for node in graph.nodes for name in bound_symbols(node)}
+    sizes = {
+        v: _bytes(v.type, hints)
+        for v in made
+        if v not in death and isinstance(v.type, TensorType) and late.isdisjoint(_symbols(span_bytes(v.type)))
+    }
+    large = [v for v, n in sizes.items() if n >= least]
     if not large:
         return []
-    most = max(large, key=lambda v: sizes[v])  # type: ignore[arg-type, return-value]
+    most = max(large, key=lambda v: sizes[v])
     return [tuple(large), (most,)] if len(large) > 1 else [(most,)]
 
 
@@ -209,15 +220,16 @@ def _parts(
     graph: Graph, kept: tuple[Value, ...], made: Mapping[Value, int], death: Mapping[Value, int]
 ) -> dict[Value, tuple[Value, int]]:
     """Values that are dead before a kept result is written -> that result, and where in its memory they live."""
-    room = {h: int(span_bytes(h.type)) for h in kept}  # type: ignore[arg-type]
-    alive: dict[Value, list[tuple[int, int, int]]] = {h: [] for h in kept}  # offset, end, death
+    spans = {h: span_bytes(h.type) for h in kept if isinstance(h.type, TensorType)}
+    room = {h: n for h, n in spans.items() if isinstance(n, int)}
+    alive: dict[Value, list[tuple[int, int, int]]] = {h: [] for h in room}  # offset, end, death
     found: dict[Value, tuple[Value, int]] = {}
     for at, node in enumerate(graph.nodes):
         for v in node.outs:
             size = span_bytes(v.type) if v in made and v in death and isinstance(v.type, TensorType) else 0
             if not isinstance(size, int) or size < _PART:
                 continue
-            for h in kept:
+            for h in room:
                 if death[v] >= made[h]:
                     continue
                 alive[h] = [a for a in alive[h] if a[2] >= at]
