@@ -2,8 +2,9 @@
 
 A layer ``name`` is ``name.weight_packed`` (int32 ``[n, ceil(k / per)]``, codes along k), ``name.weight_scale`` ``[n,
 groups]``, ``name.weight_shape``, and, where codes do not count from the middle, ``name.weight_zero_point`` (int32
-``[ceil(n / per), groups]``, packed along n). Experts' matrices are layers of their own (``files_stacks``). Everything
-else keeps its name. ``config.json`` says what was done, as others who read the layout expect it; scales are written in
+``[ceil(n / per), groups]``, packed along n); where channels of a group do not lie side by side, ``name.weight_g_idx``
+(int32 ``[k]``) is the group of each. Experts' matrices are layers of their own (``files_stacks``). Everything else
+keeps its name. ``config.json`` says what was done, as others who read the layout expect it; scales are written in
 float32.
 """
 
@@ -58,7 +59,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     check(bool(layers or sparse or stacks), lambda: "save_quantized: no layer of this model is quantized")
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    inside = {f"{n}.{part}" for n in layers for part in ("words", "scale", "zero", "divisor", "sign")}
+    inside = {f"{n}.{part}" for n in layers for part in ("words", "scale", "zero", "divisor", "sign", "order")}
     inside |= {f"{n}.{part}" for n in sparse for part in ("values", "mask")}
     inside |= {f"{n}.{part}" for n in stacks for part in ("words", "scale", "zero")}
     for name, value in model.state_dict(keep_vars=False).items():
@@ -101,7 +102,7 @@ def write_whole(file: Path, write: Any) -> None:
 
 def _packed(name: str, layer: QuantLinear) -> dict[str, Tensor]:
     _need_words(name, layer.format, layer.extra_repr(), layer.divisor is None and layer.sign is None)
-    return packed_tensors(layer.words, layer.scale, layer.zero, layer.format.bits, layer.in_features)
+    return packed_tensors(layer.words, layer.scale, layer.zero, layer.format.bits, layer.in_features, layer.order)
 
 
 def _need_words(name: str, format: Format, what: str, plain: bool = True) -> None:
@@ -115,21 +116,22 @@ def _need_words(name: str, format: Format, what: str, plain: bool = True) -> Non
 
 
 def _said(model: nn.Module, layers: dict[str, QuantLinear], stacks: dict[str, Stack]) -> dict[str, Any]:
-    groups: dict[tuple[Format, Format | None], list[str]] = {}
+    groups: dict[tuple[Format, Format | None, bool], list[str]] = {}
     for name, layer in layers.items():
-        groups.setdefault((layer.format, layer.activation), []).append(name)
+        groups.setdefault((layer.format, layer.activation, layer.order is not None), []).append(name)
     for name, stack in stacks.items():
         owner, own = stack_of(name)
         module = model.get_submodule(owner)
-        groups.setdefault((stack.format, inputs_of(module)), []).extend(names_of_stack(owner, own, module, stack))
+        given = stack.format, inputs_of(module), False
+        groups.setdefault(given, []).extend(names_of_stack(owner, own, module, stack))
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "version": _VERSION,
         "config_groups": {
-            f"group_{i}": words_of(*formats, ["Linear"] if len(groups) == 1 else names)
-            for i, (formats, names) in enumerate(groups.items())
+            f"group_{i}": words_of(weight, inputs, ["Linear"] if len(groups) == 1 else names, ordered)
+            for i, ((weight, inputs, ordered), names) in enumerate(groups.items())
         },
         "ignore": [n for n, m in model.named_modules() if type(m) is nn.Linear],
     }
@@ -197,7 +199,7 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
         setattr(model.get_submodule(parent), last, two)
     left = model.load_state_dict(tensors, strict=False, assign=True)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    inside = {f"{n}.{p}" for n in names for p in ("words", "scale", "zero", "divisor", "sign")}
+    inside = {f"{n}.{p}" for n in names for p in ("words", "scale", "zero", "divisor", "sign", "order")}
     inside |= {f"{n}.{p}" for n in sparse for p in ("values", "mask")}
     stacks = [n for n, m in model.named_modules() if isinstance(m, Stack)]
     inside |= {f"{n}.{p}" for n in stacks for p in ("words", "scale", "zero")}
@@ -230,6 +232,6 @@ def _read(name: str, layer: nn.Module, parts: dict[str, Tensor | None], said: di
     if type(layer) is not nn.Linear:
         raise TesselError(f"load_quantized: {name} is a linear layer in the file, {type(layer).__name__} in the model")
     n, k = layer.out_features, layer.in_features
-    quantized, activation = read_packed(name, parts, said, (n, k))
+    quantized, activation, order = read_packed(name, parts, said, (n, k))
     own = nn.Linear(k, n, layer.bias is not None, device=quantized.codes.device, dtype=layer.weight.dtype)
-    return QuantLinear.of(own, quantized, activation)
+    return QuantLinear.of(own, quantized, activation, order=order)

@@ -27,7 +27,7 @@ __all__ = [
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape")
 """Tensors of a matrix that must be there; ``PARTS_TOO`` may be."""
-PARTS_TOO = ("weight_zero_point",)
+PARTS_TOO = ("weight_zero_point", "weight_g_idx")
 
 
 def has_words(f: Format) -> bool:
@@ -35,8 +35,13 @@ def has_words(f: Format) -> bool:
     return f.kind == "int" and f.bits in (4, 8) and not f.minimum
 
 
-def packed_tensors(words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, k: int) -> dict[str, Tensor]:
-    """The tensors of a matrix ``[n, k]``, stored as ``linear.stored`` says."""
+def packed_tensors(
+    words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, k: int, order: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a matrix ``[n, k]``, stored as ``linear.stored`` says; channels in an ``order`` go back to their
+    places, and each says which group it is in."""
+    if order is not None:
+        words = pack(unpack(words, bits, k)[:, order.argsort()], bits)
     out = {
         "weight_packed": words.contiguous(),
         "weight_scale": scale.contiguous(),
@@ -44,15 +49,18 @@ def packed_tensors(words: Tensor, scale: Tensor, zero: Tensor | None, bits: int,
     }
     if zero is not None:
         out["weight_zero_point"] = pack(zero.t().round().long(), bits).t().contiguous()
+    if order is not None:
+        out["weight_g_idx"] = (order.argsort() // (k // scale.shape[1])).int()
     return out
 
 
-def words_of(weight: Format, activation: Format | None, targets: list[str]) -> dict[str, Any]:
-    """A group of the configuration: matrices of one format whose inputs are of one."""
+def words_of(weight: Format, activation: Format | None, targets: list[str], ordered: bool = False) -> dict[str, Any]:
+    """A group of the configuration: matrices of one format whose inputs are of one, in ``ordered`` channels or not."""
     f = weight
     strategy = "channel" if f.group == WHOLE_ROW else "group" if f.group > 0 else "tensor"
     own = {"num_bits": f.bits, "type": "int", "symmetric": f.symmetric, "strategy": strategy, "dynamic": False}
     own |= {"group_size": f.group if f.group > 0 else None}
+    own |= {"actorder": "group"} if ordered else {}
     inputs = None
     if activation is not None:
         inputs = {"num_bits": activation.bits, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -109,8 +117,8 @@ def activation_of(name: str, group: dict[str, Any]) -> Format | None:
 
 def read_packed(
     name: str, parts: dict[str, Tensor | None], said: dict[str, Any], size: tuple[int, int]
-) -> tuple[Quantized, Format | None]:
-    """A matrix out of its tensors, and what its inputs are rounded to.
+) -> tuple[Quantized, Format | None, Tensor | None]:
+    """A matrix out of its tensors, what its inputs are rounded to, and the order of its channels if they are moved.
 
     Args:
         said: the words of the configuration.
@@ -150,11 +158,13 @@ def read_packed(
         lambda: f"load_quantized: {name} is symmetric and has a weight_zero_point that is not zero",
     )
     check(bool(torch.isfinite(scale.float()).all()), lambda: f"load_quantized: {name}: scales that are NaN or infinite")
+    order = _order(name, parts["weight_g_idx"], k, groups)
     codes = unpack(words, bits, k).float()
+    codes = codes if order is None else codes[:, order]
     format = integers(bits, WHOLE_ROW if groups == 1 else k // groups, symmetric)
     activation = activation_of(name, group)
     if symmetric:
-        return Quantized(codes - 2 ** (bits - 1), scale.float(), format), activation
+        return Quantized(codes - 2 ** (bits - 1), scale.float(), format), activation, order
     assert zero is not None
     rows = -(-n // per)
     check(
@@ -162,4 +172,15 @@ def read_packed(
         lambda: f"load_quantized: {name}: zero points {tuple(zero.shape)} of {n} x {k} in {groups} groups",
     )
     zeros = unpack(zero.t().contiguous(), bits, n).t().float()
-    return Quantized(codes, scale.float(), format, zeros), activation
+    return Quantized(codes, scale.float(), format, zeros), activation, order
+
+
+def _order(name: str, group: Tensor | None, k: int, groups: int) -> Tensor | None:
+    """The channels, those of the first group first; None where they lie so."""
+    if group is None or bool((group == -1).all()):  # other writers fill it with -1 where channels are in no order
+        return None
+    fits = group.shape == (k,) and not group.is_floating_point() and int(group.min()) >= 0 and int(group.max()) < groups
+    even = fits and bool((group.long().bincount(minlength=groups) == k // groups).all())
+    check(even, lambda: f"load_quantized: {name}: weight_g_idx does not put {k} channels in {groups} equal groups")
+    order = group.long().argsort(stable=True)
+    return None if torch.equal(order, torch.arange(k, device=order.device)) else order

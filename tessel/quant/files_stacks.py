@@ -87,7 +87,9 @@ def load_stacks(
 
     def matrix(name: str, n: int, k: int) -> Quantized:
         check(name in names, lambda: f"load_quantized: {name} is missing, others are there")
-        made, activation = read_packed(name, {x: take(f"{name}.{x}") for x in (*PARTS, *PARTS_TOO)}, said, (n, k))
+        parts = {x: take(f"{name}.{x}") for x in (*PARTS, *PARTS_TOO)}
+        made, activation, order = read_packed(name, parts, said, (n, k))
+        check(order is None, lambda: f"load_quantized: {name}: experts whose channels are in an order cannot be read")
         left.discard(name)
         inputs.add(activation)
         return made

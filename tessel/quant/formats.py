@@ -35,6 +35,7 @@ __all__ = [
     "WHOLE_TENSOR",
     "Format",
     "Quantized",
+    "block_floats",
     "integers",
     "quantize",
     "round_float",
@@ -102,6 +103,19 @@ def integers(bits: int, group: int = WHOLE_ROW, symmetric: bool = True, minimum:
     check(least <= bits <= 8, lambda: f"an integer format of {bits} bits: {least} to 8 are possible")
     check(group >= WHOLE_TENSOR, lambda: f"a group of {group} values: at least 1, or WHOLE_ROW or WHOLE_TENSOR")
     return Format("int", bits, group, symmetric and not minimum, minimum=minimum)
+
+
+def block_floats(bits: int, group: int = 32) -> Format:
+    """Block floating point: integers whose group shares an exponent, a power of two (OCP's MXINT8 is that of 8 bits).
+
+    Raises:
+        TesselError: a number of bits or a group that is none.
+
+    >>> quantize(torch.tensor([[5.0, -1.1, 0.2, 3.0]]), block_floats(4, 4)).dequantize()
+    tensor([[ 5., -1.,  0.,  3.]])
+    """
+    check(group > 0, lambda: f"a block of {group} values: at least 1")
+    return replace(integers(bits, group), scale="e8m0")
 
 
 # NF4: quantiles of a normal distribution, so that each code is as likely (Dettmers et al., "QLoRA", appendix E).

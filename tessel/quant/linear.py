@@ -130,6 +130,8 @@ class QuantLinear(nn.Module):
         table: float32 ``[2 ** bits]`` of formats that are not integers, or None.
         divisor: ``[k]`` what x is divided by, the weight's columns multiplied (SmoothQuant, AWQ), or None.
         sign: ``[k]`` of a rotation of x and the weight's columns, or None.
+        order: int64 ``[k]``, the channel of x (divided and rotated) that each column of the codes is multiplied by, or
+            None: as they come.
     """
 
     words: Tensor
@@ -138,6 +140,7 @@ class QuantLinear(nn.Module):
     table: Tensor | None
     divisor: Tensor | None
     sign: Tensor | None
+    order: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -161,11 +164,12 @@ class QuantLinear(nn.Module):
         activation: Format | None = None,
         divisor: Tensor | None = None,
         sign: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> QuantLinear:
         """The layer with another weight ``[n, k]`` (of the layer's dtype, bias and device).
 
         Args:
-            weight: of the columns times ``divisor`` and rotated by ``sign``, where these are given.
+            weight: of the columns times ``divisor``, rotated by ``sign`` and put in ``order``, where these are given.
         """
         n, k = weight.codes.shape
         own: Any = layer
@@ -174,6 +178,7 @@ class QuantLinear(nn.Module):
             made.register_buffer(name, part, persistent=name != "table")
         made.register_buffer("divisor", None if divisor is None else divisor.to(device, own.weight.dtype))
         made.register_buffer("sign", None if sign is None else sign.to(device, own.weight.dtype))
+        made.register_buffer("order", None if order is None else order.to(device))
         bias = getattr(own, "bias", None)
         made.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         made.train(layer.training)
@@ -181,9 +186,12 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the codes stand for, ``[n, k]``, of inputs as they come (neither divided nor rotated)."""
+        """The weight that the codes stand for, ``[n, k]``, of inputs as they come (neither divided, nor rotated, nor in
+        another order)."""
         args = (self.words, self.scale, self.zero, self.table, self.format.bits, self.in_features)
         made = dequantized(*args, torch.float32)
+        if self.order is not None:
+            made = made[:, self.order.argsort()]
         if self.sign is not None:  # the transform without signs is its own inverse
             made = rotate(made) * self.sign.float()
         if self.divisor is not None:
@@ -198,7 +206,9 @@ class QuantLinear(nn.Module):
     def _met(self, x: Tensor) -> Tensor:
         if self.divisor is not None:
             x = x / self.divisor
-        return x if self.sign is None else rotate(x, self.sign)
+        if self.sign is not None:
+            x = rotate(x, self.sign)
+        return x if self.order is None else x[..., self.order]
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., k]`` -> ``[..., n]``."""

@@ -36,7 +36,7 @@ from .sparse import SparseLinear, sparse_layer
 from .speed import multiplied_as, seconds, sparse_seconds
 from .sqnr import expected, sqnr_of
 from .stacks import quantize_stacks
-from .transforms import awq_scales, outliers, signs, smooth_scales
+from .transforms import awq_scales, channel_order, outliers, signs, smooth_scales
 
 __all__ = ["METHODS", "quantize_model"]
 
@@ -51,6 +51,7 @@ METHODS = {
 }
 _NEED_DATA = {"gptq", "turboboa", "smoothquant", "awq"}
 _CLIPS = [1 - 0.025 * i for i in range(21)]
+_ORDER_MATTERS = 0.5  # dB that an order of channels must gain
 _ROWS_MATTER = 1.05  # times: what rows could gain by making up for each other before it is worth the time
 
 
@@ -312,15 +313,20 @@ def _layer(
         if "hadamard" in steps:
             sign = signs(k)
         ready = weight if divisor is None and sign is None else divided(weight, divisor, sign)
-        quantized, why = _round(ready, format, steps, seen, divisor, sign)
+        h = _gram(seen, divisor, sign)
+        order = _order(ready, format, shards, h) if s.ordered else None
+        if order is not None:
+            ready, h = ready[:, order], None if h is None else h[order][:, order]
+        quantized, why = _round(ready, format, steps, h, None if seen is None else seen.outputs)
     except TesselError as e:
         raise TesselError(f"quantize: {name}: {e}") from e
-    made = QuantLinear.of(layer, quantized, s.activation, divisor, sign)
+    made = QuantLinear.of(layer, quantized, s.activation, divisor, sign, order)
     after = sum(t.numel() * t.element_size() for t in (*made.buffers(), *made.parameters()))
     group = k if format.group == WHOLE_ROW else format.group
-    uniform = format.kind == "int" and format.symmetric and group > 0
+    uniform = format.kind == "int" and format.symmetric and group > 0 and format.scale == "f32"
     closed = expected(format.bits, group) if uniform else None
     got, how = sqnr_of((ready[part], own) for part, own in quantized.blocks()), _words(format, s.activation)
+    how += "" if order is None else ", channels in order"
     row = LayerReport(name, (n, k), how, got, closed, odd, before, after, why or fallback, kurtosis, speed)
     return made, row
 
@@ -335,7 +341,7 @@ def _stacks(
     note = f"rounded to nearest: {' and '.join(more)} of experts is not known" if more else ""
     return quantize_stacks(
         model, format, _words(format, None), lambda name: _skipped(name, skip),
-        lambda one: _round(one, format, own, None, None, None)[0], note, s.activation,
+        lambda one: _round(one, format, own, None, None)[0], note, s.activation,
     )  # fmt: skip
 
 
@@ -343,22 +349,16 @@ def _round(
     weight: Tensor,
     format: Format,
     steps: Sequence[str],
-    seen: Seen | None,
-    divisor: Tensor | None,
-    sign: Tensor | None,
+    h: Tensor | None,
+    outputs: Tensor | None,
 ) -> tuple[Quantized, str]:
     """The codes, and what could not be done."""
-    if ("gptq" in steps or "turboboa" in steps) and seen is not None and seen.gram is not None:
-        h = seen.gram
-        if divisor is not None:
-            h = h / divisor.double() / divisor.double()[:, None]
-        if sign is not None:
-            h = divided(divided(h, None, sign).T, None, sign).double()
+    if ("gptq" in steps or "turboboa" in steps) and h is not None:
         note = ""
         if "turboboa" in steps:
-            gain = 1.0 if seen.outputs is None else rows_gain(seen.outputs)
-            if seen.outputs is not None and gain >= _ROWS_MATTER:
-                made = turboboa(weight, h, seen.outputs, format)
+            gain = 1.0 if outputs is None else rows_gain(outputs)
+            if outputs is not None and gain >= _ROWS_MATTER:
+                made = turboboa(weight, h, outputs, format)
                 return made.weight, made.fallback
             note = f"by gptq: its rows hardly matter to each other ({gain:.2f} times at most)"
         done = gptq(weight, h, format)
@@ -367,6 +367,29 @@ def _round(
         return quantize(weight, format), ""
     tried = (quantize(weight, format, clip) for clip in _CLIPS)
     return max(tried, key=lambda q: sqnr_of((weight[part], own) for part, own in q.blocks())), ""
+
+
+def _gram(seen: Seen | None, divisor: Tensor | None, sign: Tensor | None) -> Tensor | None:
+    """``X^T X`` of the inputs that the weight meets, ``[k, k]`` float64; None where it was not looked at."""
+    if seen is None or seen.gram is None:
+        return None
+    h = seen.gram
+    if divisor is not None:
+        h = h / divisor.double() / divisor.double()[:, None]
+    return h if sign is None else divided(divided(h, None, sign).T, None, sign).double()
+
+
+def _order(weight: Tensor, format: Format, shards: int, h: Tensor | None) -> Tensor | None:
+    """The order of channels in which rounding errs less, by the energy of the inputs where that is known; None where it
+    hardly matters: x need not be moved then. Without an order, a channel that sticks out is rounded better, alone in
+    its group, and all others of the group worse: which counts is a matter of what they are multiplied by."""
+    order = channel_order(weight, shards)
+    size = torch.ones(weight.shape[1]) if h is None else h.diagonal().clamp(min=0).sqrt().float()
+
+    def got(w: Tensor, by: Tensor) -> float:
+        return sqnr_of((w[part] * by, own * by) for part, own in quantize(w, format).blocks())
+
+    return order if got(weight[:, order], size[order]) >= got(weight, size) + _ORDER_MATTERS else None
 
 
 def _words(weight: Format, activation: Format | None) -> str:

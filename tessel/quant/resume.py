@@ -151,7 +151,7 @@ class Work:
         n, k = row.shape
         made = QuantLinear(k, n, scheme.weight, scheme.activation, dtype)
         device = next(whole.parameters()).device
-        for key in ("words", "scale", "zero", "table", "divisor", "sign"):
+        for key in ("words", "scale", "zero", "table", "divisor", "sign", "order"):
             value = tensors.get(key)
             made.register_buffer(key, None if value is None else value.to(device), persistent=key != "table")
         bias: Any = getattr(whole, "bias", None)

@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass, replace
 
 from ..errors import TesselError, check, nearest
-from .formats import FORMATS, WHOLE_ROW, WHOLE_TENSOR, Format, integers
+from .formats import FORMATS, WHOLE_ROW, WHOLE_TENSOR, Format, block_floats, integers
 
 __all__ = ["NAMES", "Scheme", "scheme"]
 
@@ -36,6 +36,8 @@ class Scheme:
             for all tokens), values along the channels (Liu et al., "KIVI").
         recent: tokens of the cache that stay whole.
         sparse: of each four weights two are zero (2:4).
+        ordered: channels of a weight of like size lie side by side, in an order chosen for each layer when it is
+            quantized, so that they share a scale.
     """
 
     name: str
@@ -45,18 +47,21 @@ class Scheme:
     values: Format | None = None
     recent: int = 0
     sparse: bool = False
+    ordered: bool = False
 
     def __repr__(self) -> str:
         parts = [f"{what} {_words(f)}" for what in _TENSORS if (f := getattr(self, what)) is not None]
-        parts += ["2:4 sparse"] * self.sparse
+        parts += ["2:4 sparse"] * self.sparse + ["channels in order"] * self.ordered
         return f"Scheme({self.name!r}: {', '.join(parts) or 'nothing'})"
 
 
 _TENSORS = ("weight", "activation", "keys", "values")
 _INTEGER = re.compile(r"w(?P<w>[1-8])a(?P<a>16|8)(?:-(?:g(?P<group>\d+)|(?P<channel>channel)))?(?P<asym>-asym)?\Z")
+_BLOCKS = re.compile(r"bfp(?P<bits>[2-8])a16(?:-g(?P<group>[1-9]\d*))?\Z")
 _CACHE = re.compile(r"kv(?P<bits>[248])\Z")
 _RECENT = 128  # tokens that KIVI keeps whole
 _CACHE_GROUP = 32  # KIVI's group
+_BLOCK = 32  # values of a block in the MX formats
 
 _NAMED: dict[str, Scheme] = {
     "fp8": Scheme("fp8", FORMATS["e4m3"], FORMATS["e4m3"]),
@@ -71,7 +76,7 @@ _NAMED: dict[str, Scheme] = {
     "ternary": Scheme("ternary", FORMATS["ternary"]),
     "2:4": Scheme("2:4", sparse=True),
 }
-NAMES = ("w4a16", "w8a16", "w8a8", "w4a8", "w3a16", "w2a16", "kv8", "kv4", "kv2", *_NAMED)
+NAMES = ("w4a16", "w8a16", "w8a8", "w4a8", "w3a16", "w2a16", "bfp8a16", "bfp4a16", "kv8", "kv4", "kv2", *_NAMED)
 """Schemes by name, and examples of those whose names say their bits."""
 
 
@@ -79,7 +84,8 @@ def scheme(name: str) -> Scheme:
     """The scheme of a name; several joined by ``+`` (``"w4a16+kv4"`` or ``"w4a16-kv4"``) each say of their own tensors.
 
     ``w<bits>a16``: weights alone, 8 bits a row, fewer in groups of 128, or as ``-g32``, ``-channel`` says; ``-asym``:
-    with a zero point. ``w<bits>a8``: inputs too, 8 bits, a scale a token. ``kv<bits>``: the attention cache.
+    with a zero point. ``w<bits>a8``: inputs too, 8 bits, a scale a token. ``bfp<bits>a16[-g<group>]``: weights in block
+    floating point, 32 channels of like size to an exponent. ``kv<bits>``: the attention cache.
 
     Raises:
         TesselError: there is no such name, or two parts say of one tensor.
@@ -87,7 +93,7 @@ def scheme(name: str) -> Scheme:
     parts = [_one(part) for part in name.replace("-kv", "+kv").split("+")]
     whole = Scheme(name)
     for part in parts:
-        for what in (*_TENSORS, "recent", "sparse"):
+        for what in (*_TENSORS, "recent", "sparse", "ordered"):
             value = getattr(part, what)
             if value in (None, 0, False):
                 continue
@@ -102,11 +108,13 @@ def _one(name: str) -> Scheme:
     if found := _CACHE.match(name):
         own = replace(integers(int(found["bits"]), _CACHE_GROUP, minimum=True), scale="f16")
         return Scheme(name, keys=own, values=own, recent=_RECENT)
+    if found := _BLOCKS.match(name):
+        return Scheme(name, block_floats(int(found["bits"]), int(found["group"] or _BLOCK)), ordered=True)
     found = _INTEGER.match(name)
     if found is None:
         close = nearest(name, NAMES)
         hint = f"did you mean {close!r}? " if close else ""
-        forms = f"w<bits>a16[-g<group>|-channel], w<bits>a8, kv<bits>, {', '.join(_NAMED)}"
+        forms = f"w<bits>a16[-g<group>|-channel], w<bits>a8, bfp<bits>a16[-g<group>], kv<bits>, {', '.join(_NAMED)}"
         raise TesselError(f"unknown scheme {name!r}; {hint}{forms}")
     bits = int(found["w"])
     group = int(found["group"]) if found["group"] else WHOLE_ROW if found["channel"] or bits == 8 else GROUP

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import check
 from .formats import Format, quantize
 
-__all__ = ["awq_scales", "hadamard", "outliers", "rotate", "signs", "smooth_scales"]
+__all__ = ["awq_scales", "channel_order", "hadamard", "outliers", "rotate", "signs", "smooth_scales"]
 
 
 def smooth_scales(largest: Tensor, weight: Tensor, alpha: float = 0.5) -> Tensor:
@@ -94,6 +94,25 @@ def rotate(x: Tensor, sign: Tensor | None = None) -> Tensor:
 def hadamard(size: int, sign: Tensor | None = None) -> Tensor:
     """The matrix R of ``rotate``, ``[size, size]``: ``rotate(x, sign) == x @ hadamard(size, sign)``."""
     return rotate(torch.eye(size), sign)
+
+
+def channel_order(weight: Tensor, shards: int = 1) -> Tensor:
+    """The channels of a weight ``[n, k]``, the largest (by energy) first, each in its own of ``shards`` parts of k.
+
+    What shares a scale is then of like size: a channel that sticks out costs others of its size few bits, and small
+    ones none. A scale whose group holds one large channel rounds the rest of it to nothing.
+
+    Raises:
+        TesselError: the parts do not divide k.
+
+    >>> channel_order(torch.tensor([[1.0, 9.0, 2.0, 8.0]])), channel_order(torch.tensor([[1.0, 9.0, 2.0, 8.0]]), 2)
+    (tensor([1, 3, 2, 0]), tensor([1, 0, 3, 2]))
+    """
+    k = weight.shape[1]
+    check(k % shards == 0, lambda: f"channel_order: {shards} shards do not divide {k} channels")
+    energy = weight.float().square().sum(0).view(shards, k // shards)
+    places = energy.argsort(dim=1, descending=True, stable=True)
+    return (places + torch.arange(0, k, k // shards, device=places.device)[:, None]).flatten()
 
 
 def outliers(size: Tensor, most: int = 8) -> Sequence[tuple[int, float]]:
