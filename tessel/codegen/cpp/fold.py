@@ -20,7 +20,7 @@ __all__ = ["Fold", "Writer", "indented"]
 
 _LINE = 64  # bytes of a line of the caches
 _PAGE = 4096
-_EARLY = 16384  # bytes from what is read to what is asked for: some hundred lines on their way hide the latency
+_EARLY = 16384  # bytes from what is read to what is asked for, in the second cache: the first is not much larger
 
 _STEPS = {
     "sum": "{acc} += {v};",
@@ -128,7 +128,7 @@ class Writer:
         if nbytes < _LINE:
             return None
         later = size_text(row * -(-_EARLY // nbytes))
-        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {later});"
+        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {later}, 0, 2);"
 
     def along(self, load: Load, lane: Axis) -> str | None:
         """The line that asks for what a load reads a page further along ``lane``; None where that is no line."""
@@ -137,7 +137,8 @@ class Writer:
         steps = {atom.name: c for atom, c in index.terms if atom.kind == "var"}
         if load.access.mask or len(steps) < len(index.terms) or steps.get(lane.name) != 1:
             return None
-        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {_PAGE // param.type.dtype.itemsize});"
+        page = _PAGE // param.type.dtype.itemsize
+        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {page}, 0, 2);"
 
     def once_a_line(self, load: Load, text: str, pairs: bool = False) -> str:
         """A request made by the first only of the vectors, or pairs of them, ``u`` that lie in one line."""
