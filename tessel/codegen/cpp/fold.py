@@ -13,14 +13,14 @@ from ...tiles.kernel import Axis, Kernel, Load, Reduce
 from ..dialect import compute_dtype
 from .expr import Dims, Emitter
 from .space import Space
-from .vector import too_large
+from .vector import asked_into, too_large
 from .words import cast, identity, size_text, value_type
 
 __all__ = ["Fold", "Writer", "indented"]
 
 _LINE = 64  # bytes of a line of the caches
 _PAGE = 4096
-_EARLY = 16384  # bytes from what is read to what is asked for, in the second cache: the first is not much larger
+_EARLY = 16384  # bytes from what is read to what is asked for: some hundred lines on their way hide the latency
 
 _STEPS = {
     "sum": "{acc} += {v};",
@@ -128,7 +128,7 @@ class Writer:
         if nbytes < _LINE:
             return None
         later = size_text(row * -(-_EARLY // nbytes))
-        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {later}, 0, 2);"
+        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {later}{asked_into(_EARLY)});"
 
     def along(self, load: Load, lane: Axis) -> str | None:
         """The line that asks for what a load reads a page further along ``lane``; None where that is no line."""
@@ -138,7 +138,7 @@ class Writer:
         if load.access.mask or len(steps) < len(index.terms) or steps.get(lane.name) != 1:
             return None
         page = _PAGE // param.type.dtype.itemsize
-        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {page}, 0, 2);"
+        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {page}{asked_into(_EARLY)});"
 
     def once_a_line(self, load: Load, text: str, pairs: bool = False) -> str:
         """A request made by the first only of the vectors, or pairs of them, ``u`` that lie in one line."""

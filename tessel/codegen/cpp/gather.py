@@ -15,7 +15,7 @@ from ...tiles.index import Index, substitute
 from ...tiles.kernel import Axis, Kernel, Load, Param
 from .expr import Emitter
 from .text import coordinates, parts_of
-from .vector import first_cache
+from .vector import asked_into, first_cache
 
 __all__ = ["asked_early", "places_of_rows"]
 
@@ -59,7 +59,8 @@ def asked_early(
         where: lines that give the loops of a piece of work, ``item``, their places.
         row: lines that stand before the loop along the row.
     """
-    once = ", 0, 0" if e.past else ""  # read, and not needed again
+    # two rows are under way, one early and one earlier; what passes by the caches is read, and not needed again
+    once = asked_into(2 * _EARLY) or (", 0, 0" if e.past else "")
     known = [line for line in row if line.startswith("const ")]  # no store, and no error, before its time
     places: list[str] = []
     requests: list[str] = []
