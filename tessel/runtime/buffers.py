@@ -17,7 +17,7 @@ from itertools import accumulate
 from ..codegen.host import Storage
 from ..ir.exprs import evaluate
 from ..ir.node import Graph, Node, Value
-from ..ir.types import Dim, TensorType, simplify_dim
+from ..ir.types import Dim, TensorType, simplify_dim, symbols_of
 from ..ir.verify import bound_symbols
 from ..ops.inplace import INPLACE
 
@@ -192,11 +192,7 @@ def _bytes(t: object, hints: Mapping[str, int]) -> int:
     if not isinstance(t, TensorType):
         return 0
     size = span_bytes(t)
-    return int(evaluate(size, {n: hints.get(n, 1) for n in _symbols(size)}))
-
-
-def _symbols(size: Dim) -> set[str]:
-    return set() if isinstance(size, int) else {s.name for s in size.free_symbols}
+    return int(evaluate(size, {n: hints.get(n, 1) for n in symbols_of([size])}))
 
 
 def _worth_keeping(
@@ -207,7 +203,7 @@ def _worth_keeping(
     sizes = {
         v: _bytes(v.type, hints)
         for v in made
-        if v not in death and isinstance(v.type, TensorType) and late.isdisjoint(_symbols(span_bytes(v.type)))
+        if v not in death and isinstance(v.type, TensorType) and late.isdisjoint(symbols_of([span_bytes(v.type)]))
     }
     large = [v for v, n in sizes.items() if n >= least]
     if not large:

@@ -60,7 +60,7 @@ def asked_early(
         row: lines that stand before the loop along the row.
     """
     # two rows are under way, one early and one earlier; what passes by the caches is read, and not needed again
-    once = asked_into(2 * _EARLY) or (", 0, 0" if e.past else "")
+    into = asked_into(2 * _EARLY) or (", 0, 0" if e.past else "")
     known = [line for line in row if line.startswith("const ")]  # no store, and no error, before its time
     places: list[str] = []
     requests: list[str] = []
@@ -81,8 +81,8 @@ def asked_early(
             places.append(
                 f"const auto* const {name} = [&](i64 item) __attribute__((always_inline)) {{ {find} }}({item});"
             )
-        places.append(f"__builtin_prefetch(far{at}{once}); __builtin_prefetch(far{at} + (end - begin) - 1{once});")
-        requests.append(f"__builtin_prefetch(soon{at} + {lane.name} - begin{once});")
+        places.append(f"__builtin_prefetch(far{at}{into}); __builtin_prefetch(far{at} + (end - begin) - 1{into});")
+        requests.append(f"__builtin_prefetch(soon{at} + {lane.name} - begin{into});")
     return places, requests
 
 
