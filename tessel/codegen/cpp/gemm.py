@@ -1,10 +1,10 @@
 """The C++ header of register tiles: what every generated matrix product multiplies with.
 
-    text = gemm_header(get_target("cpu").features, [(8, 3)])
+    text = gemm_header(get_target("cpu").features, [(6, 4)])
 
 A tile of R rows and V vectors of columns keeps its R * V sums in registers. Its shape follows from the number of
-vector registers: 8 x 3 sums, three vectors of the right operand and one broadcast element fill 28 of 32
-(AVX-512); 4 x 3 fill the 16 of AVX2.
+vector registers: 6 x 4 sums, four vectors of the right operand and one broadcast element fill 29 of 32
+(AVX-512; 64 columns divide most sizes of layers); 4 x 3 fill the 16 of AVX2.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def register_tile(features: Collection[str]) -> tuple[int, int]:
     """The best shape for a CPU with these flags: rows, and vectors of columns.
 
     >>> register_tile(["avx512f"]), register_tile([])
-    ((8, 3), (4, 3))
+    ((6, 4), (4, 3))
     """
-    return (8, 3) if _simd(features) == "avx512" else (4, 3)
+    return (6, 4) if _simd(features) == "avx512" else (4, 3)
 
 
 def gemm_header(

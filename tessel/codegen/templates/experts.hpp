@@ -68,6 +68,13 @@ struct Matrices {
   INLINE gemm::Right<T, along> of(i64 e) const { return {at + e * apart, along ? spread * step : step}; }
 };
 
+// The panel which the same thread takes next, of columns from n0 on.
+template <class T, bool along>
+struct Next {
+  gemm::Right<T, along> of;
+  i64 n0;
+};
+
 template <class T, bool along>
 INLINE void pack(const Matrices<T, along>& b, i64 e, i64 n0, i64 columns, i64 k0, i64 ks, T* to) {
   const T* const from = b.place(e, n0, k0);
@@ -149,7 +156,7 @@ struct Desk {
 // A panel of one expert's product: finish(row, first column, end, sums) for each of its rows.
 template <class T, bool along, class Finish>
 INLINE int part_of_product(const T* a, i64 a_step, const Matrices<T, along>& b, i64 e, i64 r0, i64 rows, i64 n0,
-                           i64 columns, i64 k, const Desk<T>& desk, char* base, Finish finish) {
+                           i64 columns, i64 k, const Desk<T>& desk, char* base, const Next<T, along>& next, Finish finish) {
   const auto each = [=](i64, i64 row, i64 begin, i64 end, const float* got) __attribute__((always_inline)) -> int {
     return finish(row, begin, end, got);
   };
@@ -165,10 +172,11 @@ INLINE int part_of_product(const T* a, i64 a_step, const Matrices<T, along>& b, 
     return 0;
   };
   return gemm::panel(gemm::Rows<T>{a, a_step}, e, r0, rows, n0, columns, k, desk.part, desk.sums(base), desk.panel(base),
-                     nullptr, gemm::Nowhere{}, gemm::Nowhere{}, 0, packed, each);
+                     nullptr, b.of(e), next.of, next.n0, packed, each);
 }
 
-// One panel of every expert after another: experts differ in rows, panels do not.
+// One panel of every expert after another: experts differ in rows, panels do not. The body gets the expert and the column
+// of the panel that its thread takes next, too.
 template <class T, class Body>
 INLINE int panels(const Routes& r, i64 n, i64 work, const Desk<T>& desk, i64 threads, Body body) {
   const i64 all_panels = ceil_div(n, WIDTH), bytes = desk.bytes();
@@ -180,7 +188,10 @@ INLINE int panels(const Routes& r, i64 n, i64 work, const Desk<T>& desk, i64 thr
     int bad = 0;
     for (i64 item = first; item < last; ++item) {
       const i64 e = item % r.experts, n0 = item / r.experts * WIDTH, r0 = r.begin(e), rows = r.ends[e] - r0;
-      if (rows > 0) bad |= body(e, r0, rows, n0, min(WIDTH, n - n0), base + mine * bytes);
+      i64 later = item;
+      while (later + 1 < last && r.ends[++later % r.experts] == r.begin(later % r.experts)) {}
+      if (rows > 0)
+        bad |= body(e, r0, rows, n0, min(WIDTH, n - n0), base + mine * bytes, later % r.experts, later / r.experts * WIDTH);
     }
     return bad;
   });
@@ -190,8 +201,8 @@ template <class T, bool along, class Finish>
 INLINE int product(const Routes r, const T* a, i64 a_step, const Matrices<T, along> b, i64 n, i64 k, i64 threads, Finish finish) {
   const Desk<T> desk(k, r.longest(), 0);
   return panels(r, n, r.rows() * n * (k / 8 + 1), desk, threads,
-      [=](i64 e, i64 r0, i64 rows, i64 n0, i64 columns, char* base) __attribute__((always_inline)) -> int {
-    return part_of_product(a, a_step, b, e, r0, rows, n0, columns, k, desk, base,
+      [=](i64 e, i64 r0, i64 rows, i64 n0, i64 columns, char* base, i64 later, i64 column) __attribute__((always_inline)) -> int {
+    return part_of_product(a, a_step, b, e, r0, rows, n0, columns, k, desk, base, Next<T, along>{b.of(later), column},
         [=](i64 row, i64 begin, i64 end, const float* sums) __attribute__((always_inline)) -> int {
       return finish(e, row, begin, end, sums);
     });
@@ -242,15 +253,16 @@ INLINE int forward(const Layer<T> y, T* out, T* pre, i64 threads) {
   const Matrices<T, !turned> ups = {y.gate_up + (turned ? y.up_at(0) : y.up_at(0) * h), 2 * in * h, step, spread};
   const Desk<T> desk(h, r.longest(), r.longest());
   int bad = panels(r, in, r.rows() * 2 * in * (h / 8 + 1), desk, threads,
-      [=](i64 e, i64 r0, i64 rows, i64 n0, i64 columns, char* base) __attribute__((always_inline)) -> int {
+      [=](i64 e, i64 r0, i64 rows, i64 n0, i64 columns, char* base, i64 later, i64 column) __attribute__((always_inline)) -> int {
     float* const kept = desk.keep(base);
-    int bad = part_of_product(rows_x, h, gates, e, r0, rows, n0, columns, h, desk, base,
+    const Next<T, !turned> up = {ups.of(e), n0}, gate = {gates.of(later), column};
+    int bad = part_of_product(rows_x, h, gates, e, r0, rows, n0, columns, h, desk, base, up,
         [=](i64 row, i64 begin, i64 end, const float* sums) __attribute__((always_inline)) -> int {
       float* const to = kept + (row - r0) * WIDTH;
       for (i64 j = 0; j < WIDTH; j += W) put(to + j, get<vf>(sums + j, Full{}), Full{});
       return 0;
     });
-    return bad | part_of_product(rows_x, h, ups, e, r0, rows, n0, columns, h, desk, base,
+    return bad | part_of_product(rows_x, h, ups, e, r0, rows, n0, columns, h, desk, base, gate,
         [=](i64 row, i64 begin, i64 end, const float* sums) __attribute__((always_inline)) -> int {
       float* const g = kept + (row - r0) * WIDTH;
       alignas(64) float u[WIDTH];

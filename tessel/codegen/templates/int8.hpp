@@ -254,24 +254,28 @@ INLINE int few_rows(const Layer<T> a, const Inputs q, i64 threads) {
 template <int R>
 [[maybe_unused]] static __attribute__((noinline)) void tile(const i8* x, i64 step, const u32* b, i64 words, i32* to, bool add, const Ahead& next) {
   constexpr int V = WIDTH / LANES;
-  const Ahead far = next;
+  const char* far = next.at;
   vi c[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) c[r][v] = vi{};
-  for (i64 p = 0; p < words; ++p, b += WIDTH) {
-    far.fetch(p);
-    vu w[V];
+  for (i64 left = words; left > 0; left -= 16, far += next.wrap)
+    for (i64 p = min(left, 16); p > 0; --p, b += WIDTH) {
+      __builtin_prefetch(far, 0, 2);
+      far += next.step;
+      vu w[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) w[v] = at(b + v * LANES);
+      for (int v = 0; v < V; ++v) w[v] = at(b + v * LANES);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const vu s = all(pair((const u16*)(x + r * step + 4 * p)));
+      for (int r = 0; r < R; ++r) {
+        const vu s = all(pair((const u16*)(x + r * step)));
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) dot4(c[r][v], w[v], s);
+        for (int v = 0; v < V; ++v) dot4(c[r][v], w[v], s);
+      }
+      x += 4;
+      asm("" : "+r"(x));  // one pointer for all rows
     }
-  }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -370,7 +374,7 @@ INLINE int many_rows(const Layer<T> a, const Inputs q, i64 threads) {
           const i64 r = rows * t / tiles, end = rows * (t + 1) / tiles;
           const i8* const x = q.codes + (r0 + r) * q.step + k0;
           float* const c = sums + (parts > 1 ? r * WIDTH : 0);
-          Ahead far = {(const char*)to, 0, 0, 0, 0};
+          Ahead far = {(const char*)to, 0, 0};
           if (BITS == 8) far = d + 1 < parts ? right.ahead(n0, (k0 + part) / 4, t, to) : right.ahead(later, 0, t, to);
           if (one) tile_of(end - r, x, q.step, to, ceil_div(ks, 4), (i32*)c, d > 0, far);
           else

@@ -10,7 +10,7 @@ namespace tessel::loss {
 enum { NO_CLASS = 8 };  // a target that is none: which one is in `wrong`
 
 constexpr i64 WIDTH = gemm::WIDTH;
-constexpr i64 SPAN = WIDTH * 42;  // classes that are folded one after another: their number decides the bits, not the threads'
+constexpr i64 SPAN = WIDTH * 32;  // classes that are folded one after another: their number decides the bits, not the threads'
 constexpr i64 TOKENS = 1024;      // whose logits' gradients are held at a time
 constexpr i64 HELD = 3 << 22;     // exponentials that are held at a time,
 constexpr i64 AT_ONCE = 1 << 26;  // or all of them, in so many bytes: the weights' gradient needs no sums then
