@@ -57,7 +57,7 @@ def gemm_header(
         features: the CPU's flags as its record names them.
         shapes: register tiles that are needed, ``(rows, vectors)``; without them, the best one. Whole products
             (``tiled``) are made of the first.
-        l2_bytes: of a core's second cache, half of which a packed panel may fill.
+        l2_bytes: of a core's second cache, a quarter of which a packed panel may fill: rows of the left operand lie beside it.
     """
     return _rendered(frozenset(features), tuple(dict.fromkeys(shapes or [register_tile(features)])), l2_bytes)
 
@@ -79,6 +79,6 @@ def _rendered(features: frozenset[str], shapes: tuple[tuple[int, int], ...], l2_
         few=FEW,
         shapes=shapes,
         tile=f"{shapes[0][0]}x{shapes[0][1]}",
-        k_words=max(256, l2_bytes // 2 // (4 * n * shapes[0][1])),
+        k_words=max(256, l2_bytes // 4 // (4 * n * shapes[0][1])),
     )  # fmt: skip
     return "\n".join(line.rstrip() for line in text.strip("\n").split("\n")) + "\n"
