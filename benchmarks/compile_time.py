@@ -71,13 +71,14 @@ def child(way: str) -> dict[str, Any]:
 def _tessel(way: str, report: list[Any]) -> Callable[..., Any]:
     from tessel import driver
     from tessel.backend import Backend
+    from tessel.place import Place
     from tessel.targets import get_target
 
     name = way.split()[1].rstrip(",")
     session = driver.Session(name)
     report.append(session.report)
     if name != "triton-interpret":  # for a device that is not there: as if it were
-        place = driver.Place(get_target(name), "launch")
+        place = Place(get_target(name), "launch")
         driver.place_for = lambda name, device: place
     if way.endswith("compiled"):
         driver.Kernels.load = _loaded_and_compiled(driver.Kernels.load)

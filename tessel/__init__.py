@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .backend import name_of
 from .config import Options
-from .driver import Session, resolve_target
+from .driver import Session
 from .errors import TesselError
 from .frontend.linear_attention_op import linear_attention
+from .place import resolve_target
 from .report import Report
 from .sharding.annotate import Annotations, annotate
 from .targets import TARGETS

@@ -16,12 +16,13 @@ import torch
 from torch import fx
 
 from .config import Options
-from .driver import Session, compile_graph, resolve_target
+from .driver import Session, compile_graph
 from .errors import TesselError, check
 from .frontend import dynamo, library_functions, recorded, scan_trace
 from .frontend.capture import GraphInfo, aot
 from .frontend.dynamo import current_compilation
 from .frontend.importer import Imported
+from .place import resolve_target
 from .report import Recompile
 
 __all__ = ["Backend", "tessel"]

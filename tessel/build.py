@@ -34,7 +34,7 @@ from .autotune.settle import Settled, settle
 from .codegen.compile_job import BINARY
 from .codegen.source import Source
 from .config import Options
-from .driver import Place, Session, compile_graph, place_for, resolve_target
+from .driver import Session, compile_graph
 from .errors import TesselError, check
 from .frontend.capture import GraphInfo, export_program, import_program
 from .frontend.compat import pytree
@@ -44,6 +44,7 @@ from .ir.parse import parse_graph
 from .ir.text import print_graph
 from .ir.types import TensorType
 from .ops import OPS
+from .place import Place, place_for, resolve_target
 from .report import Kernel, Report, Resource
 from .runtime.kernels import Pick
 from .solve import tile

@@ -22,7 +22,7 @@ from .codegen.cpp.attention import refusal as attention_refusal
 from .codegen.host import Called, Launch
 from .codegen.triton import render
 from .config import Options
-from .errors import TesselError, check, did_you_mean
+from .errors import TesselError
 from .frontend.capture import GraphInfo
 from .frontend.compat import without_modes
 from .frontend.importer import Imported
@@ -32,6 +32,7 @@ from .passes._groups import ATTENTION, refusal
 from .passes._products import to_library
 from .passes.pipeline import CPU_ONLY, GPU_ONLY, PASSES, Trace, run_pipeline
 from .passes.pipeline import Pass as PassFunction
+from .place import Place, place_for
 from .report import Call, Compilation, Fused, Kernel, Pass, Report, Resource
 from .runtime.kernels import Kernels, Pick, by_torch
 from .runtime.launch import interpreting, load
@@ -44,14 +45,13 @@ from .runtime.replay import Replayed, check_replayable
 from .runtime.whole import WHOLE, whole
 from .solve import tile
 from .solve.forced import TileRefused, forced_knobs, unused_entries
-from .targets import TARGETS, Target, get_target, match_device
 from .tiles.attention_io import least_bytes, moved_bytes
 from .tiles.cost import base_values, bytes_moved, node_bytes
 from .tiles.kernel import Kernel as TileProgram
 from .tiles.loops import loop_kernel
 from .tiles.lower import lower
 
-__all__ = ["Place", "Session", "compile_graph", "place_for", "resolve_target"]
+__all__ = ["Session", "compile_graph"]
 
 
 @dataclass
@@ -77,84 +77,6 @@ class Session:
 
 def _new_session(target: str, options: Options, name: str) -> Session:
     return Session(target, options, Report(name, target))
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a graph runs and how.
-
-    Attributes:
-        target: the record the kernels are made for.
-        how: ``launch`` (Triton on a GPU), ``native`` (C++ on the CPU), ``interpret`` (Triton's interpreter)
-            or ``torch`` (operator by operator), and then ``why``.
-    """
-
-    target: Target
-    how: str
-    why: str = ""
-
-
-def resolve_target(name: object) -> str:
-    """The name, if there is such a target.
-
-    Raises:
-        TesselError: unknown, with the nearest match.
-    """
-    if name in ("auto", "cuda"):
-        return str(name)
-    if not isinstance(name, str) or name not in TARGETS:
-        raise TesselError(f"unknown target {name!r}; {did_you_mean(name, ['auto', 'cuda', *TARGETS])}")
-    return name
-
-
-def place_for(name: str, device: str) -> Place:
-    """What target a graph on ``device`` is compiled for when the user asked for ``name``.
-
-    Raises:
-        TesselError: the target and the device are not of one kind; the message names both.
-    """
-    kind = device.split(":")[0]
-    if name == "auto":
-        if kind == "cuda":
-            return Place(_gpu(device), "launch")
-        if kind == "cpu":
-            return Place(get_target("cpu"), "native")
-        return Place(get_target("cpu"), "torch", f"no generated kernels for tensors on {device}")
-    wanted = "cuda" if name == "cuda" or get_target(name).gpu_target else "cpu"
-    check(
-        kind == wanted,
-        lambda: (
-            f"compiled for target {name!r}, which takes tensors on {wanted}, but called with tensors on {device}. "
-            f"Move the model and its inputs to {wanted}, or compile with target='auto'"
-        ),
-    )
-    if name == "cpu":
-        return Place(get_target("cpu"), "native")
-    if name == "triton-interpret":
-        return Place(get_target(name), "interpret")
-    here = _gpu(device)
-    check(
-        name in ("cuda", here.name),
-        lambda: (
-            f"compiled for target {name!r}, but {device} is {torch.cuda.get_device_name(device)} (target "
-            f"{here.name!r}). Compile with target='cuda' to run here"
-        ),
-    )
-    return Place(here, "launch")
-
-
-def _gpu(device: str) -> Target:
-    """The record of a GPU of this machine: by its name, else the closest architecture that is not newer."""
-    found = match_device(torch.cuda.get_device_name(device))
-    if found is not None:
-        return found
-    major, minor = torch.cuda.get_device_capability(device)
-    known = [t for t in TARGETS.values() if t.arch.startswith("sm_") and int(t.arch[3:]) <= major * 10 + minor]
-    check(
-        bool(known),
-        lambda: f"{device} is {torch.cuda.get_device_name(device)} (sm_{major}{minor}), older than any known target",
-    )
-    return max(known, key=lambda t: int(t.arch[3:]))
 
 
 def compile_graph(

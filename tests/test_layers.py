@@ -28,6 +28,7 @@ LAYERS: tuple[set[str], ...] = (
     {"autotune"},
     {"report_html"},
     {"report"},
+    {"place"},
     {"driver"},
     {"backend", "build", "capture_cache", "models"},
     {"sharding"},

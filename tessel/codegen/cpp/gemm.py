@@ -57,7 +57,8 @@ def gemm_header(
         features: the CPU's flags as its record names them.
         shapes: register tiles that are needed, ``(rows, vectors)``; without them, the best one. Whole products
             (``tiled``) are made of the first.
-        l2_bytes: of a core's second cache, a quarter of which a packed panel may fill: rows of the left operand lie beside it.
+        l2_bytes: of a core's second cache, a quarter of which a packed panel may fill: rows of the left operand lie
+            beside it.
     """
     return _rendered(frozenset(features), tuple(dict.fromkeys(shapes or [register_tile(features)])), l2_bytes)
 
