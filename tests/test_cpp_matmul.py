@@ -140,11 +140,12 @@ def test_rows_and_layouts(dtype: torch.dtype) -> None:
     cases: list[tuple[tuple[int, int, int], dict[str, Any]]] = []
     for m in ROWS:
         for right in ("nk", "kn"):
-            n, k = (100, 65) if m % 2 else (48, 64)
+            n, k = (100, 65) if m % 2 else (64, 64)  # with a rest, or whole panels and whole steps
             cases.append(((m, n, k), {"dtype": dtype, "right": right, "epilogue": m in (2, 17)}))
     cases += [((17, 50, 33), {"dtype": dtype, "left": left, "pad": 3}) for left in ("mk", "km")]
     cases += [((17, 31, 20), {"dtype": dtype, "right": right, "computed": True}) for right in ("nk", "kn")]
     cases += [((m, 19, 40), {"dtype": dtype, "batch": 3, "epilogue": True}) for m in (1, 18)]
+    cases += [((13, 65, k), {"dtype": dtype}) for k in (1, 2, 15, 16, 17, 31, 48)]  # a tile goes 16 steps at a time
     cases += [((1, 1, 1), {"dtype": dtype}), ((9, 1, 5), {"dtype": dtype, "right": "kn"})]
     fns = compiled([program(f"p{i}", *mnk, **case) for i, (mnk, case) in enumerate(cases)])
     for fn, (mnk, case) in zip(fns, cases, strict=True):
