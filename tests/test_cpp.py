@@ -26,7 +26,7 @@ from kernels import (
 )
 
 import tessel
-from tessel.codegen.cpp import CppSource, header, render, vector
+from tessel.codegen.cpp import CppSource, fold, header, render, vector
 from tessel.codegen.cpp.space import space_of
 from tessel.errors import TesselError
 from tessel.ir.types import Dim, TensorType, symbol
@@ -494,6 +494,28 @@ def test_softmax_in_every_form(shape: tuple[int, int], strides: Any) -> None:
     again = torch.full_like(x, math.nan)
     run(softmax_kernel(shape, strides), [x, again])
     assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize(
+    ("kib", "width", "asks"),
+    [
+        (48, 600, " + 4200);"),  # 16 KiB ahead, seven rows of 2400 bytes
+        (32, 600, " + 600);"),  # the next row, beside this one
+        (32, 300, " + 600);"),  # the next two, 2 KiB
+        (32, 3000, " + 6000, 0, 2);"),  # no room for two rows
+    ],
+)
+def test_rows_read_again_ask_for_what_the_first_cache_holds(
+    kib: int, width: int, asks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (vector, fold):
+        monkeypatch.setattr(module, "first_cache", lambda: kib * 1024)
+    monkeypatch.setattr(vector, "last_cache", lambda: 1000)
+    x, out = rand(40, width), poisoned((40, width), torch.float32)
+    source = run(softmax_kernel((40, width)), [x, out])
+    torch.testing.assert_close(out, torch.softmax(x, 1), rtol=1e-5, atol=1e-8)
+    (asked,) = {line for line in source.body.split("\n") if "__builtin_prefetch" in line}
+    assert asked.endswith(asks)
 
 
 def test_softmax_of_a_size_known_at_run_time() -> None:

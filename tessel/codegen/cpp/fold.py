@@ -13,7 +13,7 @@ from ...tiles.kernel import Axis, Kernel, Load, Reduce
 from ..dialect import compute_dtype
 from .expr import Dims, Emitter
 from .space import Space
-from .vector import asked_into, too_large
+from .vector import asked_into, first_cache, too_large
 from .words import cast, identity, size_text, value_type
 
 __all__ = ["Fold", "Writer", "indented"]
@@ -21,6 +21,7 @@ __all__ = ["Fold", "Writer", "indented"]
 _LINE = 64  # bytes of a line of the caches
 _PAGE = 4096
 _EARLY = 16384  # bytes from what is read to what is asked for: some hundred lines on their way hide the latency
+_NEAR = 2048  # the same for a row that is read again, where the first cache is too small for as much
 
 _STEPS = {
     "sum": "{acc} += {v};",
@@ -110,13 +111,15 @@ class Writer:
             type_, start = "int", "1" if op in ("all", "argmin") else "0"
         return Fold(stmt, op, name, type_, start), text, dims
 
-    def early(self, load: Load, rows: Axis, lane: Axis) -> str | None:
+    def early(self, load: Load, rows: Axis, lane: Axis, again: bool = False) -> str | None:
         """The line that asks for the element of a load some rows later; None where rows do not lie in a line.
 
         Args:
             load: what is read at this point.
             rows: the loop that goes from row to row.
             lane: the loop along a row.
+            again: the row is read more than once. A first cache too small for what is asked for far ahead is asked to
+                hold the next row then, beside this one: on a Zen 4, rms_norm of bf16 took 0.7 to 0.85 of the time.
         """
         param = self.kernel.params[load.access.param]
         index = self.space.at(load.access.address(param))
@@ -127,18 +130,24 @@ class Writer:
         nbytes = row * param.type.dtype.itemsize
         if nbytes < _LINE:
             return None
-        later = size_text(row * -(-_EARLY // nbytes))
-        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {later}{asked_into(_EARLY)});"
+        near = again and asked_into(_EARLY) and 4 * nbytes <= first_cache()
+        later = size_text(row * -(-(_NEAR if near else _EARLY) // nbytes))
+        into = "" if near else asked_into(_EARLY)
+        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {later}{into});"
 
     def along(self, load: Load, lane: Axis) -> str | None:
-        """The line that asks for what a load reads a page further along ``lane``; None where that is no line."""
+        """The line that asks for what a load reads a page further along ``lane``; None where that is no line, or where
+        it would come into the second cache: as far as that the CPU asks by itself, and sums over rows in the last
+        cache of a Zen 4 took 1.2 times as long."""
+        if asked_into(_EARLY):
+            return None
         param = self.kernel.params[load.access.param]
         index = self.space.at(load.access.address(param))
         steps = {atom.name: c for atom, c in index.terms if atom.kind == "var"}
         if load.access.mask or len(steps) < len(index.terms) or steps.get(lane.name) != 1:
             return None
         page = _PAGE // param.type.dtype.itemsize
-        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {page}{asked_into(_EARLY)});"
+        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {page});"
 
     def once_a_line(self, load: Load, text: str, pairs: bool = False) -> str:
         """A request made by the first only of the vectors, or pairs of them, ``u`` that lie in one line."""

@@ -251,7 +251,7 @@ class _Rows(Writer):
             asked = [(s, self.along(s, lane)) for s in loads]
             lines = [self.once_a_line(s, t, pairs) if copies > 1 else t for s, t in asked if t is not None]
         elif self.outer and from_memory(self.kernel):
-            lines = [t for t in (self.early(s, self.outer[-1], lane) for s in loads) if t is not None]
+            lines = [t for t in (self.early(s, self.outer[-1], lane, again=True) for s in loads) if t is not None]
         else:
             lines = []
         return list(dict.fromkeys(lines))
