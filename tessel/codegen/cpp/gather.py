@@ -3,7 +3,8 @@
 Where a row lies is read from memory, so that the CPU cannot foresee it: each row would begin with a wait for memory,
 and for the page tables. Its place is computed some rows early, and its lines are asked for beside those of the row
 that is worked on, from both ends of the row. Its first line and its last are asked for earlier still, so that the page
-tables have been read by then. Where no cache holds the result, the rows need not stay in one either.
+tables have been read by then. Where no cache holds the result, the rows need not stay in one either. Where the last
+cache holds all that a kernel reads and writes, nothing is asked for: it is near enough, and asking took 3 to 5%.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ...tiles.index import Index, substitute
 from ...tiles.kernel import Axis, Kernel, Load, Param
 from .expr import Emitter
 from .text import coordinates, parts_of
-from .vector import asked_into, first_cache
+from .vector import asked_into, first_cache, from_memory
 
 __all__ = ["asked_early", "places_of_rows"]
 
@@ -59,6 +60,8 @@ def asked_early(
         where: lines that give the loops of a piece of work, ``item``, their places.
         row: lines that stand before the loop along the row.
     """
+    if not from_memory(kernel):
+        return [], []
     # two rows are under way, one early and one earlier; what passes by the caches is read, and not needed again
     into = asked_into(2 * _EARLY) or (", 0, 0" if e.past else "")
     known = [line for line in row if line.startswith("const ")]  # no store, and no error, before its time
