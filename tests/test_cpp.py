@@ -332,8 +332,10 @@ def test_gather_and_bound_check() -> None:
 def test_rows_taken_by_number_are_asked_for_early_where_no_cache_holds_them(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for width, last in itertools.product((600, 5000), (1000, 2**25)):  # a row in one piece, and in several
+    sizes = itertools.product((130, 600, 5000), (1000, 2**25), (32, 48))  # rows in one piece, and in several
+    for width, last, first in sizes:
         monkeypatch.setattr(vector, "last_cache", lambda last=last: last)
+        monkeypatch.setattr(vector, "first_cache", lambda first=first: first * 1024)
         table, index, more = rand(40, width, dtype=dtype), torch.randint(0, 40, (70,)), rand(width, dtype=dtype)
         p = Program("pointwise", x0=70, x1=width)
         a, i, b = p.like(table), p.like(index), p.like(more)
@@ -342,7 +344,9 @@ def test_rows_taken_by_number_are_asked_for_early_where_no_cache_holds_them(
         p.lists["body"].append(Check(at, 40, (), 'index "out" of range'))
         p.store(o, ("x0", "x1"), p.op("add", p.load(a, value(at.number, 40), "x1"), p.load(b, "x1")))
         (fn,) = compiled([p.kernel("taken")])
-        assert ("soon0" in fn.source.body) == ("far0" in fn.source.body) == (last == 1000)
+        least = 512 // dtype.itemsize
+        assert ("soon0" in fn.source.body) == (last == 1000 and width >= least)
+        assert ("far0" in fn.source.body) == (last == 1000 and width >= least and first == 48)
         out = poisoned((70, width), dtype)
         fn((), table, index, more, out)
         assert torch.equal(out, table[index] + more)

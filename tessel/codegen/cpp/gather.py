@@ -2,9 +2,10 @@
 
 Where a row lies is read from memory, so that the CPU cannot foresee it: each row would begin with a wait for memory,
 and for the page tables. Its place is computed some rows early, and its lines are asked for beside those of the row
-that is worked on, from both ends of the row. Its first line and its last are asked for earlier still, so that the page
-tables have been read by then. Where no cache holds the result, the rows need not stay in one either. Where the last
-cache holds all that a kernel reads and writes, nothing is asked for: it is near enough, and asking took 3 to 5%.
+that is worked on, from both ends of the row. Where they come into the first cache, its first line and its last are
+asked for earlier still, so that the page tables have been read by then; lines in the second wait long enough for them,
+and two more for every row took 10% there. Where no cache holds the result, the rows need not stay in one either. Where
+the last cache holds all that a kernel reads and writes, nothing is asked for: that is near, and asking took 3 to 5%.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def asked_early(
     if not from_memory(kernel):
         return [], []
     # two rows are under way, one early and one earlier; what passes by the caches is read, and not needed again
-    into = asked_into(2 * _EARLY) or (", 0, 0" if e.past else "")
+    second = asked_into(2 * _EARLY)
+    into = second or (", 0, 0" if e.past else "")
     known = [line for line in row if line.startswith("const ")]  # no store, and no error, before its time
     places: list[str] = []
     requests: list[str] = []
@@ -79,12 +81,13 @@ def asked_early(
         at = len(requests)
         find = " ".join([*where, *known, f"return {param.name} + {start} + begin;"])
         rows = -(-_EARLY // nbytes)
-        for name, later in ((f"soon{at}", rows), (f"far{at}", 2 * rows)):
+        for name, later in ((f"soon{at}", rows), *(() if second else ((f"far{at}", 2 * rows),))):
             item = f"min(item + {later}, last - 1)"
             places.append(
                 f"const auto* const {name} = [&](i64 item) __attribute__((always_inline)) {{ {find} }}({item});"
             )
-        places.append(f"__builtin_prefetch(far{at}{into}); __builtin_prefetch(far{at} + (end - begin) - 1{into});")
+        if not second:
+            places.append(f"__builtin_prefetch(far{at}{into}); __builtin_prefetch(far{at} + (end - begin) - 1{into});")
         requests.append(f"__builtin_prefetch(soon{at} + {lane.name} - begin{into});")
     return places, requests
 

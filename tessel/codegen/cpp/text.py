@@ -11,6 +11,7 @@ from .words import size_text
 __all__ = ["BLOCK", "coordinates", "items", "parts_of", "points", "simd", "squares", "steps"]
 
 SQUARE = (64, 64)  # points of the last two loops walked together where memory lies along both: 16 KiB of floats
+_STEPS = 8  # from one end of a row, before as many from the other
 BLOCK = 2048  # elements of the innermost loop that one thread takes at a time
 
 
@@ -119,18 +120,23 @@ def steps(
 
 
 def _from_both_ends(name: str, by: str, lanes: str, requests: Sequence[str]) -> list[str]:
-    """All whole steps of ``by`` elements, one from the front and one from the back at a time, till they meet.
+    """All whole steps of ``by`` elements, some from the front and as many from the back in turns, till they meet.
 
     A CPU that sees lines asked for in order fetches some more on its own. At the end of a row that lies anywhere these
-    are of no use, and cost as much as those that are; in the middle they are the other half of the row.
+    are of no use, and cost as much as those that are; in the middle they are the other half of the row. One step at a
+    time takes 1.1 to 1.15 times as long as eight.
     """
-    ask = f"const auto ask = [&](i64 {name}) __attribute__((always_inline)) {{ {' '.join(requests)} }};"
-    calls = [f"ask({name});", f"ask(back - {by});", f"step({name}, {lanes});", f"step(back - {by}, {lanes});"]
+    some = f"for (i64 j = 0; j < {_STEPS}; ++j)"
+    front, back = f"{some} {{ step({name}, {lanes}); {name} += {by}; }}", f"{some} step(back -= {by}, {lanes});"
     return [
-        ask,
+        f"const auto ask = [&](i64 {name}) __attribute__((always_inline)) {{ {' '.join(requests)} }};",
         f"const i64 steps_end = begin + (end - begin) / ({by}) * ({by});",
         "i64 back = steps_end;",
-        f"for (; {name} + 2 * {by} <= back; {name} += {by}, back -= {by}) {{ {' '.join(calls)} }}",
+        f"while ({name} + {2 * _STEPS} * {by} <= back) {{",
+        f"  {some} {{ ask({name} + j * {by}); ask(back - (j + 1) * {by}); }}",
+        f"  {front}",
+        f"  {back}",
+        "}",
         f"for (; {name} < back; {name} += {by}) {{ ask({name}); step({name}, {lanes}); }}",
         f"{name} = steps_end;",
     ]
