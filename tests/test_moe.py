@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tessel
@@ -56,27 +56,34 @@ def by_definition(operands: list[Any], attrs: dict[str, Any]) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, what: str) -> None:
+def near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, what: str, plain: float = 0.0) -> None:
+    """``plain`` is the error of plain torch in float32, large where terms cancel: silu near -1.28."""
     assert got.shape == want.shape, what
-    error = (got.double() - want).abs().max() / want.abs().max().clamp(min=1e-3)
-    assert error <= BOUND[dtype], f"{what}: {error}"
+    error = (got.double() - want).abs().max().item()
+    most = want.abs().max().clamp(min=1e-3).item() * BOUND[dtype]
+    assert error <= max(most, 4 * plain), f"{what}: {error}, {most} allowed, plain torch has {plain}"
 
 
 def compare(operands: list[Any], attrs: dict[str, Any], dtype: torch.dtype) -> None:
     """Kernel and reference, forward and backward, against autograd in float64."""
     floating = [isinstance(t, torch.Tensor) and t.is_floating_point() for t in operands]
-    wide = [t.double().requires_grad_() if f else t for t, f in zip(operands, floating, strict=True)]
-    want = by_definition(wide, attrs)
-    grad = torch.randn(want.shape).to(dtype)
-    inputs = [t for t, f in zip(wide, floating, strict=True) if f]
-    grads = torch.autograd.grad(want, inputs, grad.double())
+
+    def by_autograd(x: torch.dtype) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        given = [t.to(x).requires_grad_() if f else t for t, f in zip(operands, floating, strict=True)]
+        out = by_definition(given, attrs)
+        inputs = [t for t, f in zip(given, floating, strict=True) if f]
+        return out.detach(), torch.autograd.grad(out, inputs, grad.to(x))
+
+    grad = torch.randn_like(by_definition(operands, attrs)).to(dtype)
+    want, grads = by_autograd(torch.float64)
+    errors = [(g - w).abs().max().item() for g, w in zip(by_autograd(torch.float32)[1], grads, strict=True)]
     for forward, backward in ((kernels.forward, kernels.backward), (experts_ref, experts_backward_ref)):
         out, pre = forward(*operands, keep=True, **attrs)
-        near(out, want.detach(), dtype, "out")
+        near(out, want, dtype, "out")
         assert torch.equal(forward(*operands, **attrs)[0], out)
         got = [g for g in backward(grad, *operands, pre, **attrs) if g.numel()]
-        for i, (g, w) in enumerate(zip(got, grads, strict=True)):
-            near(g, w, dtype, f"gradient {i}")
+        for i, (g, w, plain) in enumerate(zip(got, grads, errors, strict=True)):
+            near(g, w, dtype, f"gradient {i}", plain)
 
 
 @pytest.mark.parametrize("dtype", dtypes(), ids=str)
@@ -124,6 +131,7 @@ def test_no_token(dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=20, deadline=None)
+@example(t=1, h=24, e=1, i=1, c=1, bias=True, turned=False, interleaved=False)
 @given(
     t=st.integers(1, 30),
     h=st.integers(1, 40),
