@@ -47,7 +47,7 @@ class Stack(nn.Module):
 
 def make():
     torch.manual_seed(0)
-    return Stack(32, 512), (torch.randn(2, 512),)
+    return Stack(10, 512), (torch.randn(2, 512),)
 
 def data():
     g = torch.Generator().manual_seed(1)
