@@ -73,7 +73,6 @@ def result(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> 
     if not LEAST <= nbytes <= LIMIT:
         return _empty(shape, strides, dtype)
     block = _take(nbytes)
-    known = block is not None
     if block is None:
         storage = torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
         in_huge_pages(storage.data_ptr(), nbytes)
@@ -81,8 +80,7 @@ def result(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> 
     # A tensor of its own, not a view: nothing in it tells of the results before.
     made = _empty((0,), (1,), dtype).set_(block.storage, 0, shape, strides)  # type: ignore[call-overload]
     _blocks.append(block)
-    if not known:  # a known one was counted before
-        _forget(LIMIT)
+    _forget(LIMIT)  # also after one was taken: another thread may have made its own meanwhile
     return made  # type: ignore[no-any-return]
 
 

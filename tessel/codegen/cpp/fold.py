@@ -130,15 +130,16 @@ class Writer:
         nbytes = row * param.type.dtype.itemsize
         if nbytes < _LINE:
             return None
-        near = again and asked_into(_EARLY) and 4 * nbytes <= first_cache()
-        later = size_text(row * -(-(_NEAR if near else _EARLY) // nbytes))
-        into = "" if near else asked_into(_EARLY)
+        ahead, into = _EARLY, asked_into(_EARLY)
+        if again and into and 4 * nbytes <= first_cache():
+            ahead, into = _NEAR, ""
+        later = size_text(row * -(-ahead // nbytes))
         return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {later}{into});"
 
     def along(self, load: Load, lane: Axis) -> str | None:
         """The line that asks for what a load reads a page further along ``lane``; None where that is no line, or where
-        it would come into the second cache: as far as that the CPU asks by itself, and sums over rows in the last
-        cache of a Zen 4 took 1.2 times as long."""
+        it would come into the second cache: the CPU's own prefetching brings it there, and asking beside it made sums
+        along rows that the last cache of a Zen 4 holds take 1.2 times as long."""
         if asked_into(_EARLY):
             return None
         param = self.kernel.params[load.access.param]

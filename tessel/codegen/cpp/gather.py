@@ -63,9 +63,9 @@ def asked_early(
     """
     if not from_memory(kernel):
         return [], []
-    # two rows are under way, one early and one earlier; what passes by the caches is read, and not needed again
-    second = asked_into(2 * _EARLY)
-    into = second or (", 0, 0" if e.past else "")
+    # up to two rows are under way, one early and one earlier; what passes by the caches is not needed again
+    into_second = asked_into(2 * _EARLY)
+    into = into_second or (", 0, 0" if e.past else "")
     known = [line for line in row if line.startswith("const ")]  # no store, and no error, before its time
     places: list[str] = []
     requests: list[str] = []
@@ -81,12 +81,10 @@ def asked_early(
         at = len(requests)
         find = " ".join([*where, *known, f"return {param.name} + {start} + begin;"])
         rows = -(-_EARLY // nbytes)
-        for name, later in ((f"soon{at}", rows), *(() if second else ((f"far{at}", 2 * rows),))):
-            item = f"min(item + {later}, last - 1)"
-            places.append(
-                f"const auto* const {name} = [&](i64 item) __attribute__((always_inline)) {{ {find} }}({item});"
-            )
-        if not second:
+        found = f"[&](i64 item) __attribute__((always_inline)) {{ {find} }}"
+        places.append(f"const auto* const soon{at} = {found}(min(item + {rows}, last - 1));")
+        if not into_second:
+            places.append(f"const auto* const far{at} = {found}(min(item + {2 * rows}, last - 1));")
             places.append(f"__builtin_prefetch(far{at}{into}); __builtin_prefetch(far{at} + (end - begin) - 1{into});")
         requests.append(f"__builtin_prefetch(soon{at} + {lane.name} - begin{into});")
     return places, requests

@@ -239,7 +239,7 @@ class _Rows(Writer):
         In the last of several passes over a row, what the first pass reads of a later row: the CPU's own prefetching
         ends at a page, which is as long as many a row, and each row would begin with a wait for memory. In a single
         pass, what lies a page further, where the last cache holds it or where conversions leave few loads on their
-        way; floats from memory come as fast without.
+        way, if the first cache has room for it; floats from memory come as fast without.
         """
         first, last = min(self.loops), max(self.loops)
         if number != last or lane is None:

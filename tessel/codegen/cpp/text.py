@@ -11,7 +11,7 @@ from .words import size_text
 __all__ = ["BLOCK", "coordinates", "items", "parts_of", "points", "simd", "squares", "steps"]
 
 SQUARE = (64, 64)  # points of the last two loops walked together where memory lies along both: 16 KiB of floats
-_STEPS = 8  # from one end of a row, before as many from the other
+_FROM_ONE_END = 8  # steps, before as many from the other end of a row
 BLOCK = 2048  # elements of the innermost loop that one thread takes at a time
 
 
@@ -126,13 +126,13 @@ def _from_both_ends(name: str, by: str, lanes: str, requests: Sequence[str]) -> 
     are of no use, and cost as much as those that are; in the middle they are the other half of the row. One step at a
     time takes 1.1 to 1.15 times as long as eight.
     """
-    some = f"for (i64 j = 0; j < {_STEPS}; ++j)"
+    some = f"for (i64 j = 0; j < {_FROM_ONE_END}; ++j)"
     front, back = f"{some} {{ step({name}, {lanes}); {name} += {by}; }}", f"{some} step(back -= {by}, {lanes});"
     return [
         f"const auto ask = [&](i64 {name}) __attribute__((always_inline)) {{ {' '.join(requests)} }};",
         f"const i64 steps_end = begin + (end - begin) / ({by}) * ({by});",
         "i64 back = steps_end;",
-        f"while ({name} + {2 * _STEPS} * {by} <= back) {{",
+        f"while ({name} + {2 * _FROM_ONE_END} * {by} <= back) {{",
         f"  {some} {{ ask({name} + j * {by}); ask(back - (j + 1) * {by}); }}",
         f"  {front}",
         f"  {back}",
