@@ -10,7 +10,7 @@ from ...errors import TesselError, check
 from ...ir.types import simplify_dim
 from ...ops import OPS
 from ...tiles.index import Atom, Cond, Index, bounds, nonnegative
-from ...tiles.kernel import Access, Check, Compute, IndexOf, Kernel, Load, Ref, Stmt, Store, Test
+from ...tiles.kernel import Access, Check, Compute, IndexOf, Kernel, Load, Ref, Stmt, Store, Test, refs
 from ..dialect import compute_dtype
 from .space import Space
 from .vector import KINDS, rough, wide_cast
@@ -66,6 +66,8 @@ class Emitter:
         self.past: frozenset[int] = frozenset()  # parameters that are too large for any cache
         self.pairs = False  # whether vectors of the loop ``lane`` may come in pairs
         self.rough = rough(kernel)  # values that need few digits
+        floats = {p.type.dtype for p in kernel.params if p.type.dtype.is_floating_point}
+        self.upper_nans = floats == {torch.bfloat16}  # no NaN has anything in its lower 16 bits
 
     def nest(self, outer: Iterable[str], loops: Sequence[str], wide: bool = False, pairs: bool = False) -> None:
         """Start a nest of loops over the variables ``loops``; those in ``outer`` have a value already.
@@ -254,7 +256,8 @@ class Emitter:
             if not self._computed(stmt.args[0]):
                 self.read.add(stmt.out)
             elif self.wide(dims) and text.startswith("round_bf16("):
-                text = text.replace("round_", "round_near_", 1)
+                how = "rough" if self.upper_nans and self.rough.made.issuperset(refs(stmt)) else "near"
+                text = text.replace("round_", f"round_{how}_", 1)
             if text == texts[0]:
                 self.values[stmt.out] = text, dims, stmt.dtype
             else:
@@ -264,8 +267,8 @@ class Emitter:
         if stmt.op in _DIVIDES and whole and stmt.args[1] in (0, *(a for a in stmt.args[1:] if isinstance(a, Ref))):
             self._flag(f"{texts[1]} == 0", "DIVIDED_BY_ZERO", dims)
         text = self._expression(stmt, texts)
-        if self.wide(dims) and stmt.out in self.rough:
-            text = f"rough_{stmt.op}({texts[0]})"
+        if self.wide(dims) and stmt.out in self.rough.bits:
+            text = f"rough{self.rough.bits[stmt.out]}_{stmt.op}({texts[0]})"
         self.define(stmt.out, f"{stmt.op}_", text, dims, stmt.dtype)
 
     def _expression(self, stmt: Compute, texts: list[str]) -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "FOLDS",
     "KINDS",
     "Along",
+    "Rough",
     "asked_into",
     "first_cache",
     "fold_step",
@@ -164,30 +165,56 @@ class Along:
         return s.op in (_OF_BOOL if s.arg_dtype == torch.bool and s.op != "where" else _OPS)
 
 
-def rough(kernel: Kernel) -> frozenset[int]:
-    """Values that may be off by 2^-16 of what they are, because all that is made of them is rounded to 8 or 11 bits.
+@dataclass(frozen=True)
+class Rough:
+    """What of a kernel need not be exact, because all that is made of it is rounded to 8 or 11 bits.
 
-    They reach the rounding through products and quotients alone: a sum of two could be much smaller than either.
+    Such values reach the rounding through products and quotients alone: a sum of two could be much smaller than
+    either.
+
+    Attributes:
+        bits: number of a value by a function that has a rough form -> the bits it is rounded to, 8 or 11.
+        made: those values, and what is made of them on the way to the rounding.
     """
+
+    bits: dict[int, int]
+    made: frozenset[int]
+
+
+_BITS = {torch.bfloat16: 8, torch.float16: 11}
+_EXACT = 24  # bits of a value that is not rounded, or by way of a sum
+
+
+def rough(kernel: Kernel) -> Rough:
+    """See ``Rough``."""
     users: dict[int, list[Stmt]] = {}
     for s in kernel.body:
         for n in refs(s):
             users.setdefault(n, []).append(s)
-    halves = (torch.bfloat16, torch.float16)
 
-    def rounds(s: Stmt) -> bool:
+    def kept(s: Stmt) -> int:
+        """The bits of an operand that matter to a statement."""
         if isinstance(s, Store):
-            return kernel.params[s.access.param].type.dtype in halves
+            return _BITS.get(kernel.params[s.access.param].type.dtype, _EXACT)
         if not isinstance(s, Compute) or s.op not in _KEEP_PARTS:
-            return False
-        return (s.op == "cast" and s.dtype in halves) or good(s.out)
+            return _EXACT
+        return _BITS[s.dtype] if s.op == "cast" and s.dtype in _BITS else needed(s.out)
 
     @cache
-    def good(n: int) -> bool:
-        return all(rounds(s) for s in users.get(n, ()))
+    def needed(n: int) -> int:
+        return max((kept(s) for s in users.get(n, ())), default=_EXACT)
 
-    found = (s for s in kernel.body if isinstance(s, Compute) and s.op in _ROUGH and s.arg_dtype == torch.float32)
-    return frozenset(s.out for s in found if good(s.out))
+    bits: dict[int, int] = {}
+    made: set[int] = set()
+    for s in kernel.body:
+        if not isinstance(s, Compute) or needed(s.out) == _EXACT:
+            continue
+        if s.op in _ROUGH and s.arg_dtype == torch.float32:
+            bits[s.out] = needed(s.out)
+            made.add(s.out)
+        elif s.op in _KEEP_PARTS and not (s.op == "cast" and s.dtype in _BITS) and not made.isdisjoint(refs(s)):
+            made.add(s.out)
+    return Rough(bits, frozenset(made))
 
 
 @cache
