@@ -28,7 +28,7 @@ from .wrapper import RecompileLimit, compile_function, explain_call
 if TYPE_CHECKING:
     import torch
 
-    from .build import Loaded
+    from .loaded import Loaded
     from .quant.scheme import Scheme
     from .sharding.distributed import Distributed
     from .sharding.plan_file import ShardingPlan
@@ -160,7 +160,7 @@ def load(folder: str | Path, weights: Mapping[str, torch.Tensor] | None = None, 
     Raises:
         TesselError: no build, or a damaged one; another device than the target; missing or different weights.
     """
-    from .build import load as load_build  # what reads builds is not needed for anything else
+    from .loaded import load as load_build  # what reads builds is not needed for anything else
 
     return load_build(folder, weights, device)
 

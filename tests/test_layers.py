@@ -30,6 +30,7 @@ LAYERS: tuple[set[str], ...] = (
     {"report"},
     {"place"},
     {"driver"},
+    {"loaded"},
     {"backend", "build", "capture_cache", "models"},
     {"sharding"},
     {"wrapper"},
