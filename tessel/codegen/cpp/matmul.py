@@ -20,7 +20,7 @@ from ...ir.types import Dim, product
 from ...targets import get_target
 from ...tiles.default import batch_axes
 from ...tiles.index import Index, var
-from ...tiles.kernel import ACC, Axis, Kernel, Load, Ref, Stmt
+from ...tiles.kernel import ACC, Axis, Kernel, Load, Ref, Stmt, Store
 from ..dialect import compute_dtype
 from .expr import Emitter
 from .gemm import FEW, gemm_header, multiplies_bf16
@@ -143,6 +143,7 @@ class _Writer:
             "dots": dots,
             "tiles": not only,
             "store": self._store(),
+            "soon": self._soon(),
             "batch": size_text(product(a.extent for a in self.batches)),
             "m": size_text(m),
             "n": size_text(n),
@@ -229,6 +230,25 @@ class _Writer:
         for s in self.kernel.body:
             e.emit(s)
         return {"before": e.blocks[0], "loop": _loop(e, lane, wide)}
+
+    def _soon(self) -> list[str]:
+        """Asks for a row of what the epilogue reads beside the sums, and of what it writes.
+
+        Rows of a tile are a few lines each and lie far apart: no CPU foresees that, and a tile takes microseconds.
+        """
+        row, lane = self.loops["m"].name, self.loops["n"].name
+        asked: dict[str, int] = {}
+        for s in self.kernel.body:
+            if not isinstance(s, Load | Store) or s.access.mask:
+                continue
+            param = self.kernel.params[s.access.param]
+            index = self.space.at(s.access.address(param))
+            steps_ = {a.name: c for a, c in index.terms if a.kind == "var"}
+            if len(steps_) == len(index.terms) and steps_.get(lane) == 1 and row in steps_:
+                text, _ = Emitter(self.kernel, self.space).affine(index)
+                asked[f"{param.name} + {text}, {int(isinstance(s, Store))}, 2"] = 64 // param.type.dtype.itemsize
+        head = f"for (i64 {lane} = begin; {lane} < end; {lane} += "
+        return [f"{head}{line}) __builtin_prefetch({at});" for at, line in asked.items()]
 
 
 def _loop(e: Emitter, lane: Axis, wide: bool) -> list[str]:
