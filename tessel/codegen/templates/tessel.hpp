@@ -587,8 +587,8 @@ template <class V> INLINE V wide_exp2(V x) {
   return exp_of_parts<V>(n, (c - n) * all(0x1.62e430p-1f));
 }
 template <class V> INLINE V wide_sigmoid(V x) { return V(all(1.0f)) / (wide_exp<V>(-x) + all(1.0f)); }
-// 2^x to 2^-18 of it, which is lost where it is rounded to 11 bits, and to 2^-13, which is lost where to 8: the best
-// polynomials from 0 to 1 by the largest relative error. Half the instructions, and a third.
+// 2^x to 2^-18 of it, which is lost in a rounding to 11 bits, and to 2^-13, which is lost in one to 8, by half and by a
+// third of the instructions. The polynomials are those of the least relative error from 0 to 1.
 template <class V> INLINE V wide_rough11_exp2(V x) {
 #ifdef __AVX512F__
   V f = fraction(x), p = all(0x1.bb7cd4p-7f);
