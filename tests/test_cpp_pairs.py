@@ -143,6 +143,17 @@ def test_what_may_be_rough() -> None:
     assert found.made == {n.number for n in (rounded, minus, both, finer, times)}
 
 
+@pytest.mark.parametrize(("squares", "bits"), [(0, {8}), (1, {8}), (2, {11}), (3, {11}), (4, set())])
+def test_powers_are_off_by_more(squares: int, bits: set[int]) -> None:
+    p = Program("pointwise", x0=64)
+    a, o = p.param((64,), HALF), p.param((64,), HALF, out=True)
+    v = p.op("sigmoid", p.cast(p.load(a, "x0"), torch.float32))
+    for _ in range(squares):
+        v = p.op("mul", v, v)
+    p.store(o, ("x0",), p.cast(v, HALF))
+    assert set(rough(p.kernel("power")).bits.values()) == bits
+
+
 @pytest.mark.parametrize("op", sorted(ROUGH))
 def test_rough_values_of_every_half(op: str) -> None:
     """Every bfloat16, doubled by a value that is rounded between: the ties of inexact numbers may go either way."""

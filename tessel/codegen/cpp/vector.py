@@ -169,8 +169,8 @@ class Along:
 class Rough:
     """What of a kernel need not be exact, because all that is made of it is rounded to 8 or 11 bits.
 
-    Such values reach the rounding through products and quotients alone: a sum of two could be much smaller than
-    either.
+    Such values reach the rounding through products and quotients alone, few of them at a time: a sum of two could be
+    much smaller than either, and a product is off by as much as its factors together.
 
     Attributes:
         bits: number of a value by a function that has a rough form -> the bits it is rounded to, 8 or 11.
@@ -182,39 +182,41 @@ class Rough:
 
 
 _BITS = {torch.bfloat16: 8, torch.float16: 11}
+_FACTORS = ((8, 2), (11, 8))  # rounded to so many bits, so many rough factors are lost in it
 _EXACT = 24  # bits of a value that is not rounded, or by way of a sum
 
 
 def rough(kernel: Kernel) -> Rough:
     """See ``Rough``."""
     users: dict[int, list[Stmt]] = {}
+    factors: dict[int, int] = {}  # of a value, those that may be rough
     for s in kernel.body:
         for n in refs(s):
             users.setdefault(n, []).append(s)
+        if isinstance(s, Compute) and s.op in _ROUGH and s.arg_dtype == torch.float32:
+            factors[s.out] = 1
+        elif isinstance(s, Compute) and s.op in _KEEP_PARTS and not _rounds(s):
+            factors[s.out] = sum(factors.get(a.number, 0) for a in s.args if isinstance(a, Ref))
 
-    def kept(s: Stmt) -> int:
+    def kept(s: Stmt, n: int) -> int:
         """The bits of an operand that matter to a statement."""
-        if isinstance(s, Store):
-            return _BITS.get(kernel.params[s.access.param].type.dtype, _EXACT)
-        if not isinstance(s, Compute) or s.op not in _KEEP_PARTS:
-            return _EXACT
-        return _BITS[s.dtype] if s.op == "cast" and s.dtype in _BITS else needed(s.out)
+        if isinstance(s, Store) or (isinstance(s, Compute) and _rounds(s)):
+            to = s.dtype if isinstance(s, Compute) else kernel.params[s.access.param].type.dtype
+            fit = (b for b, most in _FACTORS if b >= _BITS.get(to, _EXACT) and factors.get(n, 0) <= most)
+            return next(fit, _EXACT)
+        return needed(s.out) if isinstance(s, Compute) and s.op in _KEEP_PARTS else _EXACT
 
     @cache
     def needed(n: int) -> int:
-        return max((kept(s) for s in users.get(n, ())), default=_EXACT)
+        return max((kept(s, n) for s in users.get(n, ())), default=_EXACT)
 
-    bits: dict[int, int] = {}
-    made: set[int] = set()
-    for s in kernel.body:
-        if not isinstance(s, Compute) or needed(s.out) == _EXACT:
-            continue
-        if s.op in _ROUGH and s.arg_dtype == torch.float32:
-            bits[s.out] = needed(s.out)
-            made.add(s.out)
-        elif s.op in _KEEP_PARTS and not (s.op == "cast" and s.dtype in _BITS) and not made.isdisjoint(refs(s)):
-            made.add(s.out)
-    return Rough(bits, frozenset(made))
+    made = {n for n, count in factors.items() if count and needed(n) < _EXACT}
+    ours = (s for s in kernel.body if isinstance(s, Compute) and s.op in _ROUGH and s.out in made)
+    return Rough({s.out: needed(s.out) for s in ours}, frozenset(made))
+
+
+def _rounds(s: Compute) -> bool:
+    return s.op == "cast" and s.dtype in _BITS
 
 
 @cache
