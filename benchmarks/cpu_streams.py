@@ -5,8 +5,8 @@
         run()
 
 The best of them is the streaming copy (one array read, one written), the reading (one read), or the same with more
-arrays read. Which way of writing it is best differs from CPU to CPU, so several are tried: stores past the caches
-or not, lines asked for early or not.
+arrays read; ``rows`` copies the rows of a table in the order of an index. Which way of writing is best differs from CPU
+to CPU, so several are tried: stores past the caches or not, lines asked for early or not.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch
 from tessel.runtime.native import build
 from tessel.runtime.results import result
 
-__all__ = ["streams"]
+__all__ = ["rows", "streams"]
 
 _EARLY = (0, 2048, 4096, 16384)  # bytes ahead of what is read
+_EARLY_ROWS = (0, 1, 2, 4)
 
 
 def streams(reads: Sequence[torch.Tensor], like: torch.Tensor | None) -> dict[str, Callable[[], None]]:
@@ -54,4 +55,32 @@ def streams(reads: Sequence[torch.Tensor], like: torch.Tensor | None) -> dict[st
     return {
         f"{'past the caches' if p else 'plain'}, {e} B early": lambda p=p, e=e: run(p, e)  # type: ignore[misc]
         for p, e in ways
+    }
+
+
+def rows(table: torch.Tensor, index: torch.Tensor) -> dict[str, Callable[[], None]]:
+    """Ways to copy rows of a table in the order of an index of int64, to an array of their own.
+
+    Raises:
+        TesselError: there is no compiler.
+        ValueError: a row is not of whole lines of 64 bytes, or an index is outside of the table.
+    """
+    library, _ = build(Path(__file__).with_name("streams.cpp").read_text(encoding="utf-8"), {})
+    row = table.stride(0) * table.itemsize
+    inside = int(index.min()) >= 0 and int(index.max()) < table.shape[0]
+    if table.data_ptr() % 64 or row % 64 or not table.is_contiguous() or not index.is_contiguous() or not inside:
+        raise ValueError(f"rows of {row} bytes of a table of {table.shape[0]}: whole lines, and indices inside")
+    written = result((index.numel(), *table.shape[1:]), table.stride(), table.dtype).zero_()
+    call = library.rows
+    pointer, whole = ctypes.c_void_p, ctypes.c_int64
+    call.argtypes = (pointer, pointer, pointer, whole, whole, ctypes.c_int, ctypes.c_int, whole)
+    threads = torch.get_num_threads()
+
+    def run(past: bool, early: int) -> None:
+        call(table.data_ptr(), index.data_ptr(), written.data_ptr(), index.numel(), row // 64, threads, past, early)
+
+    return {
+        f"rows, {'past the caches' if past else 'plain'}, {early} rows early": lambda p=past, e=early: run(p, e)  # type: ignore[misc]
+        for past in (True, False)
+        for early in _EARLY_ROWS
     }

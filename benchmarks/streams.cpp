@@ -51,6 +51,22 @@ void range(const Line* const* from, Line* to, int64_t begin, int64_t end, bool p
 #endif
 }
 
+// Rows begin..end, copied from where the index says; asked for `early` rows ahead.
+void gather(const Line* from, const int64_t* index, Line* to, int64_t begin, int64_t end, int64_t lines, bool past,
+            int64_t early) {
+    for (int64_t r = begin; r < end; ++r) {
+        const Line* const row = from + index[r] * lines;
+        const Line* const soon = from + index[r + early < end ? r + early : end - 1] * lines;
+        for (int64_t i = 0; i < lines; ++i) {
+            if (early) __builtin_prefetch(soon + i, 0, 2);
+            put(to + r * lines + i, row[i], past);
+        }
+    }
+#if defined(__x86_64__)
+    asm volatile("sfence" ::: "memory");
+#endif
+}
+
 }  // namespace
 
 // Arrays of `lines` times 64 bytes at multiples of 64; to is null where nothing is written.
@@ -65,5 +81,14 @@ EXPORT int stream(const Line* const* from, int reads, Line* to, int64_t lines, i
         const int64_t blocks = lines / STEP;
         f(from, to, blocks * t / threads * STEP, blocks * (t + 1) / threads * STEP, past, early, words[t]);
     }
+    return 0;
+}
+
+// As many rows of `lines` times 64 bytes as there are indices, all within the table.
+EXPORT int rows(const Line* from, const int64_t* index, Line* to, int64_t count, int64_t lines, int threads, int past,
+                int64_t early) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; ++t)
+        gather(from, index, to, count * t / threads, count * (t + 1) / threads, lines, past, early);
     return 0;
 }
