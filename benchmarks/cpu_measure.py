@@ -250,11 +250,11 @@ def bandwidth(name: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
     Counted are the bytes of the arguments and of the result, each once. The streams are whole passes over the kernel's
     own arguments and an array like its result, timed as the kernel is: "copy" reads the largest argument and writes
     as much, "read" only reads it, and "mix" reads and writes as many large arrays as the kernel, which for a kernel
-    that reads one and writes one is the copy; where rows are gathered, a copy of these in their order. Of each, the
-    way with the highest median counts. "part" is the median over the turns of the kernel's rate by the mix's in that
-    turn, "of_copy" by the copy's: what the memory gives may change by half within a second, and both see it. Reading
-    alone may be slower than a copy, by bytes a second, because a memory channel that waits for requests can write
-    meanwhile.
+    that reads one and writes one is the copy. Of each, the way with the highest median counts. "part" is the median
+    over the turns of the kernel's rate by the mix's in that turn, "of_copy" by the copy's: what the memory gives may
+    change by half within a second, and both see it. Reading alone may be slower than a copy, by bytes a second,
+    because a memory channel that waits for requests can write meanwhile. Of a kernel that gathers rows by an index,
+    "of_rows" tells how it compares with a copy of the same rows in their order; "part" does not depend on that.
     """
     from cpu_streams import rows, streams
 
@@ -270,8 +270,9 @@ def bandwidth(name: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
         ways = {"copy": (streams(reads[:1], like), 2 * large), "read": (streams(reads[:1], None), large)}
         if len(reads) > 1:
             ways["mix"] = streams(reads, like if writes else None), (len(reads) + writes) * large
-        for index in (t for t in case.args if t.dtype == torch.int64):
-            ways["mix"] = rows(like, index), 2 * large
+        index = next((t for t in case.args if t.dtype == torch.int64), None)
+        if index is not None:
+            ways["rows"] = rows(like, index), 2 * large
         calls: dict[tuple[str, str], tuple[Runner, int]] = {("kernel", ""): (run, moved)}
         calls |= {(kind, way): (f, n) for kind, (found, n) in ways.items() for way, f in found.items()}
         del out
@@ -284,7 +285,7 @@ def bandwidth(name: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
     for kind, (mid, spread_, way) in best.items():
         row |= {f"{kind}_gb_s": round(mid, 2), f"{kind}_iqr": round(spread_, 4)} | ({f"{kind}_way": way} if way else {})
     mix = "mix" if "mix" in best else "copy" if writes else "read"
-    for key, kind in (("part", mix), ("of_copy", "copy")):
+    for key, kind in (("part", mix), ("of_copy", "copy"), *([("of_rows", "rows")] if "rows" in best else [])):
         turns = zip(rates["kernel", ""], rates[kind, best[kind][2]], strict=True)
         row[key] = round(statistics.median(a / b for a, b in turns), 4)
     return row | {f"mix_{x}": row[f"{mix}_{x}"] for x in ("gb_s", "iqr", "way")}

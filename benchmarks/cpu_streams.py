@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,11 @@ _EARLY = (0, 2048, 4096, 16384)  # bytes ahead of what is read
 _EARLY_ROWS = (0, 1, 2, 4)
 
 
+def _library() -> Any:
+    library, _ = build(Path(__file__).with_name("streams.cpp").read_text(encoding="utf-8"), {})
+    return library
+
+
 def streams(reads: Sequence[torch.Tensor], like: torch.Tensor | None) -> dict[str, Callable[[], None]]:
     """Ways to read whole tensors of the same size, at most three, and to write one of the size of ``like``.
 
@@ -33,13 +39,12 @@ def streams(reads: Sequence[torch.Tensor], like: torch.Tensor | None) -> dict[st
         TesselError: there is no compiler.
         ValueError: the tensors are of different sizes, or do not lie at multiples of 64 bytes.
     """
-    library, _ = build(Path(__file__).with_name("streams.cpp").read_text(encoding="utf-8"), {})
     # memory of the kind that a kernel's results get, huge pages and all
     written = result(like.shape, like.stride(), like.dtype).zero_() if like is not None else None
     each = [*reads, *([written] if written is not None else [])]
     if len({t.nbytes for t in each}) != 1 or any(t.data_ptr() % 64 for t in each):
         raise ValueError(f"streams of {[t.nbytes for t in each]} bytes: one size and whole lines are needed")
-    call = library.stream
+    call = _library().stream
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     call.argtypes = (pointer, ctypes.c_int, pointer, whole, ctypes.c_int, ctypes.c_int, whole)
     addresses = (ctypes.c_void_p * len(reads))(*(t.data_ptr() for t in reads))
@@ -65,13 +70,12 @@ def rows(table: torch.Tensor, index: torch.Tensor) -> dict[str, Callable[[], Non
         TesselError: there is no compiler.
         ValueError: a row is not of whole lines of 64 bytes, or an index is outside of the table.
     """
-    library, _ = build(Path(__file__).with_name("streams.cpp").read_text(encoding="utf-8"), {})
     row = table.stride(0) * table.itemsize
     inside = int(index.min()) >= 0 and int(index.max()) < table.shape[0]
     if table.data_ptr() % 64 or row % 64 or not table.is_contiguous() or not index.is_contiguous() or not inside:
         raise ValueError(f"rows of {row} bytes of a table of {table.shape[0]}: whole lines, and indices inside")
     written = result((index.numel(), *table.shape[1:]), table.stride(), table.dtype).zero_()
-    call = library.rows
+    call = _library().rows
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     call.argtypes = (pointer, pointer, pointer, whole, whole, ctypes.c_int, ctypes.c_int, whole)
     threads = torch.get_num_threads()
