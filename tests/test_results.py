@@ -56,12 +56,22 @@ def test_dropped_memory_comes_back_as_a_new_tensor() -> None:
     x.add_(1)
     del x
     y = make()
-    assert y.data_ptr() == where and y._version == 1 and y._base is None and y.is_leaf and y.is_contiguous()
+    assert y.data_ptr() == where and y._version == 0 and y._base is None and y.is_leaf and y.is_contiguous()
     assert remembered() == 4 * SIDE * SIDE
     again = make()  # y is held
     assert again.data_ptr() != where and remembered() == 8 * SIDE * SIDE
     del y
     assert result((SIDE * SIDE,), (1,), torch.int32).data_ptr() == where  # another type of the same size
+
+
+def test_inference_mode_comes_and_goes() -> None:
+    with torch.inference_mode():
+        x = make()
+        assert x.is_inference()
+        del x
+    x = make()
+    assert not x.is_inference()
+    (x.fill_(1) * torch.ones(1, requires_grad=True)).sum().backward()
 
 
 def test_results_of_sizes_that_only_a_call_tells_are_used_again() -> None:

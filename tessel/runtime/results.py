@@ -36,6 +36,8 @@ def empty_on(where: torch.device) -> Callable[[Sequence[int], Sequence[int], tor
 
 
 _empty = empty_on(torch.device("cpu"))
+# A tensor of the same storage and type as another, and no view of it; again torch's own for generated programs.
+_alike = getattr(torch._C._dynamo.guards, "_reinterpret_tensor", None)
 
 
 @dataclass(eq=False, slots=True)
@@ -43,26 +45,39 @@ class _Block:
     storage: torch.UntypedStorage
     nbytes: int
     address: int
+    base: torch.Tensor  # of no elements, on the storage; of the type that was last asked for
 
     def free(self) -> bool:
-        """Whether this record is the only reference to the storage, and the storage is what it was."""
+        """Whether this record alone refers to the storage, by two references, and the storage is what it was."""
         s = self.storage
         return (
-            torch._C._storage_Use_Count(s._cdata) == 1
+            torch._C._storage_Use_Count(s._cdata) == 2
             and sys.getrefcount(s) == _ALONE
             and s.nbytes() == self.nbytes
             and s.data_ptr() == self.address
         )
 
+    def tensor(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of its own on the storage, not a view: nothing in it tells of the results before."""
+        if self.base.dtype != dtype or self.base.is_inference() != torch.is_inference_mode_enabled():
+            self.base = _on(self.storage, dtype)
+        if _alike is None:
+            return _on(self.storage, dtype, shape, strides)
+        return _alike(self.base, shape, strides, 0)  # type: ignore[no-any-return]
 
-def _references_when_alone() -> int:
-    """What ``free`` counts where there is no reference from outside: the record's, its own name, the argument."""
-    block = _Block(torch.UntypedStorage(8), 8, 0)
-    s = block.storage
-    return sys.getrefcount(s)
+
+def _on(
+    storage: torch.UntypedStorage, dtype: torch.dtype, shape: Sequence[int] = (0,), strides: Sequence[int] = (1,)
+) -> torch.Tensor:
+    return _empty((0,), (1,), dtype).set_(storage, 0, shape, strides)  # type: ignore[call-overload, no-any-return]
 
 
-_ALONE = _references_when_alone()
+def _block(nbytes: int, dtype: torch.dtype) -> _Block:
+    storage = torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
+    in_huge_pages(storage.data_ptr(), nbytes)
+    return _Block(storage, nbytes, storage.data_ptr(), _on(storage, dtype))
+
+
 # Oldest first. Threads and signal handlers may meet here: whoever removes a block from the list owns it.
 _blocks: list[_Block] = []
 
@@ -72,16 +87,11 @@ def result(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> 
     nbytes = _span(shape, strides) * dtype.itemsize
     if not LEAST <= nbytes <= LIMIT:
         return _empty(shape, strides, dtype)
-    block = _take(nbytes)
-    if block is None:
-        storage = torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
-        in_huge_pages(storage.data_ptr(), nbytes)
-        block = _Block(storage, nbytes, storage.data_ptr())
-    # A tensor of its own, not a view: nothing in it tells of the results before.
-    made = _empty((0,), (1,), dtype).set_(block.storage, 0, shape, strides)  # type: ignore[call-overload]
+    block = _take(nbytes) or _block(nbytes, dtype)
+    made = block.tensor(shape, strides, dtype)
     _blocks.append(block)
     _forget(LIMIT)  # also after one was taken: another thread may have made its own meanwhile
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def part(
@@ -147,3 +157,14 @@ def _forget(limit: int) -> None:
             _blocks.pop(0)
         except IndexError:
             return
+
+
+def _references_when_alone() -> int:
+    """What ``free`` counts where there is no reference from outside: the record's, its own name, the argument, and
+    torch's own where a tensor has the storage."""
+    block = _block(8, torch.uint8)
+    s = block.storage
+    return sys.getrefcount(s)
+
+
+_ALONE = _references_when_alone()
