@@ -95,6 +95,21 @@ def test_every_length_of_the_rest(size: int) -> None:
     assert not out[:, size:].any()
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["copied", "computed"])
+@pytest.mark.parametrize("rows", [3, 2048], ids=["near", "past the caches"])
+def test_one_value_a_row(rows: int, scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tessel.codegen.cpp.vector.last_cache", lambda: 2**16)
+    p = Program("pointwise", x0=rows, x1=77)
+    a, o = p.param((rows,), HALF), p.param((rows, 77), HALF, out=True)
+    v = p.load(a, "x0")
+    p.store(o, ("x0", "x1"), p.op("mul", v, 3.0, dtype=torch.float32) if scaled else v)
+    (kernel,) = compiled([p.kernel("spread")])
+    assert "Pair{}" in kernel.source.body and ("put_past_" in kernel.source.body) == (rows > 3)
+    x, out = rand(rows, dtype=HALF), poisoned((rows, 77), HALF)
+    kernel((), x, out)
+    matches(out, (x.double() * (3.0 if scaled else 1.0))[:, None].expand(rows, 77))
+
+
 def unit_rows(rows: int, width: int) -> Kernel:
     """x / |x| * w for every row."""
     p = Program("reduction", x0=rows, r0=width)

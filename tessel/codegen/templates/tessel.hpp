@@ -898,7 +898,9 @@ template <class K> INLINE void put_float(float* p, vf v, K k) { put(p, v, k); }
 template <class K> INLINE void put_bf16(u16* p, vf v, K k) { put(p, to_bf16(v), k); }
 template <class K> INLINE void put_near_bf16(u16* p, vf v, K k) { put(p, near_bf16(v), k); }
 INLINE void put_bf16(u16* p, vp v, Pair) { put(p, to_bf16_line(v), Full{}); }
+INLINE void put_bf16(u16* p, vf v, Pair) { put_bf16(p, vp(v), Pair{}); }
 INLINE void put_near_bf16(u16* p, vp v, Pair) { put(p, near_bf16_line(v), Full{}); }
+INLINE void put_near_bf16(u16* p, vf v, Pair) { put_near_bf16(p, vp(v), Pair{}); }
 template <class K> INLINE void put_f16(u16* p, vf v, K k) { put(p, to_f16(v), k); }
 template <class K> INLINE void put_bool(u8* p, vi v, K k) { put(p, bytes_of(v & 1), k); }
 
@@ -920,7 +922,9 @@ template <class K> INLINE void put_past_float(float* p, vf v, K k) { put_past(p,
 template <class K> INLINE void put_past_bf16(u16* p, vf v, K k) { put_past(p, to_bf16(v), k); }
 template <class K> INLINE void put_past_near_bf16(u16* p, vf v, K k) { put_past(p, near_bf16(v), k); }
 INLINE void put_past_bf16(u16* p, vp v, Pair) { put_past(p, to_bf16_line(v), Full{}); }
+INLINE void put_past_bf16(u16* p, vf v, Pair) { put_past_bf16(p, vp(v), Pair{}); }
 INLINE void put_past_near_bf16(u16* p, vp v, Pair) { put_past(p, near_bf16_line(v), Full{}); }
+INLINE void put_past_near_bf16(u16* p, vf v, Pair) { put_past_near_bf16(p, vp(v), Pair{}); }
 template <class K> INLINE void put_past_f16(u16* p, vf v, K k) { put_past(p, to_f16(v), k); }
 template <class K> INLINE void put_past_bool(u8* p, vi v, K k) { put_past(p, bytes_of(v & 1), k); }
 
