@@ -27,7 +27,8 @@ from .frontend.capture import GraphInfo
 from .frontend.compat import without_modes
 from .frontend.importer import Imported
 from .ir.node import Graph, Node
-from .passes import inplace, quantize
+from .ops.inplace import INPLACE
+from .passes import inplace, quantize, writes
 from .passes._groups import ATTENTION, refusal
 from .passes._products import to_library
 from .passes.pipeline import CPU_ONLY, GPU_ONLY, PASSES, Trace, run_pipeline
@@ -430,6 +431,8 @@ def _why_torch(node: Node, place: Place, options: Options) -> str:
     if node.op.kind in ATTENTION and not refusal(node):
         why = _no_attention(node, place) if place.how == "native" and options.attention == "auto" else None
         return why or f"options.attention is {options.attention!r}: torch's kernel"
+    if node.op.name in INPLACE and place.how == "native":
+        return f"written in place by torch: {writes.refusal(node)}"
     if node.op.random:
         return "random numbers are eager's own, drawn in its order"
     if node.op.kind == "effect":

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import tessel
+from tessel.ir.interp import interpret
 from tessel.ir.parse import parse_graph
+from tessel.ir.text import print_graph
+from tessel.ir.verify import verify
 from tessel.ops import OPS
-from tessel.passes import inplace
+from tessel.passes import inplace, writes
 from tessel.tiles.cost import bytes_moved
 
 Tensors = tuple[torch.Tensor, ...]
@@ -54,7 +58,7 @@ def cache_step(cache: torch.Tensor, at: torch.Tensor, row: torch.Tensor) -> torc
 
 def test_a_cache_is_not_copied() -> None:
     text, report = both(cache_step, torch.randn(2, 16, 4), torch.tensor([3, 7]), torch.randn(2, 2, 4))
-    assert "index_put_(a" in text and copied(text) == []
+    assert "write_1_index_put(" in text and copied(text) == []
     moved = report.compilations[-1].bytes_after
     assert moved < 16 * 4 * 2 * 4 * 2  # the cache is read once, and not written
 
@@ -83,7 +87,98 @@ def test_slices_and_selected_rows(dynamic: bool) -> None:
         return row + 1
 
     text, _ = both(step, torch.randn(3, 6, 4), torch.randn(3, 2, 4), dynamic=dynamic)
-    assert "slice_scatter_(a" in text and copied(text) == []
+    assert ("slice_scatter_(a" if dynamic else "_slice_scatter(") in text and copied(text) == []
+
+
+def _places(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers)
+
+
+def _put(x: torch.Tensor, rows: torch.Tensor, *at: torch.Tensor | None) -> None:
+    x[tuple(slice(None) if i is None else i for i in at)] = rows
+
+
+WRITTEN: dict[str, tuple[Callable[..., Any], Callable[[], Tensors]]] = {
+    "negative and doubled": (_put, lambda: (torch.randn(8, 33), torch.randn(5, 33), _places(1, -3, 1, 1, 5))),
+    "in the middle": (
+        lambda x, rows, i: _put(x, rows, None, i),
+        lambda: (torch.randn(2, 9, 17), torch.randn(2, 3, 17), _places(8, 0, -1)),
+    ),
+    "two side by side": (_put, lambda: (torch.randn(4, 5, 64), torch.randn(3, 64), _places(0, 3, 1), _places(4))),
+    "two apart": (
+        lambda x, rows, i, j: _put(x, rows, i, None, j),
+        lambda: (torch.randn(4, 3, 5, 16), torch.randn(2, 3, 16), _places(3, 1), _places(0, -1)),
+    ),
+    "a row for all": (_put, lambda: (torch.randn(8, 31), torch.randn(31), _places(2, 7))),
+    "a number": (lambda x, i: _put(x, 2.5, i), lambda: (torch.randn(8, 31), _places(2, 7))),
+    "of another layout": (
+        lambda x, rows, i: _put(x, rows.t(), None, i),
+        lambda: (torch.randn(6, 2, 40).transpose(0, 1), torch.randn(40, 1), _places(4)),
+    ),
+    "steps": (lambda x, rows: x[:, 1:8:3].copy_(rows), lambda: (torch.randn(2, 9, 8), torch.randn(3, 8))),
+    "one row of one": (_put, lambda: (torch.randn(1, 1), torch.randn(1, 1), _places(0))),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool], ids=str)
+def test_rows_that_kernels_write(name: str, dtype: torch.dtype) -> None:
+    fn, make = WRITTEN[name]
+    if name == "a number" and not dtype.is_floating_point:
+        pytest.skip("2.5 is no whole number")
+    args = [t.mul(3).to(dtype) if t.is_floating_point() else t for t in make()]
+    text, report = both(lambda *t: (fn(*t), None)[1], *args)
+    assert " 0 calls to torch" in text and copied(text) == [], text
+    assert not report.compilations[-1].calls
+
+
+@pytest.mark.parametrize("wrong", [4, -5, 2**40])
+def test_a_place_out_of_range_writes_nothing(wrong: int) -> None:
+    compiled = tessel.compile(lambda x, i, rows: _put(x, rows, None, i), target="cpu")
+    x = torch.zeros(2, 4, 3)
+    with torch.no_grad(), pytest.raises(IndexError):
+        compiled(x, torch.tensor([wrong]), torch.ones(2, 1, 3))
+    assert not x.any()
+
+
+def test_rows_are_written_in_place_without_a_compiler_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "broken 1.0" && exit\nexit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("TESSEL_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.warns(UserWarning, match="no compiled kernels"):
+        text, _ = both(cache_step, torch.randn(2, 16, 4), torch.tensor([3, 7]), torch.randn(2, 2, 4))
+    assert "write_1_index_put(a" in text and copied(text) == []
+
+
+def test_large_writes_are_worth_all_threads() -> None:
+    text, _ = both(lambda x, i, rows: _put(x, rows, i), torch.zeros(40, 2**14), _places(*range(20)), torch.ones(2**14))
+    assert "index_put_(a" in text and "1 calls to torch" in text
+
+
+def test_writes_take_their_views_along() -> None:
+    text = """
+graph "g"
+  %0: f32[2,5,3] = input "cache"
+  %1: i64[1] = input "at"
+  %2: f32[6] = input "rows"
+  %3: f32[6] = exp(%2)
+  %4: f32[2,1,3] = reshape(%3, shape=(2, 1, 3))
+  %5: f32[2,5,3] = index_put_(%0, (None, %1), %4)
+  effect %0 := %5
+  return {}
+"""
+    alone = writes.run(parse_graph(text.format(""), OPS))
+    assert [n.op.name for n in alone.nodes] == ["exp", "write"]
+    assert [n.op.name for n in alone.nodes[-1].regions[0].nodes] == ["reshape", "index_put_"]
+    assert [n.op.name for n in writes.run(parse_graph(text.format("%4"), OPS)).nodes] == ["exp", "reshape", "write"]
+    verify(alone, OPS)
+    again = parse_graph(print_graph(alone), OPS)
+    args = torch.zeros(2, 5, 3), _places(-1), torch.randn(6)
+    (one,), (other,) = (interpret(g, args) for g in (alone, again))
+    assert torch.equal(one[:, 4], args[2].exp().view(2, 3)) and torch.equal(one, other)
+    assert bytes_moved(alone) == (2 * 6 + 2 * 6) * 4 + 8
 
 
 def test_scatter_and_bool_masks() -> None:

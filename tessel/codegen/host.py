@@ -256,6 +256,9 @@ class _Writer:
 
     def results(self, node: Node) -> dict[int, str]:
         """Lines that make the memory a launch writes to, except where it has a place; names by position."""
+        if node.op.name in INPLACE:
+            self.value[node.out] = self.value[node.operands[0]]
+            return {0: self.value[node.out]}
         outs = {}
         for i, (v, t) in enumerate(zip(node.outs, node.types, strict=True)):
             assert isinstance(t, TensorType)

@@ -2,6 +2,7 @@
 
 ``index_put_(x, indices, values)`` has the value of ``index_put``; the name's last letter says that the result lies
 in the memory of ``x``, of which nothing else is read any more. The pass ``inplace`` proves that and puts them in.
+``write`` is such an operator that became a kernel, see the pass ``writes``.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 
 from ..ir.node import Node, Op, Value
-from .common import table
-from .index import INDEX
+from ..ir.types import Dim
+from .common import operand_types, table
+from .effect import EFFECT
+from .index import INDEX, index_layout
 from .library import LIBRARY
 
-__all__ = ["INPLACE", "WRITES", "rows_written", "written_memory"]
+__all__ = ["INPLACE", "WRITES", "rows_written", "written_memory", "written_shape"]
 
 # Operators that change a part of their first operand -> the argument that holds what is written.
 WRITES = {
@@ -32,7 +35,10 @@ def _in_place(op: Op) -> Op:
     return dataclasses.replace(op, name=op.name + "_", **more)  # type: ignore[arg-type]
 
 
-INPLACE = table(_in_place({**LIBRARY, **INDEX}[name]) for name in WRITES)
+_WRITE = dataclasses.replace(
+    EFFECT["kernel"], name="write", doc="write(x, args..., name=, ...) with a region: a kernel into the memory of x"
+)
+INPLACE = table(*(_in_place({**LIBRARY, **INDEX}[name]) for name in WRITES), _WRITE)
 
 
 def written_memory(v: Value) -> Value:
@@ -53,5 +59,17 @@ def written_memory(v: Value) -> Value:
 
 def rows_written(node: Node) -> Value | None:
     """What an operator in place writes; None for a number."""
+    if node.op.name == "write":
+        node = node.regions[0].nodes[-1]
     held = node.args[WRITES[node.op.name.removesuffix("_")]]
     return held if isinstance(held, Value) else None
+
+
+def written_shape(node: Node) -> tuple[Dim, ...]:
+    """The shape of what ``index_put_`` or ``slice_scatter_`` writes, the values broadcast to it."""
+    if node.op.name == "slice_scatter_":
+        return operand_types(node)[1].shape
+    x = operand_types(node)[0]
+    held, place, shape = index_layout(node.op.name, x, [None if i is None else i.type for i in node.args[1]])
+    kept = [n for d, n in enumerate(x.shape) if d not in held]
+    return (*kept[:place], *shape, *kept[place:])

@@ -29,6 +29,7 @@ from . import (
     recurrences,
     running,
     small_products,
+    writes,
 )
 
 Pass: TypeAlias = "Callable[[Graph, Options], Graph]"
@@ -87,13 +88,14 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("layouts", lambda graph, options: layouts.run(graph)),
     ("inplace", lambda graph, options: inplace.run(graph)),
     ("fuse", _fuse),
+    ("writes", lambda graph, options: writes.run(graph)),
 )
 
 # What a graph goes through before it is laid out on a mesh: composites opened, so that every axis may be split.
 BEFORE_SHARD: tuple[tuple[str, Pass], ...] = PASSES[:2] + PASSES[:1]
 
 # Passes whose results only the C++ templates, or only the Triton ones, have kernels for.
-CPU_ONLY = frozenset({"packed", "small_products", "layouts"})
+CPU_ONLY = frozenset({"packed", "small_products", "layouts", "writes"})
 GPU_ONLY = frozenset({"unpack", "decode", "gradients", "narrow_products"})
 
 

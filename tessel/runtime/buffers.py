@@ -119,6 +119,7 @@ def plan_buffers(
     for new, old in taken.items():
         uses[old] = max(uses.get(old, -1), made[new])
     staying = {v for i in graph.inputs for v in i.outs if _stays(graph, i)}
+    staying.update(n.operands[0] for n in graph.nodes if n.op.name in INPLACE)  # its name is the result's too
     for v, at in uses.items():
         if v not in leaving and v not in staying and v not in places and v.op.name not in INPLACE:
             frees[at] = (*frees.get(at, ()), v)

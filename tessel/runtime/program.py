@@ -114,7 +114,7 @@ def build(
         return known[node]
 
     def allocates(node: Node) -> bool:
-        return node.op.kind == "kernel" and isinstance(once(node), Launch)
+        return node.op.name == "kernel" and isinstance(once(node), Launch)
 
     def owned(node: Node) -> bool:
         if node.op.kind == "view" or node.op.name in ("item", "assert_scalar"):

@@ -22,6 +22,7 @@ import torch
 from ..codegen.host import Called, Launch, Run
 from ..ir.node import Graph, Node, Value
 from ..ir.types import TensorType
+from ..ops.inplace import INPLACE
 from .buffers import first_fit, span_bytes
 from .native import NativeKernel, c_int64, stop
 
@@ -77,11 +78,12 @@ def plan_places(graph: Graph, call: Callable[[Node], Called | Launch | None]) ->
     for node, what in launches.items():
         if what.sizes or len(what.params) > _PARAMS:
             return None
-        for v in node.outs:
+        for v in () if node.op.name in INPLACE else node.outs:
             size = span_bytes(v.type) if isinstance(v.type, TensorType) else None
             if not isinstance(size, int) or size > (LEAVING if v in leaving else SMALL):
                 return None
-    inside = [v for n in launches for v in n.outs if v not in leaving and all(u in launches for u in users.get(v, ()))]
+    made = [v for n in launches for v in n.outs if n.op.name not in INPLACE and v not in leaving]
+    inside = [v for v in made if all(u in launches for u in users.get(v, ()))]
     at, size = _first_fit(graph, set(inside))
     if size > BLOCK:
         return None

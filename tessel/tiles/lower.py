@@ -7,8 +7,8 @@ compute, inputs load. A value asked for twice at the same place is computed once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,7 +35,9 @@ from .kernel import (
     Store,
     Test,
 )
-from .places import INDEXED, Coords, Mask, Wants, broadcast, reshape_coords, through_view
+from .places import INDEXED, Coords, Mask, Want, Wants, broadcast, indexed_place, reshape_coords, through_view
+
+T = TypeVar("T")
 
 
 def lower(node: Node) -> Kernel:
@@ -45,7 +47,9 @@ def lower(node: Node) -> Kernel:
         TesselError: the region holds something that no tile program can say (an internal error:
             the fuse pass lets only such regions through).
     """
-    check(node.op.name == "kernel", lambda: f"{node.op.name} is not a kernel node")
+    check(node.op.kind == "kernel", lambda: f"{node.op.name} is not a kernel node")
+    if node.op.name == "write":
+        return _write(Lowering(node))
     family = node.attrs["family"]
     makers = {"matmul": _matmul, "attention": attention.forward, "attention_backward": attention.backward}
     maker = makers.get(family, _plain)
@@ -68,10 +72,11 @@ class Lowering:
                 self.layout[n] = place
                 self.folds.update((n, f) for f in folded)
         self.place: list[Index] = [var(a.name, a.extent) for a in self.axes]
-        inputs = [Param(f"in{i}", _tensor(n.types[0]), False, i) for i, n in enumerate(self.region.inputs)]
+        read = [(i, n) for i, n in enumerate(self.region.inputs) if i or node.op.name != "write"]
+        inputs = [Param(f"in{i}", _tensor(n.types[0]), False, i) for i, n in read]
         outputs = [Param(f"out{i}", _tensor(t), True, i) for i, t in enumerate(node.types)]
         self.params = (*inputs, *outputs)
-        self.input_number = {n: i for i, n in enumerate(self.region.inputs)}
+        self.input_number = {n: number for number, (_, n) in enumerate(read)}
         self.stmts: list[Stmt] = []
         self.memo: dict[Any, Operand] = {}
         self.known: dict[tuple[Value, Coords], Operand] = {}  # values given from outside: the accumulator
@@ -113,9 +118,13 @@ class Lowering:
     # ------------------------------------------------------------------ values
 
     def at(self, v: Value, coords: Coords, mask: Mask = ()) -> Operand:
-        """The value at a place, as an earlier statement or a literal. Deep chains use an explicit stack."""
-        stack = [self.evaluate(v, coords, mask)]
-        send: Operand = None
+        """The value at a place, as an earlier statement or a literal."""
+        return self.drive(self.evaluate(v, coords, mask))
+
+    def drive(self, wants: Generator[Want, Operand, T]) -> T:
+        """What a generator of ``places`` comes to. Deep chains use an explicit stack."""
+        stack: list[Generator[Want, Operand, Any]] = [wants]
+        send: Any = None
         while stack:
             try:
                 want = stack[-1].send(send)
@@ -129,7 +138,7 @@ class Lowering:
             else:
                 stack.append(self.evaluate(*want))
                 send = None
-        return send
+        return send  # type: ignore[no-any-return]
 
     def evaluate(self, v: Value, coords: Coords, mask: Mask) -> Wants:
         """A generator: yields (value, coords, mask) it needs and is sent the operand."""
@@ -219,7 +228,7 @@ class Lowering:
     def store(self, number: int, v: Value, coords: Coords) -> None:
         """Store a region output at its coordinates."""
         arg = self.at(v, coords)
-        access = Access(len(self.region.inputs) + number, coords)
+        access = Access(len(self.input_number) + number, coords)
         self.stmts.append(Store(access, arg, v.dtype))
 
     def notes(self) -> tuple[str, ...]:
@@ -262,6 +271,22 @@ def _plain(low: Lowering) -> Kernel:
     }
     axes = tuple(Axis(a.name, a.extent, "s") if a.name in steps else a for a in low.axes)
     return low.kernel(axes, low.take())
+
+
+def _write(low: Lowering) -> Kernel:
+    """Rows that are written into the memory of the node's first operand, one after the other."""
+    node = low.region.nodes[-1]
+    x, coords = node.operands[0], tuple(low.place)
+    if node.op.name == "slice_scatter_":
+        source = node.args[1]
+        d, start, step = node.attrs["dim"] % x.type.rank, node.attrs["start"], node.attrs.get("step", 1)
+        place = (*coords[:d], scale(coords[d], step) + start, *coords[d + 1 :])
+    else:
+        source = node.args[2]
+        place = low.drive(indexed_place(low, node, x, node.args[1], coords, ()))
+    arg = low.at(source, broadcast(source.type, coords)) if isinstance(source, Value) else source
+    low.stmts.append(Store(Access(len(low.input_number), place), arg, x.dtype))
+    return low.kernel(low.axes, low.take(), attrs={"in_order": True})
 
 
 def _matmul(low: Lowering) -> Kernel:

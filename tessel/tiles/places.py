@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 Coords: TypeAlias = "tuple[Index, ...]"
 Mask: TypeAlias = "tuple[Cond, ...]"
-Wants: TypeAlias = "Generator[tuple[Value, Coords, Mask], Operand, Operand]"
+Want: TypeAlias = "tuple[Value, Coords, Mask]"
+Wants: TypeAlias = "Generator[Want, Operand, Operand]"
 
 
 def broadcast(t: TensorType, coords: Coords) -> Coords:
@@ -196,11 +197,18 @@ def _index_select(low: Lowering, node: Node, coords: Coords, mask: Mask) -> Want
 
 
 def _index(low: Lowering, node: Node, coords: Coords, mask: Mask) -> Wants:
-    """``x[i, :, j]``: the broadcast index dims come where the indices stand together, else first."""
     x, indices = node.args
+    place = yield from indexed_place(low, node, x, indices, coords, mask)
+    return (yield (x, place, mask))
+
+
+def indexed_place(
+    low: Lowering, node: Node, x: Value, indices: Sequence[Value | None], coords: Coords, mask: Mask
+) -> Generator[Want, Operand, Coords]:
+    """Where ``x[i, :, j]`` lies in x: the broadcast index dims come where the indices stand together, else first."""
     used = [d for d, i in enumerate(indices) if i is not None]
     together = used == list(range(used[0], used[-1] + 1))
-    rank = max(indices[d].type.rank for d in used)
+    rank = max(indices[d].type.rank for d in used)  # type: ignore[union-attr]
     at = used[0] if together else 0
     chosen, rest = coords[at : at + rank], iter((*coords[:at], *coords[at + rank :]))
     place: list[Index] = []
@@ -211,7 +219,7 @@ def _index(low: Lowering, node: Node, coords: Coords, mask: Mask) -> Wants:
             continue
         index = yield (ids, broadcast(ids.type, chosen), mask)
         place.append(_lookup(low, node, index, ids, x.shape[d], mask, wrap=True))
-    return (yield (x, tuple(place), mask))
+    return tuple(place)
 
 
 def _whole(node: Node) -> None:
@@ -232,4 +240,4 @@ INDEXED: dict[str, Any] = {
 }
 
 
-__all__ = ["INDEXED", "Coords", "Mask", "Wants", "broadcast", "reshape_coords", "through_view"]
+__all__ = ["INDEXED", "Coords", "Mask", "Wants", "broadcast", "indexed_place", "reshape_coords", "through_view"]

@@ -225,6 +225,9 @@ class Emitter:
     def _store(self, stmt: Store) -> None:
         dtype = self.kernel.params[stmt.access.param].type.dtype
         place, dims = self.element(stmt.access)
+        found = [self.values[int(a.name)][1] for c in stmt.access.coords for a in c.atoms() if a.kind == "value"]
+        if found:  # nothing is written where it does not belong
+            self.line("if (bad) return bad;", frozenset().union(*found))
         text, more = self.operand(stmt.arg, stmt.dtype)
         mask, last = self.conds(stmt.access.mask)
         guard = f"if ({mask}) " if mask else ""

@@ -165,6 +165,7 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
         count, where = squares(outer[:-1], outer[-1], lane)
     return {
         "items": count,
+        "threads": "1" if kernel.attrs.get("in_order") else "threads",
         "coordinates": where,
         "turned": outer[-1].name if space.turned else "",
         "copies": copies,

@@ -248,6 +248,8 @@ def too_large(kernel: Kernel) -> frozenset[int]:
     They are at least half the last cache, and the kernel moves all that it holds or more: part of them would be gone
     before anyone reads them next, and lines stored past the caches are not read before they are written.
     """
+    if kernel.attrs.get("in_order"):
+        return frozenset()  # few rows of a large result
     last = last_cache() or 1 << 62
     sizes = [_nbytes(p) for p in kernel.params]
     whole = sum(n for n in sizes if isinstance(n, int))
