@@ -25,7 +25,7 @@ from cpu_cases import MICRO, MODELS, TRAINING, load, load_training, tensor_of
 from cpu_measure import quiet
 
 from tessel import driver
-from tessel.codegen.host import Called
+from tessel.codegen.steps import Called
 from tessel.ir.node import Graph, Node
 from tessel.tiles.cost import base_values, node_bytes
 

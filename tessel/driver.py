@@ -19,7 +19,7 @@ import torch
 
 from .autotune.tuned import tuned
 from .codegen.cpp.attention import refusal as attention_refusal
-from .codegen.host import Called, Launch
+from .codegen.steps import Called, Launch
 from .codegen.triton import render
 from .config import Options
 from .errors import TesselError

@@ -13,7 +13,8 @@ from memory_graphs import drawn
 
 from tessel import TesselError
 from tessel.codegen.bindings import bindings
-from tessel.codegen.host import Called, Launch, render_host
+from tessel.codegen.host import render_host
+from tessel.codegen.steps import Called, Launch
 from tessel.codegen.triton import render
 from tessel.ir.node import Builder, Graph, Node, Value, make_input
 from tessel.ir.parse import parse_graph

@@ -12,7 +12,7 @@ from memory_graphs import drawn
 from torch.nn import functional as F
 
 import tessel
-from tessel.codegen.host import Launch
+from tessel.codegen.steps import Launch
 from tessel.ir.node import Builder, Graph, Node, Value, make_input
 from tessel.ir.types import TensorType, symbol
 from tessel.models import load_model

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from ..codegen.host import Storage
+from ..codegen.steps import Storage
 from ..ir.exprs import evaluate
 from ..ir.node import Graph, Node, Value
 from ..ir.types import Dim, TensorType, simplify_dim, symbols_of

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ..codegen.host import Called, Launch
+from ..codegen.steps import Called, Launch
 from ..codegen.triton import grid_of, render
 from ..errors import TesselError
 from ..ir.node import Graph, Node, make_input

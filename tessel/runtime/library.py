@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..codegen.host import Called
+from ..codegen.steps import Called
 from ..ir.node import Node
 from ..ops.inplace import INPLACE
 from ..ops.library import torch_op

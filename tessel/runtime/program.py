@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from ..codegen.host import Called, HostSource, Launch, render_host
+from ..codegen.host import HostSource, render_host
 from ..codegen.sizes import HELPERS
+from ..codegen.steps import Called, Launch
 from ..ir.nested import leaves
 from ..ir.node import Graph, Node
 from . import results

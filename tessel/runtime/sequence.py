@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..codegen.host import Called, Launch, Run
+from ..codegen.steps import Called, Launch, Run
 from ..ir.node import Graph, Node, Value
 from ..ir.types import TensorType
 from ..ops.inplace import INPLACE
