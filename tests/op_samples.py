@@ -21,6 +21,7 @@ EXEMPT = {
     "assert_scalar": "has no tensors",
     "assert_true": "has no results; tested by its error",
     "kernel": "is run through its region",
+    "write": "is run through its region",
     "loop": "is run through its region",
     **dict.fromkeys(
         (*COLLECTIVE, *CALLS), "needs several ranks; tests/test_partition.py compares all of them with one device"

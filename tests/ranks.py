@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from in_process import InProcess
 
 from tessel.frontend.importer import Imported
 from tessel.frontend.joint import Step
@@ -15,7 +16,6 @@ from tessel.ir.sharding import Sharding
 from tessel.ir.verify import verify
 from tessel.ops import OPS
 from tessel.passes.partition import Program
-from tessel.runtime.collectives import InProcess
 from tessel.runtime.shares import assemble, share
 from tessel.sharding.annotate import Annotations
 from tessel.sharding.spmd import Spmd

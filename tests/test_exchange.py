@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from in_process import InProcess
 from ranks import annotations, compare, counts, cut, on_all_ranks, same_as_one_device
 from test_partition import DEVICES, HEADS, HIDDEN, ORACLES, SEQUENCE, Grouped
 
@@ -19,7 +20,6 @@ from tessel.ops import OPS
 from tessel.ops.attention import ring_steps
 from tessel.passes.partition import partition
 from tessel.passes.shard import Seed, propagate
-from tessel.runtime.collectives import InProcess
 from tessel.sharding.spmd import Spmd, lay_out
 from tessel.sharding.verify import verify_program, verify_ranks
 from tessel.targets.mesh import Mesh

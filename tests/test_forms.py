@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from groups import environment, free_port, start
+from in_process import InProcess
 from ranks import annotations, arguments, counts, on_all_ranks, same_as_one_device
 from test_partition import DEVICES, HEADS, HIDDEN, ORACLES, SEQUENCE, Grouped
 from torch import nn
@@ -31,7 +32,6 @@ from tessel.ir.types import TensorType
 from tessel.ops import OPS
 from tessel.passes.partition import partition
 from tessel.passes.shard import Seed, propagate
-from tessel.runtime.collectives import InProcess
 from tessel.runtime.shares import assemble, share
 from tessel.sharding.microbatches import microbatch
 from tessel.sharding.plan_file import ShardingPlan, parse_plan

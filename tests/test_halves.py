@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from in_process import InProcess
 from ranks import annotations
 from test_staged import MICROBATCHES, TENSOR, Model
 
@@ -16,7 +17,6 @@ from tessel.ir.text import print_graph
 from tessel.ir.types import TensorType
 from tessel.ops import OPS
 from tessel.ops.collective import units
-from tessel.runtime.collectives import InProcess
 from tessel.sharding.halves import Halves, halve
 from tessel.sharding.parts import CutModel, Pipeline, cut_model
 from tessel.targets.mesh import Mesh

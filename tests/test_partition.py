@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from in_process import InProcess
 from ranks import annotations, counts, cut, on_all_ranks, same_as_one_device
 from torch import nn
 
@@ -25,7 +26,6 @@ from tessel.ops.collective import payload
 from tessel.passes._factors import follow, rule_of, through
 from tessel.passes.partition import Program, partition
 from tessel.passes.shard import Seed, propagate
-from tessel.runtime.collectives import InProcess
 from tessel.runtime.shares import assemble
 from tessel.sharding.spmd import Spmd, lay_out
 from tessel.targets.mesh import Mesh

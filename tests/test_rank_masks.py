@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from in_process import InProcess
 from ranks import annotations, arguments, compare, cut
 
 from tessel.frontend.joint import capture_step
@@ -15,7 +16,6 @@ from tessel.ir.text import parse_graph
 from tessel.ops import OPS
 from tessel.passes import masks
 from tessel.passes._known import Known
-from tessel.runtime.collectives import InProcess
 from tessel.sharding.spmd import lay_out
 from tessel.targets.mesh import Mesh
 

@@ -6,11 +6,11 @@ from itertools import product
 
 import pytest
 import torch
+from in_process import InProcess
 
 from tessel.errors import TesselError
 from tessel.ir.sharding import Sharding
 from tessel.passes._reshard import Step, reshard, sources
-from tessel.runtime.collectives import InProcess
 from tessel.runtime.shares import assemble, share
 from tessel.targets.mesh import Link, Mesh
 

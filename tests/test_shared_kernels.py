@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from in_process import InProcess
 from ranks import annotations, arguments, cut
 from test_forms import Model
 from torch import nn
@@ -20,7 +21,6 @@ from tessel.ir.interp import interpret
 from tessel.ops.collective import communicating
 from tessel.passes._places import Places
 from tessel.runtime import native_kernels
-from tessel.runtime.collectives import InProcess
 from tessel.sharding.distributed import rank_runner
 from tessel.sharding.spmd import Spmd, lay_out
 from tessel.targets.mesh import Mesh
