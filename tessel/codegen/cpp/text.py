@@ -11,7 +11,7 @@ from .words import size_text
 __all__ = ["BLOCK", "coordinates", "items", "parts_of", "points", "simd", "squares", "steps"]
 
 SQUARE = (64, 64)  # points of the last two loops walked together where memory lies along both: 16 KiB of floats
-_FROM_ONE_END = 8  # steps, before as many from the other end of a row
+_FROM_ONE_END = 8  # steps at most, before as many from the other end of a row; an eighth of a row of known length
 BLOCK = 2048  # elements of the innermost loop that one thread takes at a time
 
 
@@ -103,7 +103,8 @@ def steps(
     for size, lanes, most in ((2, "Pair{}", 32), (1, "Full{}", 16)) if pairs else ((1, "Full{}", 16),):
         by = f"{size} * W" if size > 1 else "W"
         if requests:
-            lines += _from_both_ends(name, by, lanes, requests)
+            turn = _FROM_ONE_END if whole == 1 else min(max(whole // (16 * size) // 8, 2), _FROM_ONE_END)
+            lines += _from_both_ends(name, by, lanes, requests, turn)
             requests = ()
         else:
             if copies > 1:
@@ -119,20 +120,20 @@ def steps(
     return ["{", *("  " + line for line in lines), "}"]
 
 
-def _from_both_ends(name: str, by: str, lanes: str, requests: Sequence[str]) -> list[str]:
-    """All whole steps of ``by`` elements, some from the front and as many from the back in turns, till they meet.
+def _from_both_ends(name: str, by: str, lanes: str, requests: Sequence[str], turn: int) -> list[str]:
+    """All whole steps of ``by`` elements, ``turn`` from the front and as many from the back in turns, till they meet.
 
     A CPU that sees lines asked for in order fetches some more on its own. At the end of a row that lies anywhere these
-    are of no use, and cost as much as those that are; in the middle they are the other half of the row. One step at a
-    time takes 1.1 to 1.15 times as long as eight.
+    are of no use, and cost as much as those that are; in the middle they are the other half of the row. Of rows of 64
+    lines turns of eight were best (of one: 1.1 to 1.15 times as long), of rows of 32 lines turns of four.
     """
-    some = f"for (i64 j = 0; j < {_FROM_ONE_END}; ++j)"
+    some = f"for (i64 j = 0; j < {turn}; ++j)"
     front, back = f"{some} {{ step({name}, {lanes}); {name} += {by}; }}", f"{some} step(back -= {by}, {lanes});"
     return [
         f"const auto ask = [&](i64 {name}) __attribute__((always_inline)) {{ {' '.join(requests)} }};",
         f"const i64 steps_end = begin + (end - begin) / ({by}) * ({by});",
         "i64 back = steps_end;",
-        f"while ({name} + {2 * _FROM_ONE_END} * {by} <= back) {{",
+        f"while ({name} + {2 * turn} * {by} <= back) {{",
         f"  {some} {{ ask({name} + j * {by}); ask(back - (j + 1) * {by}); }}",
         f"  {front}",
         f"  {back}",
