@@ -346,6 +346,7 @@ def test_rows_taken_by_number_are_asked_for_early_where_no_cache_holds_them(
         (fn,) = compiled([p.kernel("taken")])
         least = 512 // dtype.itemsize
         assert ("soon0" in fn.source.body) == (last == 1000 and width >= least)
+        assert ("__builtin_prefetch(in1 + x0)" in fn.source.body) == ("soon0" in fn.source.body)
         assert ("far0" in fn.source.body) == (last == 1000 and width >= least and first == 48)
         out = poisoned((70, width), dtype)
         fn((), table, index, more, out)

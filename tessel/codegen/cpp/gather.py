@@ -2,10 +2,12 @@
 
 Where a row lies is read from memory, so that the CPU cannot foresee it: each row would begin with a wait for memory,
 and for the page tables. Its place is computed some rows early, and its lines are asked for beside those of the row
-that is worked on, from both ends of the row. Where they come into the first cache, its first line and its last are
-asked for earlier still, so that the page tables have been read by then; lines in the second wait long enough for them,
-and two more for every row took 10% there. Where no cache holds the result, the rows need not stay in one either. Where
-the last cache holds all that a kernel reads and writes, nothing is asked for: that is near, and asking took 3 to 5%.
+that is worked on, from both ends of the row. The number that tells the place is asked for earlier still: where rows are
+taken some at a time these lie far apart, and waiting for them took up to a tenth. Where the lines come into the first
+cache, a row's first line and its last are asked for earlier too, so that the page tables have been read by then; lines
+in the second wait long enough for them, and two more for every row took 10% there. Where no cache holds the result, the
+rows need not stay in one either. Where the last cache holds all that a kernel reads and writes, nothing is asked for:
+that is near, and asking took 3 to 5%.
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ def asked_early(
     known = [line for line in row if line.startswith("const ")]  # no store, and no error, before its time
     places: list[str] = []
     requests: list[str] = []
+    numbers = [e.pointer(s.access)[0] for s in kernel.body if isinstance(s, Load) and _once_a_row(kernel, e, lane, s)]
     for stmt in kernel.body:
         if not isinstance(stmt, Load) or not _in_row(kernel, e, lane, stmt):
             continue
@@ -81,7 +84,11 @@ def asked_early(
         at = len(requests)
         find = " ".join([*where, *known, f"return {param.name} + {start} + begin;"])
         rows = -(-_EARLY // nbytes)
-        found = f"[&](i64 item) __attribute__((always_inline)) {{ {find} }}"
+        at_item = "[&](i64 item) __attribute__((always_inline))"
+        if not at and numbers:
+            asked = (f"__builtin_prefetch({number});" for number in dict.fromkeys(numbers))
+            places.append(f"{at_item} {{ {' '.join([*where, *asked])} }}(min(item + {4 * rows}, last - 1));")
+        found = f"{at_item} {{ {find} }}"
         places.append(f"const auto* const soon{at} = {found}(min(item + {rows}, last - 1));")
         if not into_second:
             places.append(f"const auto* const far{at} = {found}(min(item + {2 * rows}, last - 1));")
@@ -106,6 +113,13 @@ def _in_row(kernel: Kernel, e: Emitter, lane: Axis, load: Load) -> bool:
     if load.access.mask or steps.get(lane.name) != 1 or all(a.kind == "var" for a, _ in index.terms):
         return False
     return _row_bytes(lane, kernel.params[load.access.param]) >= _LEAST
+
+
+def _once_a_row(kernel: Kernel, e: Emitter, lane: Axis, load: Load) -> bool:
+    """Whether a load reads one whole number for a row, which may tell a place, and lies at a place that is known."""
+    index, steps = _terms(kernel, e, load)
+    whole = not kernel.params[load.access.param].type.dtype.is_floating_point
+    return whole and not load.access.mask and lane.name not in steps and len(steps) == len(index.terms)
 
 
 def _kept(kernel: Kernel, e: Emitter, outer: Sequence[Axis], lane: Axis, load: Load) -> bool:
