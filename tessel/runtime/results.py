@@ -67,12 +67,17 @@ class _Block:
 
 
 def _on(
-    storage: torch.UntypedStorage, dtype: torch.dtype, shape: Sequence[int] = (0,), strides: Sequence[int] = (1,)
+    storage: torch.UntypedStorage,
+    dtype: torch.dtype,
+    shape: Sequence[int] = (0,),
+    strides: Sequence[int] = (1,),
+    offset: int = 0,
 ) -> torch.Tensor:
-    return _empty((0,), (1,), dtype).set_(storage, 0, shape, strides)  # type: ignore[call-overload, no-any-return]
+    """A tensor on a storage, from an offset in elements."""
+    return _empty((0,), (1,), dtype).set_(storage, offset, shape, strides)  # type: ignore[call-overload, no-any-return]
 
 
-def _block(nbytes: int, dtype: torch.dtype) -> _Block:
+def _new_block(nbytes: int, dtype: torch.dtype) -> _Block:
     storage = torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
     in_huge_pages(storage.data_ptr(), nbytes)
     return _Block(storage, nbytes, storage.data_ptr(), _on(storage, dtype))
@@ -87,7 +92,7 @@ def result(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> 
     nbytes = _span(shape, strides) * dtype.itemsize
     if not LEAST <= nbytes <= LIMIT:
         return _empty(shape, strides, dtype)
-    block = _take(nbytes) or _block(nbytes, dtype)
+    block = _take(nbytes) or _new_block(nbytes, dtype)
     made = block.tensor(shape, strides, dtype)
     _blocks.append(block)
     _forget(LIMIT)  # also after one was taken: another thread may have made its own meanwhile
@@ -98,8 +103,7 @@ def part(
     x: torch.Tensor, offset: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
     """Some bytes of the storage of a result that is not written yet, as another tensor; ``offset`` in bytes."""
-    made = _empty((0,), (1,), dtype)
-    return made.set_(x.untyped_storage(), offset // dtype.itemsize, shape, strides)  # type: ignore[call-overload, no-any-return]
+    return _on(x.untyped_storage(), dtype, shape, strides, offset // dtype.itemsize)
 
 
 _HUGE, _ADVICE = 2**21, 14  # bytes of a huge page, and Linux's MADV_HUGEPAGE
@@ -162,7 +166,7 @@ def _forget(limit: int) -> None:
 def _references_when_alone() -> int:
     """What ``free`` counts where there is no reference from outside: the record's, its own name, the argument, and
     torch's own where a tensor has the storage."""
-    block = _block(8, torch.uint8)
+    block = _new_block(8, torch.uint8)
     s = block.storage
     return sys.getrefcount(s)
 
