@@ -21,6 +21,7 @@ from tessel.ir.text import parse_graph
 from tessel.ir.types import Dim, symbol
 from tessel.ops import OPS
 from tessel.ops.backward import grouped_mm_ref
+from tessel.runtime import native
 from tessel.runtime.matmul_cpu import Grouped, by_library
 from tessel.runtime.native import NativeKernel, build
 from tessel.targets import get_target
@@ -29,7 +30,7 @@ from tessel.tiles.kernel import ACC, Kernel, Ref
 pytestmark = pytest.mark.usefixtures("own_cache", "same_start")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = (1, 2, 5, 9, 16, 17, 129)
+ROWS = (1, 2, 5, 9, 16, 23, 24, 25, 129)
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -141,11 +142,13 @@ def test_rows_and_layouts(dtype: torch.dtype) -> None:
     for m in ROWS:
         for right in ("nk", "kn"):
             n, k = (100, 65) if m % 2 else (64, 64)  # with a rest, or whole panels and whole steps
-            cases.append(((m, n, k), {"dtype": dtype, "right": right, "epilogue": m in (2, 17)}))
-    cases += [((17, 50, 33), {"dtype": dtype, "left": left, "pad": 3}) for left in ("mk", "km")]
-    cases += [((17, 31, 20), {"dtype": dtype, "right": right, "computed": True}) for right in ("nk", "kn")]
-    cases += [((m, 19, 40), {"dtype": dtype, "batch": 3, "epilogue": True}) for m in (1, 18)]
-    cases += [((13, 65, k), {"dtype": dtype}) for k in (1, 2, 15, 16, 17, 31, 48)]  # a tile goes 16 steps at a time
+            cases.append(((m, n, k), {"dtype": dtype, "right": right, "epilogue": m in (2, 25)}))
+    cases += [((27, 50, 33), {"dtype": dtype, "left": left, "pad": 3}) for left in ("mk", "km")]
+    cases += [((27, 51, 20), {"dtype": dtype, "right": right, "computed": True}) for right in ("nk", "kn")]
+    cases += [((m, 57, 40), {"dtype": dtype, "batch": 3, "epilogue": True}) for m in (1, 18, 28)]
+    cases += [((28, n, 40), {"dtype": dtype, "epilogue": n == 48}) for n in (1, 19, 47, 48, 49)]  # few columns
+    steps = (1, 2, 15, 16, 17, 31, 48)  # a tile goes 16 of them at a time
+    cases += [((m, 65, k), {"dtype": dtype}) for m in (13, 31) for k in steps]
     cases += [((1, 1, 1), {"dtype": dtype}), ((9, 1, 5), {"dtype": dtype, "right": "kn"})]
     fns = compiled([program(f"p{i}", *mnk, **case) for i, (mnk, case) in enumerate(cases)])
     for fn, (mnk, case) in zip(fns, cases, strict=True):
@@ -158,10 +161,12 @@ def test_a_left_operand_along_its_rows(dtype: torch.dtype) -> None:
     both: list[tuple[tuple[int, int, int], dict[str, Any]]] = [
         ((130, 50, 64), {"right": "kn"}),
         ((130, 48, 130), {"right": "nk", "pad": 5}),
+        ((130, 58, 130), {"right": "nk", "pad": 5}),
         ((33, 40, 31), {"right": "kn", "pad": 5}),
         ((7, 9, 1), {"right": "kn"}),
         ((4, 9, 33), {"right": "nk"}),
         ((19, 20, 75), {"batch": 3, "epilogue": True}),
+        ((29, 60, 75), {"batch": 3, "epilogue": True}),
     ]
     both = [(mnk, {"dtype": dtype, "left": "km", **case}) for mnk, case in both]
     fns = compiled([program(f"k{i}", *mnk, **case) for i, (mnk, case) in enumerate(both)])
@@ -174,8 +179,8 @@ def test_a_left_operand_along_its_rows(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=["f32", "bf16"])
 def test_long_sums_in_parts(dtype: torch.dtype) -> None:
     cases = [{"dtype": dtype, "right": r, "computed": c} for r in ("nk", "kn") for c in (False, True)]
-    for fn, case in zip(compiled([program(f"l{i}", 19, 50, 9001, **c) for i, c in enumerate(cases)]), cases):
-        run(fn, 19, 50, 9001, case)
+    for fn, case in zip(compiled([program(f"l{i}", 31, 50, 9001, **c) for i, c in enumerate(cases)]), cases):
+        run(fn, 31, 50, 9001, case)
 
 
 def test_sizes_known_at_run_time() -> None:
@@ -186,13 +191,13 @@ def test_sizes_known_at_run_time() -> None:
         for m in ROWS:
             run(fn, m, 70, 33, case, m)
     (fn,) = compiled([program("every", s, s, s, batch=3)])
-    for n in (1, 7, 40):
+    for n in (1, 7, 40, 59):
         run(fn, n, n, n, {"batch": 3}, n)
 
 
 def test_not_a_number_and_infinity() -> None:
-    fns = compiled([program(f"n{m}{r}", m, 50, 40, right=r) for m in (2, 20) for r in ("nk", "kn")])
-    for fn, (m, right) in zip(fns, itertools.product((2, 20), ("nk", "kn")), strict=True):
+    fns = compiled([program(f"n{m}{r}", m, 50, 40, right=r) for m in (2, 30) for r in ("nk", "kn")])
+    for fn, (m, right) in zip(fns, itertools.product((2, 30), ("nk", "kn")), strict=True):
         a, b = rand(m, 40), rand(40, 50)
         a[0, 3], a[1, 39] = math.nan, math.inf
         b[7, 49] = -math.inf
@@ -217,23 +222,31 @@ def test_threads_and_runs_give_the_same_bits() -> None:
 
 # ---------------------------------------------------------------- CPUs of other kinds
 
-FEATURES = {"avx2": ("avx2", "fma"), "portable": (), "avx512 without bf16": ("avx512f",)}
+# Features, and what the compiler is told beside -march=native.
+OTHERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "avx2": (("avx2", "fma"), "-mno-avx512f -mavx2 -mfma"),
+    "portable": ((), "-mno-avx512f -mno-avx2 -mno-avx -mno-fma"),
+    "avx512 without bf16": (("avx512f",), "-mno-avx512bf16"),
+}
 
 
-@pytest.mark.parametrize("kind", FEATURES)
+@pytest.mark.parametrize("kind", OTHERS)
 def test_code_for_narrower_cpus(kind: str) -> None:
-    features = FEATURES[kind]
-    if not set(features) <= set(get_target("cpu").features):
+    features, flags = OTHERS[kind]
+    cpu = get_target("cpu")
+    if cpu.arch != "x86_64" or not {*features, "avx2", "fma"} <= set(cpu.features):
         pytest.skip("this CPU cannot run it")
-    made = []
+    made, sizes = [], ((21, 50, 33), (40, 96, 64), (7, 16, 32))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tessel.codegen.cpp.matmul.matmul.__defaults__", (features,))
         cases = [{"dtype": d, "right": r} for d in DTYPES for r in ("nk", "kn")]
-        for i, c in enumerate(cases):
-            made.append(render(program(f"c{i}", 21, 50, 33, **c)))
-    library, path = build(translation_unit(made), {"tessel.hpp": header(), "gemm.hpp": gemm_header(features)})
-    for source, case in zip(made, cases, strict=True):
-        run(NativeKernel(source, library, path), 21, 50, 33, case)
+        patch.setattr("tessel.runtime.native._FLAGS", [*native._FLAGS, *flags.split()])
+        both = list(itertools.product(cases, sizes))
+        for i, (c, mnk) in enumerate(both):
+            made.append(render(program(f"c{i}", *mnk, **c)))
+        library, path = build(translation_unit(made), {"tessel.hpp": header(), "gemm.hpp": gemm_header(features)})
+    for source, (case, mnk) in zip(made, both, strict=True):
+        run(NativeKernel(source, library, path), *mnk, case)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -276,7 +289,7 @@ def test_who_multiplies() -> None:
 def test_grouped_products() -> None:
     product = Grouped()
     assert "grouped_f32_nk" in grouped_unit()
-    cases = ((37, 33, 50, [0, 1, 9, 37]), (40, 16, 48, [10, 10, 30, 36]), (30, 5000, 50, [11, 29]), (5, 8, 9, [0, 0]))
+    cases = ((37, 33, 50, [0, 1, 9, 37]), (40, 16, 48, [10, 10, 30, 36]), (80, 5000, 50, [31, 79]), (5, 8, 9, [0, 0]))
     for (m, k, n, ends), dtype, turned in itertools.product(cases, DTYPES, (False, True)):
         a, b = rand(m, k, dtype=dtype), laid_out(rand(len(ends), k, n, dtype=dtype), turned)
         offs = torch.tensor(ends, dtype=torch.int32)

@@ -23,7 +23,7 @@ from ...tiles.index import Index, var
 from ...tiles.kernel import ACC, Axis, Kernel, Load, Ref, Stmt, Store
 from ..dialect import compute_dtype
 from .expr import Emitter
-from .gemm import FEW, gemm_header, multiplies_bf16
+from .gemm import few, gemm_header, multiplies_bf16
 from .space import Space
 from .text import points, simd, steps
 from .vector import KINDS, Along, wide_cast
@@ -89,7 +89,7 @@ class _Writer:
     """Writes the parts of one kernel."""
 
     def __init__(self, kernel: Kernel, features: Collection[str]) -> None:
-        self.kernel = kernel
+        self.kernel, self.features = kernel, features
         self.batches = batch_axes(kernel)
         self.loops = {old: Axis(new, kernel.axis(old).extent, kernel.axis(old).kind) for old, new in _LOOPS.items()}
         place = {a.name: var(a.name, a.extent) for a in self.batches}
@@ -122,9 +122,8 @@ class _Writer:
         right = self._direct("b", "k", "n", self.dtype)
         along_k = right is not None
         right = right or self._direct("b", "n", "k", self.dtype)
-        fewest = min((x for x in (m, n) if isinstance(x, int)), default=None)
-        dots = along_k and self.dtype == self.kind and (fewest is None or fewest <= FEW or not _known(m, n))
-        only = dots and fewest is not None and fewest <= FEW
+        only = any(isinstance(x, int) and x <= most for x, most in zip((m, n), few(self.features), strict=True))
+        dots = along_k and self.dtype == self.kind and (only or not _known(m, n))
         order = "nk" if along_k else "kn"
         if right is None:
             order = "nk" if self._lies_along_k() else "kn"
@@ -141,7 +140,7 @@ class _Writer:
             "pack": f"pack_{pack}_{order}",
             "order": order,
             "dots": dots,
-            "tiles": not only,
+            "tiles": not (dots and only),
             "store": self._store(),
             "soon": self._soon(),
             "batch": size_text(product(a.extent for a in self.batches)),

@@ -428,8 +428,8 @@ INLINE int by_panels(const Layer<T> a, i64 threads, Pack pack) {
 // `room` has a byte for each of the ks elements and a word's more.
 template <class T, class Fill>
 INLINE int by_columns(const Layer<T> a, i64 threads, Fill fill) {
-  constexpr i64 COLUMNS = 8, ROOM = 64;
-  if (a.m <= 3 * FEW) {
+  constexpr i64 ROWS = 8, COLUMNS = 8, ROOM = 64;
+  if (a.m <= 3 * ROWS) {
     const i64 room = (COLUMNS * (i64)sizeof(T) + 1) * (a.k + ROOM);
     threads = max(1, min(threads, ceil_div(a.n, PART)));
     const Room memory(threads * room);
@@ -438,12 +438,12 @@ INLINE int by_columns(const Layer<T> a, i64 threads, Fill fill) {
     return parallel(ceil_div(a.n, PART), a.m * a.n * (a.k / 8 + 1), threads, [=](i64 first, i64 last, i64 mine) __attribute__((always_inline)) -> int {
       T* const made = (T*)(base + mine * room);
       u8* const spare = (u8*)(made + COLUMNS * (a.k + ROOM));
-      alignas(64) float sums[FEW * COLUMNS];
+      alignas(64) float sums[ROWS * COLUMNS];
       for (i64 n0 = first * PART; n0 < min(last * PART, a.n); n0 += COLUMNS) {
         const i64 columns = min(COLUMNS, min(last * PART, a.n) - n0);
         for (i64 j = 0; j < columns; ++j) fill(n0 + j, 0, a.k, spare, made + j * a.k);
-        for (i64 r = 0; r < a.m; r += FEW) {
-          const i64 rows = min(FEW, a.m - r);
+        for (i64 r = 0; r < a.m; r += ROWS) {
+          const i64 rows = min(ROWS, a.m - r);
           dots(a.x + r * a.k, a.k, rows, made, a.k, columns, a.k, sums, COLUMNS);
           for (i64 i = 0; i < rows; ++i) finish_row(a, r + i, n0, n0 + columns, sums + i * COLUMNS);
         }
