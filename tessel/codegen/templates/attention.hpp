@@ -449,6 +449,15 @@ INLINE void add_rows(const word* const* values, i64 at, i64 count, const float* 
   else add_float_8(values, at, count, p, RANGE, o, ldo);
 }
 
+// Asks for the LANES rows after those that are at hand: where rows lie in memory, they lie at equal distances, and are
+// too short for the CPU's own prefetching to get far ahead.
+INLINE void ask(const word* const* rows, i64 words) {
+  const char* const from = (const char*)rows[0];
+  const i64 apart = (const char*)rows[1] - from;
+  for (i64 j = LANES; j < 2 * LANES; ++j)
+    for (i64 d = 0; d < words; d += 16) __builtin_prefetch(from + j * apart + 4 * d, 0, 2);
+}
+
 // Keys and values are read once, where they lie. Ranges of keys are shared out, their number the same for any number
 // of threads, and their results combined in order.
 template <class T, i64 COUNT, i64 D, i64 E, bool RIGHT, bool LEFT, bool SEEN, bool SEEN_ROWS, bool EDIT, bool SINK, class Q, class K,
@@ -526,6 +535,7 @@ INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V 
             const i64 n = g * LANES + j;
             keys[j] = n < most ? (const word*)k_row(x, n0 + n, (T*)(temp + j * DEPTH)) : zeros;
           }
+          if (!KP::BITS) ask(keys, DEPTH);
           for (i64 i = 0; i < COUNT; ++i) dots<T>(keys, q + i * DEPTH, DEPTH, s + i * RANGE + g * LANES);
         }
         for (i64 i = 0; i < COUNT; ++i) {
@@ -554,6 +564,7 @@ INLINE int few(const Shape shape, float scale, i64 threads, Q q_row, K k_row, V 
           const i64 count = min(LANES, most - g * LANES);
           for (i64 j = 0; j < count; ++j)
             values[j] = (const word*)v_row(x, n0 + g * LANES + j, (T*)(temp + j * (WIDE / PER)));
+          if (!VP::BITS && count == LANES) ask(values, WIDE / PER);
           for (i64 e = 0; e < WIDE; e += 2 * LANES) add_rows<T, ROUND>(values, e / PER, count, s + g * LANES, o + e, WIDE);
         }
         if constexpr (V_PACKED)
