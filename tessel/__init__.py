@@ -9,6 +9,7 @@ print(tessel.explain(model, x))      # what became of it
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -138,11 +139,25 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
         A ``Report``: ``str()``, ``.html()``, ``.to_dict()``.
 
     Raises:
-        TesselError: ``model`` is not callable.
+        TesselError: ``model`` is not callable; or an argument that ``compile`` has and the model does not.
     """
     if not callable(model):
         raise TesselError(f"explain: expected an nn.Module or a function, got {type(model).__name__}: {model!r}")
+    for name in sorted(inspect.signature(compile).parameters.keys() & kwargs.keys()):
+        if not _takes(model, name):
+            raise TesselError(
+                f"explain: {name_of(model)} takes no {name!r}; arguments of compile go to compile: "
+                f"explain(compile(model, {name}=...), ...)"
+            )
     return explain_call(model, args, kwargs)
+
+
+def _takes(model: Callable[..., Any], name: str) -> bool:
+    try:
+        taken = inspect.signature(getattr(model, "forward", model)).parameters
+    except ValueError:  # a function written in C that does not tell
+        return True
+    return name in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
 def load(folder: str | Path, weights: Mapping[str, torch.Tensor] | None = None, device: str | None = None) -> Loaded:

@@ -546,6 +546,15 @@ def test_explain_leaves_no_trace_and_shows_the_backward() -> None:
     json.dumps(data)
 
 
+def test_explain_sends_arguments_of_compile_to_compile() -> None:
+    with pytest.raises(TesselError, match=r"takes no 'target'.*compile\(model, target=...\)"):
+        tessel.explain(nn.Linear(3, 4), torch.randn(2, 3), target="cpu")
+    with pytest.raises(TesselError, match="takes no 'options'"):
+        tessel.explain(tessel.compile(lambda x: x + 1), torch.randn(2), options={})
+    report = tessel.explain(lambda x, target: x + target, torch.randn(2), target=torch.ones(2))  # its own
+    assert len(report.compilations) == 1
+
+
 def test_explain_does_not_use_up_the_recompile_limit() -> None:
     def f(x: torch.Tensor) -> torch.Tensor:
         return x + 1
