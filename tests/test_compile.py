@@ -524,6 +524,17 @@ def test_many_modules_in_a_row() -> None:
     same(model, torch.randn(3))
 
 
+def test_a_bilinear_layer_and_its_gradients() -> None:
+    layer, both = nn.Bilinear(3, 5, 4).double(), [torch.randn(7, n, dtype=torch.float64) for n in (3, 5)]
+    compiled = tessel.compile(layer, target="cpu")
+    got = []
+    for f in (compiled, layer):
+        xs = [x.clone().requires_grad_() for x in both]
+        got.append(torch.autograd.grad(f(*xs).square().sum(), [*xs, *layer.parameters()]))
+    torch.testing.assert_close(*got)
+    assert all(not c["fallbacks"] for c in tessel.explain(compiled).to_dict()["compilations"])
+
+
 # -- explain ----------------------------------------------------------------------------------------
 
 

@@ -251,6 +251,48 @@ def _addmv(c: Lowering, bias: Value, a: Value, b: Value, *, beta: Any = 1, alpha
     return c("add", out, _times(c, bias, beta))
 
 
+@register(TABLE, "aten._trilinear.default")
+def _trilinear(
+    c: Lowering,
+    i1: Value,
+    i2: Value,
+    i3: Value,
+    expand1: list[int],
+    expand2: list[int],
+    expand3: list[int],
+    sumdim: list[int],
+    unroll_dim: int = 1,
+) -> Value:
+    """Sums over axes of products of three, as in ``nn.Bilinear`` and its gradients.
+
+    Where one operand shares only the summed axes with the other two, it is a matrix, and the product of those two the
+    rows that it is multiplied with.
+    """
+    if not c.dtype.is_floating_point:
+        raise Opaque("an integer product of three")
+    parts = [c.unsqueeze(x, *sorted(at)) for x, at in ((i1, expand1), (i2, expand2), (i3, expand3))]
+    places = range(len(parts[0].shape))
+    held = [set(places) - set(at) for at in (expand1, expand2, expand3)]
+    size = {d: next(p.shape[d] for p, h in zip(parts, held, strict=True) if d in h) for d in places}
+    summed = sorted(sumdim)
+
+    def matrix(x: Value, rows: list[int], columns: list[int], ones: list[int]) -> Value:
+        shape = [numel([size[d] for d in dims]) for dims in (rows, columns)]
+        return c.reshape(c.permute(x, [*rows, *columns, *ones]), shape)
+
+    for one in range(3):
+        a, b = (i for i in range(3) if i != one)
+        pair = held[a] | held[b]
+        if pair & held[one] != set(summed):
+            continue
+        rows, columns = sorted(pair - held[one]), sorted(held[one] - pair)
+        left = matrix(c("mul", parts[a], parts[b]), rows, summed, columns)
+        out = _product(c, left, matrix(parts[one], summed, columns, rows))
+        kept = [*rows, *columns]
+        return c.permute(c.reshape(out, [size[d] for d in kept]), [kept.index(d) for d in sorted(kept)])
+    return _sum_like(c, "sum", c("mul", c("mul", parts[0], parts[1]), parts[2]), tuple(summed), False)
+
+
 # ---------------------------------------------------------------- attention
 
 

@@ -16,6 +16,7 @@ from ...tiles.header import environment
 
 __all__ = ["few", "gemm_header", "lanes", "multiplies_bf16", "register_tile"]
 
+
 def _simd(features: Collection[str]) -> str:
     if "avx512f" in features:
         return "avx512"
