@@ -30,7 +30,7 @@ from tessel.tiles.kernel import ACC, Kernel, Ref
 pytestmark = pytest.mark.usefixtures("own_cache", "same_start")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = (1, 2, 5, 9, 16, 23, 24, 25, 129)
+ROWS = (1, 2, 5, 9, 16, 17, 23, 24, 25, 129)
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -234,7 +234,7 @@ OTHERS: dict[str, tuple[tuple[str, ...], str]] = {
 def test_code_for_narrower_cpus(kind: str) -> None:
     features, flags = OTHERS[kind]
     cpu = get_target("cpu")
-    if cpu.arch != "x86_64" or not {*features, "avx2", "fma"} <= set(cpu.features):
+    if cpu.arch != "x86_64" or not set(features) <= set(cpu.features):
         pytest.skip("this CPU cannot run it")
     made, sizes = [], ((21, 50, 33), (40, 96, 64), (7, 16, 32))
     with pytest.MonkeyPatch.context() as patch:

@@ -450,7 +450,7 @@ INLINE void add_rows(const word* const* values, i64 at, i64 count, const float* 
 }
 
 // Asks for the LANES rows after those that are at hand: where rows lie in memory, they lie at equal distances, and are
-// too short for the CPU's own prefetching to get far ahead.
+// too short for the CPU's own prefetching to get far ahead. An address where nothing lies does no harm.
 INLINE void ask(const word* const* rows, i64 words) {
   const char* const from = (const char*)rows[0];
   const i64 apart = (const char*)rows[1] - from;
