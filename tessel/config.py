@@ -192,9 +192,10 @@ class Options:
     None keeps torch's own limit. Reaching it is said in a warning."""
 
     keep_results: bool = True
-    """On the CPU, inference only: the memory of a large result that the caller has dropped (no tensor, view or array
-    refers to it) serves a later call, so that the system need not clear fresh pages for it. At most 256 MiB in a
-    process are kept like that. False gives it back to the C library."""
+    """On the CPU: the memory of a large value that nobody refers to any more (no tensor, view or array) serves a later
+    call, so that the system need not clear fresh pages for it. At most 256 MiB in a process are kept like that: results
+    of 1 MiB and more in inference, any value of 32 MiB and more in training, whose smaller ones the C library is told
+    to keep from one step to the next. False gives all of it back to the C library."""
 
     tile: str | None = None
     """Tiles to force on a GPU, the rest being solved: ``"128x128x64"`` for every matrix product, or entries for

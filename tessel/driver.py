@@ -43,6 +43,7 @@ from .runtime.matmul_cpu import Product, by_library, grouped
 from .runtime.native_kernels import NativeKernels
 from .runtime.program import build
 from .runtime.replay import Replayed, check_replayable
+from .runtime.results import LEAST, MAPPED, keep_freed_memory
 from .runtime.whole import WHOLE, whole
 from .solve import tile
 from .solve.forced import TileRefused, forced_knobs, unused_entries
@@ -175,6 +176,9 @@ def _compile(
         return called(node, options.attention, device, product)
 
     _describe(graph, kernels, place, options, imported, record, {n: why for n, (_, why) in loops.items()})
+    keep = None
+    if place.how == "native" and options.keep_results:
+        keep = LEAST if info.is_inference else MAPPED
     program = build(
         graph,
         call,
@@ -185,10 +189,12 @@ def _compile(
         hints=imported.hints,
         about=_about(graph, record),
         around=_around(place, device),
-        keep=place.how == "native" and info.is_inference and options.keep_results,
+        keep=keep,
     )
     record.host, record.host_file = program.source.text, str(program.path)
     record.peak_bytes = program.buffers.peak_bytes
+    if keep == MAPPED:  # what a forward graph saved and what a backward graph made is freed at once, after the step
+        keep_freed_memory(2 * record.peak_bytes)
     if options.debug >= 4:
         for kernel in record.kernels:
             print(f"# {kernel.file}\n{kernel.source}", file=sys.stderr)

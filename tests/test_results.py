@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -241,6 +243,33 @@ def test_training_keeps_nothing() -> None:
     fast = tessel.compile(lambda x: torch.softmax(x.sin(), -1) * 2, target="cpu")
     fast(x).sum().backward()
     assert x.grad is not None and remembered() == 0
+
+
+_STEPS = """
+import resource, sys, torch, tessel
+
+def loss(x, w, head):
+    return torch.logsumexp(torch.relu(x @ w) @ head, -1).mean()  # blocks of 40 MiB, and of 8
+
+x, w, head = torch.randn(1024, 64), torch.randn(64, 2048), torch.randn(2048, 10240)
+w.requires_grad_(), head.requires_grad_()
+fast = tessel.compile(loss, target="cpu", options={"keep_results": sys.argv[1] == "keep"})
+for _ in range(8):
+    w.grad = head.grad = None
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    fast(x, w, head).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="faults are counted, and the C library told, on Linux")
+def test_a_training_step_faults_in_no_large_block_anew() -> None:
+    def faults(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", _STEPS, how], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    once, anew = faults("keep"), faults("drop")
+    assert once < 1000 and anew > 10000, (once, anew)
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -39,6 +39,7 @@ from ..config import cache_dir, cxx
 from ..errors import TesselError
 from ..safe_dir import open_private
 from ..targets import get_target
+from .results import keep_freed_memory
 
 __all__ = ["Compiler", "NativeKernel", "build", "c_int64", "find_compiler", "stop"]
 
@@ -128,18 +129,6 @@ def build(text: str, headers: Mapping[str, str]) -> tuple[ctypes.CDLL, Path]:
 _loaded: dict[str, tuple[ctypes.CDLL, Path]] = {}
 _private: list[tempfile.TemporaryDirectory[str]] = []  # lives as long as the process
 _warned: set[str] = set()
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Let the C library keep the memory of activations between calls, up to about 64 MB.
-
-    glibc gives the free end of its heap back to the system, and then every call of a model pays for fresh, zeroed
-    pages again (20% of the time of a small BERT). It adapts by itself to a program that frees large blocks: one
-    block of the largest size it learns from is enough.
-    """
-    block = torch.empty(32 * 2**20 - 2**17, dtype=torch.uint8, device="cpu")
-    del block
 
 
 def _cached(folder: Path, key: str) -> Path | None:

@@ -87,7 +87,7 @@ def build(
     about: Sequence[str] = (),
     around: Callable[[], AbstractContextManager[Any]] | None = None,
     poison: bool = False,
-    keep: bool = False,
+    keep: int | None = None,
 ) -> Program:
     """Make a graph runnable.
 
@@ -102,7 +102,8 @@ def build(
         about: lines for the head of the text.
         around: a context that every call runs in.
         poison: fill memory with garbage before a kernel writes it (for tests).
-        keep: large results live in memory of earlier ones that the caller has dropped, see ``results``.
+        keep: results of at least so many bytes live in memory of earlier ones that the caller has dropped, and so do
+            values that the C library would map anew, see ``results``. None: nothing is kept.
 
     Raises:
         TesselError: a size that no input tells, or an operator that cannot be run.
@@ -128,7 +129,7 @@ def build(
 
     places = plan_places(graph, asked) if all_native(launchers) and not poison else None
     if places is None:
-        buffers = plan_buffers(graph, allocates, owned, hints, keep=results.LEAST if keep and not poison else None)
+        buffers = plan_buffers(graph, allocates, owned, hints, keep=None if poison else keep)
     else:
         buffers = plan_buffers(graph, allocates, owned, hints, places=places.at, block=places.bytes, runs=places.runs)
     source = render_host(graph, once, buffers, about)
@@ -138,7 +139,7 @@ def build(
         "torch": torch,
         "fit": fit,
         "tensors_in": tensors_in,
-        "empty": empty,
+        "empty": empty if keep is None else results.empty,
         "reuse": reuse,
         "result": results.result,
         "part": results.part,
