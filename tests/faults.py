@@ -235,6 +235,7 @@ def killed_writers(rounds: int, here: Path) -> Figures:
     out.expect(set(checked.broken.values()) <= {"leftover"}, f"files that are no entries: {checked.broken}")
     for n in range(KEYS):
         out.read(reader.get(key(n)), n)
+    out.expect(not reader.stats().get("corrupt"), "an entry was seen before it was whole")
     swept = Cache(root, clock=lambda: time.time() + 7200).sweep()  # two hours later
     out.expect(swept == len(checked.broken) and not verify(Cache(root)).broken, "leftovers are not swept")
     out.tuned = log.most()

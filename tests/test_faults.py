@@ -42,7 +42,7 @@ def _in_place(folder: Any, name: str, data: bytes) -> None:
     """No temporary file: whoever is killed leaves half an entry in its place."""
     (folder.path / name).write_bytes(data[: len(data) // 2])
     (folder.path / name).chmod(0o600)
-    time.sleep(0.001)
+    time.sleep(0.01)  # long enough that readers see it
     (folder.path / name).write_bytes(data)
 
 
