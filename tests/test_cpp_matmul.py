@@ -209,7 +209,7 @@ def test_not_a_number_and_infinity() -> None:
 
 
 def test_threads_and_runs_give_the_same_bits() -> None:
-    cases = [(m, {"dtype": d, "right": r}) for m in (2, 129) for d in DTYPES[:2] for r in ("nk", "kn")]
+    cases = [(m, {"dtype": d, "right": r}) for m in (2, 129, 600) for d in DTYPES[:2] for r in ("nk", "kn")]
     fns = compiled([program(f"t{i}", m, 1000, 700, **c) for i, (m, c) in enumerate(cases)])
     for fn, (m, case) in zip(fns, cases, strict=True):
         got = []
