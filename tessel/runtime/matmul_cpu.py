@@ -63,8 +63,6 @@ def by_library(node: Node, features: Collection[str], wanted: bool = False) -> s
     have = set(features)
     if "avx512f" not in have and not {"avx2", "fma"} <= have:
         return "the kernel needs AVX-512, or AVX2 with FMA: torch has the product for this CPU"
-    if dtype == torch.bfloat16 and "amx_bf16" in have:
-        return "the library uses this CPU's matrix unit for bfloat16 (AMX), the kernel does not"
     if dtype == torch.bfloat16 and "avx512_bf16" not in have:
         return "the kernel would widen bfloat16: this CPU does not multiply it (no AVX512_BF16)"
     if dtype == torch.float16 and node.type.shape[-2] == 1:

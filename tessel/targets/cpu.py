@@ -6,6 +6,7 @@ are unknown until something measures them.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from pathlib import Path
@@ -61,7 +62,7 @@ def host_cpu(proc: str | Path = "/proc", sys: str | Path = "/sys") -> Target:
         link_bytes_per_s=None,
         gpu_target=None,
         sources=sources,
-        features=tuple(sorted(flags)),
+        features=tuple(sorted(_usable(flags))),
         device_names=(model,) if model else (),
     )
 
@@ -90,6 +91,23 @@ def _cpuinfo(path: Path) -> tuple[set[str], str]:
     except OSError:
         pass
     return flags, model
+
+
+def _usable(flags: set[str]) -> set[str]:
+    """The flags without those of the matrix unit (AMX), if the system does not let this process use it.
+
+    Its tiles are large, so Linux gives them only to a process that asks (``arch_prctl(2)``); once is enough, threads
+    and children made later may use them too.
+    """
+    matrix_unit = {x for x in flags if x.startswith("amx_")}
+    if not matrix_unit:
+        return flags
+    ask, permission, tile_data = 158, 0x1023, 18  # SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    try:
+        allowed = ctypes.CDLL(None).syscall(ask, permission, tile_data) == 0
+    except (AttributeError, OSError, TypeError):  # not on Linux
+        allowed = False
+    return flags if allowed else flags - matrix_unit
 
 
 def _caches(folder: Path) -> list[tuple[int, int, int]]:

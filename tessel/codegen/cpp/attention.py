@@ -26,12 +26,14 @@ import torch
 
 from ...errors import TesselError, check
 from ...ir.types import Dim, product
+from ...targets import get_target
 from ...tiles.default import batch_axes
 from ...tiles.header import TEMPLATES, environment
 from ...tiles.hidden import closure, hidden
 from ...tiles.index import Index, exact_div, linearize, var
 from ...tiles.kernel import ACC, LSE, Axis, Check, Kernel, Load, Ref, Stmt, Store, indices_of
 from .expr import Dims, Emitter
+from .gemm import has_matrix_unit
 from .rows import Rows, computed_row, packs, rows_apart
 from .space import Space
 from .text import points, simd
@@ -68,7 +70,10 @@ def refusal(dtype: torch.dtype, features: Iterable[str]) -> str | None:
 def headers(backward: bool = False) -> dict[str, str]:
     """The headers of attention kernels, by file name; with ``backward`` those of their gradients too."""
     names = ["attention.hpp", "attention_packed.hpp", *(["attention_backward.hpp"] if backward else [])]
-    tiles = str(environment().get_template("attention_tiles.hpp.j2").render())
+    amx = has_matrix_unit(get_target("cpu").features)
+    if amx:
+        names.append("amx.hpp")
+    tiles = str(environment().get_template("attention_tiles.hpp.j2").render(amx=amx))
     return {**{n: (TEMPLATES / n).read_text(encoding="utf-8") for n in names}, "attention_tiles.hpp": tiles}
 
 

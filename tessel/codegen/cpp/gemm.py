@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from ...tiles.header import environment
 
-__all__ = ["few", "gemm_header", "lanes", "multiplies_bf16", "register_tile"]
+__all__ = ["few", "gemm_header", "has_matrix_unit", "lanes", "multiplies_bf16", "register_tile"]
 
 
 def _simd(features: Collection[str]) -> str:
@@ -35,6 +35,15 @@ def lanes(features: Collection[str]) -> int:
 def multiplies_bf16(features: Collection[str]) -> bool:
     """Whether a CPU with these flags multiplies bf16 as it is; otherwise it is widened when packed."""
     return {"avx512f", "avx512_bf16"} <= set(features)
+
+
+def has_matrix_unit(features: Collection[str]) -> bool:
+    """Whether a CPU with these flags multiplies tiles of bf16 at once (AMX).
+
+    >>> has_matrix_unit(["avx512f", "avx512_bf16", "amx_tile", "amx_bf16"]), has_matrix_unit(["avx512f"])
+    (True, False)
+    """
+    return multiplies_bf16(features) and {"amx_tile", "amx_bf16"} <= set(features)
 
 
 def register_tile(features: Collection[str]) -> tuple[int, int]:
@@ -87,6 +96,7 @@ def _rendered(features: frozenset[str], shapes: tuple[tuple[int, int], ...], l2_
         low=low,
         high=high,
         bf16=multiplies_bf16(features),
+        amx=has_matrix_unit(features),
         few=few(features),
         shapes=shapes,
         tile=f"{shapes[0][0]}x{shapes[0][1]}",

@@ -19,11 +19,12 @@ from ...errors import check
 from ...ir.types import Dim, product
 from ...targets import get_target
 from ...tiles.default import batch_axes
+from ...tiles.header import TEMPLATES
 from ...tiles.index import Index, var
 from ...tiles.kernel import ACC, Axis, Kernel, Load, Ref, Stmt, Store
 from ..dialect import compute_dtype
 from .expr import Emitter
-from .gemm import few, gemm_header, multiplies_bf16
+from .gemm import few, gemm_header, has_matrix_unit, multiplies_bf16
 from .space import Space
 from .text import points, simd, steps
 from .vector import KINDS, Along, wide_cast
@@ -53,7 +54,11 @@ def headers(features: Collection[str] | None = None) -> dict[str, str]:
     """The header of product kernels, by file name; for this machine's CPU, or one with other ``features``."""
     cpu = get_target("cpu")
     l2 = next((x.capacity_bytes for x in cpu.levels if x.name == "l2"), None) or 2**20
-    return {"gemm.hpp": gemm_header(cpu.features if features is None else features, l2_bytes=l2)}
+    have = cpu.features if features is None else features
+    made = {"gemm.hpp": gemm_header(have, l2_bytes=l2)}
+    if has_matrix_unit(have):
+        made["amx.hpp"] = (TEMPLATES / "amx.hpp").read_text(encoding="utf-8")
+    return made
 
 
 def grouped_unit(features: Collection[str] | None = None) -> str:

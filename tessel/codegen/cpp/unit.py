@@ -122,7 +122,7 @@ def render(kernel: Kernel) -> CppSource:
 def translation_unit(sources: Iterable[CppSource]) -> str:
     """One file with all kernels; it includes their ``headers``."""
     sources = list(sources)
-    inner = ("attention_tiles.hpp", "attention_packed.hpp")  # included by attention.hpp
+    inner = ("amx.hpp", "attention_tiles.hpp", "attention_packed.hpp")  # included by others
     includes = "".join(f'#include "{name}"\n' for name in headers(sources) if name not in inner)
     return f"{includes}using namespace tessel;\n\n" + "\n".join(s.text for s in sources)
 

@@ -48,6 +48,26 @@ INLINE void tile(i64 width, const word* a, i64 lda, const word* b, i64 ldb, i64 
   else tile_float_1(a, lda, b, ldb, depth, c, ldc, add);
 }
 
+// What multiplies ROWS rows, as tile does; of values, whole groups of GRAIN.
+template <class T> struct Unit {
+  static constexpr i64 ROWS = attention::ROWS, GRAIN = LANES;
+  INLINE void run(i64 width, const word* a, i64 lda, const word* b, i64 ldb, i64 depth, float* c, i64 ldc, bool add) const {
+    tile<T>(width, a, lda, b, ldb, depth, c, ldc, add);
+  }
+};
+#ifdef TILE_LOAD
+template <> struct Unit<u16> {
+  static constexpr i64 ROWS = 16, GRAIN = 32;
+  Unit() { tiles.configure(ROWS); }
+  INLINE void run(i64 width, const word* a, i64 lda, const word* b, i64 ldb, i64 depth, float* c, i64 ldc, bool add) const {
+    if (width == 3) tile_amx_3(a, lda, b, ldb, depth, c, ldc, add);
+    else if (width == 2) tile_amx_2(a, lda, b, ldb, depth, c, ldc, add);
+    else tile_amx_1(a, lda, b, ldb, depth, c, ldc, add);
+  }
+  Tiles tiles;
+};
+#endif
+
 // 2^x for x <= 0, NaN stays NaN: within 2 units in the last place, or 2^-18 of it where the result becomes bf16.
 template <bool NEAR> INLINE vf exp2_falling(vf x) {
   x = larger(all(-152.0f), x);
@@ -206,6 +226,13 @@ INLINE void pack_values(i64 x, i64 n0, i64 count, word* to, word* rows, V v_row)
       at += width;
     }
   }
+  // A product reads whole groups.
+  for (i64 k = ceil_div(count, PER); k < whole(count, Unit<T>::GRAIN) / PER; ++k)
+    for (i64 at = 0; at < ALL;) {
+      const i64 width = panel(at, ALL);
+      for (i64 e = 0; e < width * LANES; e += LANES) put(to + (at * DEPTH + k * width) * LANES + e, vu{}, Full{});
+      at += width;
+    }
 }
 
 INLINE bool some(vb x) {
@@ -302,7 +329,8 @@ INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, 
   if (parts > 1 && !records) return NO_MEMORY;
   int bad = parallel(shape.batches * parts * each, work, threads, [=](i64 first, i64 last, i64) __attribute__((always_inline)) -> int {
     constexpr i64 DW = words<T>(D), DEPTH = whole(DW, LANES), ALL = whole(E, LANES) / LANES, WIDE = ALL * LANES;
-    constexpr i64 PER = 4 / sizeof(T);
+    constexpr i64 PER = 4 / sizeof(T), ROWS = Unit<T>::ROWS, GRAIN = Unit<T>::GRAIN;
+    const Unit<T> unit;
     const i64 held = min(piece, whole(all, ROWS));
     const i64 size = held * (DEPTH + WIDE + LANES + 1) + KEYS * DEPTH + KEYS / PER * WIDE + BLOCK * KEYS * 2 + BLOCK * KEYS / 4 + LANES +
                      (LANES + 1) * DEPTH + 3 * WIDE + 16 * 16;
@@ -356,6 +384,9 @@ INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, 
                 }
               span = narrowed(span, seen + row * KEYS, last - row);
             }
+            const i64 from = span.from / GRAIN * GRAIN;
+            if (SEEN && from < span.from) span.all = false;
+            span.from = from;
             wanted = max(wanted, span.to);
             spans[g] = span;
           }
@@ -370,7 +401,7 @@ INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, 
             const i64 width = panel(at, vectors);
             for (i64 g = 0; g * ROWS < many; ++g)
               if (at * LANES < spans[g].to && (at + width) * LANES > spans[g].from)
-                tile<T>(min(width, ceil_div(spans[g].to, LANES) - at), q + (i0 + g * ROWS) * DEPTH, DEPTH, keys + at * DEPTH * LANES, width * LANES, DW,
+                unit.run(min(width, ceil_div(spans[g].to, LANES) - at), q + (i0 + g * ROWS) * DEPTH, DEPTH, keys + at * DEPTH * LANES, width * LANES, DW,
                         s + g * ROWS * KEYS + at * LANES, KEYS, false);
           }
           for (i64 i = 0; i < whole(many, ROWS); ++i) {
@@ -384,13 +415,13 @@ INLINE int tiled(const Shape shape, float scale, i64 threads, Q q_row, K k_row, 
                   s + i * KEYS + from, weight, min(low, mine), mine, span.all ? nullptr : seen + (SEEN_ROWS ? i * KEYS : 0) + from, scale, c, top + at,
                   sums + at * LANES, o + at * WIDE,
                   [=](float* row) __attribute__((always_inline)) { return edit(x, begin + at, n0 + from, mine, row); });
-            no_weights(weight, whole(mine, LANES), span.to - from);
+            no_weights(weight, whole(mine, LANES), whole(span.to - from, GRAIN));
           }
           for (i64 at = 0; at < ALL; at += panel(at, ALL)) {
             const i64 width = panel(at, ALL);
             for (i64 g = 0; g * ROWS < many; ++g) {
               const i64 k = spans[g].from / PER;
-              tile<T>(width, (const word*)(p + g * ROWS * KEYS) + k, KEYS / PER, values + (at * (KEYS / PER) + k * width) * LANES,
+              unit.run(width, (const word*)(p + g * ROWS * KEYS) + k, KEYS / PER, values + (at * (KEYS / PER) + k * width) * LANES,
                       width * LANES, ceil_div(spans[g].to, PER) - k, o + (i0 + g * ROWS) * WIDE + at * LANES, WIDE, true);
             }
           }

@@ -79,10 +79,10 @@ template <class T, bool along>
 INLINE void pack(const Matrices<T, along>& b, i64 e, i64 n0, i64 columns, i64 k0, i64 ks, T* to) {
   const T* const from = b.place(e, n0, k0);
   if (along || b.spread == 1) return gemm::pack_panel<along>(from, b.of(e).step, ks, columns, to);
-  constexpr i64 GROUP = 4 / sizeof(T);  // neighbours along k that lie together
-  for (i64 p = 0; p < ceil_div(ks, GROUP) * GROUP; ++p)
+  using Unit = gemm::Unit<T>;
+  for (i64 p = 0; p < Unit::deep(ks); ++p)
     for (i64 n = 0; n < WIDTH; ++n)
-      to[(p / GROUP * WIDTH + n) * GROUP + p % GROUP] = p < ks && n < columns ? from[p * b.step + n * b.spread] : (T)0;
+      to[Unit::place(ks, p, n)] = p < ks && n < columns ? from[p * b.step + n * b.spread] : (T)0;
 }
 
 // The slots in the order of their experts.
@@ -144,7 +144,7 @@ INLINE void combine(const Routes r, const i64* index, i64 offset, const float* r
 template <class T>
 struct Desk {
   i64 part, tall, kept;
-  Desk(i64 k, i64 longest, i64 keep) : part(gemm::part_of<T>(k)), tall(k > part ? longest : gemm::MR), kept(keep) {
+  Desk(i64 k, i64 longest, i64 keep) : part(gemm::part_of<T>(k)), tall(k > part ? longest : gemm::Unit<T>::ROWS), kept(keep) {
     if (tall < gemm::FEW) tall = gemm::FEW;
   }
   INLINE i64 bytes() const { return (tall * 4 + part * (i64)sizeof(T) + kept * 4) * WIDTH; }
