@@ -36,6 +36,7 @@ __all__ = [
     "wide_cast",
 ]
 
+_OWN_CACHE = 16 * 2**20  # bytes of it a CPU; the largest (3D V-Cache) have 12 MiB a core
 KINDS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16", torch.bool: "bool"}
 _FUNCTIONS = """abs sign maximum minimum relu exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal sin cos tanh
 erf sigmoid floor ceil round trunc copysign isnan isinf floor_pow2"""
@@ -234,8 +235,12 @@ def asked_into(early: int) -> str:
 
 @cache
 def last_cache() -> int:
-    """Bytes of this machine's last cache, 0 where the system does not tell."""
-    return max(_caches(), default=0)
+    """Bytes of this machine's last cache that are its own, 0 where the system does not tell.
+
+    A virtual machine is told of the whole cache of its host, which others use as well: a Granite Rapids of two CPUs
+    names 480 MiB.
+    """
+    return min(max(_caches(), default=0), _OWN_CACHE * get_target("cpu").units)
 
 
 def _caches() -> list[int]:
