@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ import tessel
 from tessel.codegen.cpp import CppSource, header, headers, render, translation_unit
 from tessel.codegen.cpp.gemm import gemm_header, multiplies_bf16
 from tessel.codegen.cpp.matmul import grouped_unit, matmul, refusal
+from tessel.codegen.cpp.matmul import headers as product_headers
 from tessel.errors import TesselError
 from tessel.ir.node import Node
 from tessel.ir.text import parse_graph
@@ -147,9 +150,11 @@ def test_rows_and_layouts(dtype: torch.dtype) -> None:
     cases += [((27, 51, 20), {"dtype": dtype, "right": right, "computed": True}) for right in ("nk", "kn")]
     cases += [((m, 57, 40), {"dtype": dtype, "batch": 3, "epilogue": True}) for m in (1, 18, 28)]
     cases += [((28, n, 40), {"dtype": dtype, "epilogue": n == 48}) for n in (1, 19, 47, 48, 49)]  # few columns
-    steps = (1, 2, 15, 16, 17, 31, 48)  # a tile goes 16 of them at a time
+    steps = (1, 2, 15, 16, 17, 31, 48, 300)  # a tile goes 16 of them at a time, or 32, or 256
     cases += [((m, 65, k), {"dtype": dtype}) for m in (13, 31) for k in steps]
     cases += [((1, 1, 1), {"dtype": dtype}), ((9, 1, 5), {"dtype": dtype, "right": "kn"})]
+    cases += [((m, n, 96), {"dtype": dtype}) for m in (33, 48) for n in (80, 150)]  # parts of a tile of 32 x 32
+    cases += [((40, 520, 70), {"dtype": dtype, "right": right}) for right in ("nk", "kn")]  # two panels at a time
     fns = compiled([program(f"p{i}", *mnk, **case) for i, (mnk, case) in enumerate(cases)])
     for fn, (mnk, case) in zip(fns, cases, strict=True):
         run(fn, *mnk, case)
@@ -227,7 +232,9 @@ OTHERS: dict[str, tuple[tuple[str, ...], str]] = {
     "avx2": (("avx2", "fma"), "-mno-avx512f -mavx2 -mfma"),
     "portable": ((), "-mno-avx512f -mno-avx2 -mno-avx -mno-fma"),
     "avx512 without bf16": (("avx512f",), "-mno-avx512bf16"),
+    "no matrix unit": (("avx512f", "avx512_bf16"), ""),
 }
+MATRIX_UNIT = ("avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -247,6 +254,20 @@ def test_code_for_narrower_cpus(kind: str) -> None:
         library, path = build(translation_unit(made), {"tessel.hpp": header(), "gemm.hpp": gemm_header(features)})
     for source, (case, mnk) in zip(made, both, strict=True):
         run(NativeKernel(source, library, path), *mnk, case)
+
+
+def test_code_for_a_matrix_unit_compiles_everywhere() -> None:
+    """On a CPU that has one every test of bf16 runs it."""
+    wider = "-march=sapphirerapids"
+    compiler = native.find_compiler(None)
+    if subprocess.run([*compiler.command, wider, "-E", "-xc++", os.devnull], capture_output=True).returncode:
+        pytest.skip(f"the compiler does not know {wider}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tessel.codegen.cpp.matmul.matmul.__defaults__", (MATRIX_UNIT,))
+        patch.setattr(native.Compiler, "flags", lambda self: [*native._FLAGS, wider])
+        made = [render(program(f"a{r}", 40, 100, 70, dtype=torch.bfloat16, right=r)) for r in ("nk", "kn")]
+        _, path = build(translation_unit(made), {"tessel.hpp": header(), **product_headers(MATRIX_UNIT)})
+    assert path.exists()
 
 
 # ---------------------------------------------------------------- what is refused

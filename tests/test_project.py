@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,6 +220,16 @@ def test_host_cpu_reads_the_system(tmp_path: Path) -> None:
         and bare.units >= 1
         and "assumed" in bare.sources["levels.memory.capacity_bytes"]
     )
+
+
+def test_a_matrix_unit_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpuinfo").write_text("flags\t\t: avx512f amx_tile amx_bf16\n")
+    asked: list[tuple[int, ...]] = []
+    for answer, want in ((0, ("amx_bf16", "amx_tile", "avx512f")), (-1, ("avx512f",))):
+        library = SimpleNamespace(syscall=lambda *x, answer=answer: asked.append(x) or answer)
+        monkeypatch.setattr("tessel.targets.cpu.ctypes", SimpleNamespace(CDLL=lambda _, library=library: library))
+        assert host_cpu(tmp_path, tmp_path).features == want
+    assert asked == 2 * [(158, 0x1023, 18)]
 
 
 # -- models -----------------------------------------------------------------------------------------
