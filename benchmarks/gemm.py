@@ -28,6 +28,7 @@ from common import machine, table
 import tessel
 from tessel.runtime.host_rates import measure_host
 from tessel.targets import get_target
+from tessel.targets.host import TILES
 
 SHAPES = (
     "1024x1024x1024 1024x3072x768 1024x768x3072 256x3072x768 128x3072x768 32x3072x768 16x3072x768 8x3072x768 "
@@ -105,7 +106,8 @@ def main() -> None:
     rows = []
     with torch.no_grad():
         for name in given.dtype:
-            peak = rates.flops.get(NAMES[name], rates.flops["f32"])
+            vectors = rates.flops.get(NAMES[name], rates.flops["f32"])
+            peak = rates.flops.get(TILES, vectors) if name == "bfloat16" else vectors
             rows += [measure(s, name, given.seconds, peak, rates.read_bytes_per_s, given.turned) for s in given.shapes]
     result = {
         "machine": machine(),

@@ -23,12 +23,13 @@ from dataclasses import dataclass
 import torch
 
 from ..targets import HostRates, Target, get_target, host_measured
-from ..targets.host import vector_bits
+from ..targets.host import TILES, vector_bits
 from .formats import Format
 
 __all__ = ["Product", "of_format", "product_seconds", "seconds"]
 
 _COLUMNS, _INTEGERS, _HIGH = 24, 16, 1024  # rows: of few columns, of few whole numbers, and that share a panel
+_DOTS = 24  # rows of dot products (few of codegen/cpp/gemm.py)
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
@@ -87,13 +88,14 @@ class Product:
 # Lane operations an element of the weight; `round`: of the inputs; `group`: of results, for each group; `reach`: of the
 # rates in registers. Fitted to seconds of CPU time of one thread, 2048 x 2048 bf16, 1 to 512 rows, on an AMD Zen 5
 # (AVX-512 with bf16 and int8 products), 2026-11-21: within a fifth there, and a third for 1 to 4 rows of tables.
+# `reach_tiles`: 1024 rows, 768 to 3072, on a Granite Rapids, 2026-11-23, as benchmarks/gemm.py has it.
 # `read`: of the bandwidth of a plain sum, from benchmarks/results/quant-2026-11-21.json, a layer 8192 wide in bf16.
 _COST = {
     "decode": 2.9, "decode_eight": 5.0, "decode_table": 4.2, "decode_short": 7.6, "decode_odd": 3.6,
     "decode_integers": 1.0, "decode_integers_row": 2.0, "dot_integers": 0.37, "columns": 10.0, "dot": 1.1, "panel": 7.0,
     "panel_eight": 12.0, "panel_table": 9.0, "panel_odd": 15.0, "written": 14.0, "written_table": 70.0, "pack": 8.0,
     "pack_integers": 3.0, "pack_integers_groups": 8.0, "round": 2.0, "group": 7.0, "reach": 0.87,
-    "reach_integers": 0.76, "read": 0.6, "start": 5e-6,
+    "reach_integers": 0.76, "reach_tiles": 0.33, "read": 0.6, "start": 5e-6,
 }  # fmt: skip
 
 
@@ -116,7 +118,8 @@ def product_seconds(p: Product, rates: HostRates, bits: int) -> float:
         if p.groups > 1:
             products += results * p.groups * c["group"] / lane
     else:
-        products = 2 * results * p.k / (_rate(p, rates) * c["reach"])
+        tiles = rates.flops.get(TILES, 0.0) if p.dtype == torch.bfloat16 and p.rows > _DOTS else 0.0
+        products = 2 * results * p.k / (tiles * c["reach_tiles"] if tiles else _rate(p, rates) * c["reach"])
     if form == "few":
         if p.integers:
             name, together = ("decode_integers_row", 4) if p.groups == 1 else ("decode_integers", 2)

@@ -15,9 +15,10 @@ from collections.abc import Callable
 
 import torch
 
+from ..codegen.cpp.gemm import has_matrix_unit
 from ..errors import TesselError, check
 from ..targets import Target, get_target
-from ..targets.host import HostRates, write_record
+from ..targets.host import TILES, HostRates, write_record
 from ..tiles.header import TEMPLATES
 from .native import build
 
@@ -63,7 +64,10 @@ def _now() -> str:
 
 
 def _by_kernel(cpu: Target) -> HostRates:
-    library, _ = build((TEMPLATES / "host_rates.cpp").read_text(encoding="utf-8"), {})
+    text, more = (TEMPLATES / "host_rates.cpp").read_text(encoding="utf-8"), {}
+    if has_matrix_unit(cpu.features):
+        text, more = f"#define MATRIX_UNIT\n{text}", {"amx.hpp": (TEMPLATES / "amx.hpp").read_text(encoding="utf-8")}
+    library, _ = build(text, more)
     whole, count, real = ctypes.c_int64, ctypes.c_int, ctypes.c_double
 
     def function(name: str, *types: type) -> Callable[..., float]:
@@ -75,15 +79,17 @@ def _by_kernel(cpu: Target) -> HostRates:
     size = _array_bytes(cpu)
     read, copy = function("host_read", whole, count, real), function("host_copy", whole, count, real, count)
     fma, dot = function("host_fma", count, real), function("host_dot_bf16", count, real)
+    tiles = function("host_tiles_bf16", count, real)
     runs = (
         lambda: read(size, threads, _BUDGET),
         lambda: 2 * copy(size, threads, _BUDGET, 0),
         lambda: 2 * copy(size, threads, _BUDGET, 1),
         lambda: fma(threads, _BUDGET),
         lambda: dot(threads, _BUDGET),
+        lambda: tiles(threads, _BUDGET),
     )
     rounds = [[run() for run in runs] for _ in range(_ROUNDS)]
-    reading, plain, past, f32, bf16 = map(max, *rounds)
+    reading, plain, past, f32, bf16, in_tiles = map(max, *rounds)
     check(min(reading, plain, past) > 0, lambda: f"measuring the CPU: no memory for arrays of {size} bytes")
     best = f"best 2 ms of {_ROUNDS} x {_BUDGET} s, {threads} threads"
     array = f"of {size >> 20} MiB, {best}"
@@ -96,6 +102,7 @@ def _by_kernel(cpu: Target) -> HostRates:
     for name, rate, words in (
         ("f32", f32, f"multiply-adds in {library.host_vector_bits()}-bit registers"),
         ("bf16", bf16, "dot-product instructions in registers, sums in float32"),
+        (TILES, in_tiles, "products of tiles in registers (AMX), sums in float32"),
     ):
         if rate:
             flops[name] = rate

@@ -23,9 +23,10 @@ from ..config import cache_dir
 from ..safe_dir import open_private
 from .target import Target
 
-__all__ = ["HostRates", "features_that_matter", "key_of", "read_record", "vector_bits", "with_rates", "write_record"]
+__all__ = ["TILES", "HostRates", "features_that_matter", "key_of", "read_record", "vector_bits", "with_rates", "write_record"]
 
-_FORMAT = 1  # of the file; a record of another one is measured again
+TILES = "bf16 in tiles"  # the rate of the matrix unit
+_FORMAT = 2  # of the file; a record of another one is measured again
 _FOLDER = "host"
 _LARGEST = 1 << 16  # bytes of a record that is read
 
@@ -47,8 +48,8 @@ class HostRates:
         copy_bytes_per_s: bytes read plus bytes written by a plain copy of such an array. The lines that plain
             stores make the CPU read first are not counted.
         stream_copy_bytes_per_s: the same with stores that go past the caches, the most that a copy reaches.
-        flops: operations a second in registers, a multiply-add counts as two: ``f32``, and ``bf16`` where there is a
-            dot-product instruction.
+        flops: operations a second in registers, a multiply-add counts as two: ``f32``, ``bf16`` where there is a
+            dot-product instruction, ``bf16 in tiles`` where there is a matrix unit (AMX).
         threads: that ran.
         when: UTC, ISO 8601.
         how: what each number is from, by its name here (``"flops.f32"``).

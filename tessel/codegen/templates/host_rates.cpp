@@ -205,6 +205,33 @@ EXPORT double host_dot_bf16(int threads, double budget) {
 EXPORT double host_dot_bf16(int, double) { return 0; }
 #endif
 
+#if defined(MATRIX_UNIT)
+#define INLINE inline
+namespace tessel {
+typedef int64_t i64;
+typedef uint16_t u16;
+typedef uint8_t u8;
+inline i64 min(i64 a, i64 b) { return a < b ? a : b; }
+}  // namespace tessel
+#include "amx.hpp"
+
+EXPORT double host_tiles_bf16(int threads, double budget) {
+    double rate = most(threads, budget, [=](int64_t, int64_t) {
+        tessel::Tiles tiles;
+        tiles.configure(32);
+        for (int i = 0; i < STEPS; ++i) {
+            TILE_DOT(0, 4, 6);
+            TILE_DOT(1, 4, 7);
+            TILE_DOT(2, 5, 6);
+            TILE_DOT(3, 5, 7);
+        }
+    });
+    return rate * STEPS * 4 * (2.0 * 16 * 16 * 32);
+}
+#else
+EXPORT double host_tiles_bf16(int, double) { return 0; }
+#endif
+
 // How many threads really run where `threads` are asked for: one in a build without OpenMP's library.
 EXPORT int host_threads(int threads) {
     int n = 0;

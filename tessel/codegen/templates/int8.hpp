@@ -375,7 +375,8 @@ INLINE int many_rows(const Layer<T> a, const Inputs q, i64 threads) {
           const i8* const x = q.codes + (r0 + r) * q.step + k0;
           float* const c = sums + (parts > 1 ? r * WIDTH : 0);
           Ahead far = {(const char*)to, 0, 0};
-          if (BITS == 8) far = d + 1 < parts ? right.ahead(n0, (k0 + part) / 4, t, far) : right.ahead(later, 0, t, far);
+          if (BITS == 8)
+            far = d + 1 < parts ? right.ahead(n0, (k0 + part) / 4, WIDTH, t, far) : right.ahead(later, 0, WIDTH, t, far);
           if (one) tile_of(end - r, x, q.step, to, ceil_div(ks, 4), (i32*)c, d > 0, far);
           else
             for (i64 g = 0; g < ks / a.group; ++g) {

@@ -376,14 +376,14 @@ INLINE void unpack_panel(const Layer<T>& a, const float* table, i64 n0, i64 colu
       };
       for (i64 k = 0; k < ks; k += 2) {
         const vf low = next(), high = k + 1 < ks ? next() : vf{};
-        if constexpr (sizeof(T) == 2) put((u32*)to + k / 2 * WIDTH + n, halves(low, high));
+        if constexpr (sizeof(T) == 2) put((u32*)(to + Unit<T>::place(ks, k, n)), halves(low, high));
         else {
           put(to + k * WIDTH + n, low);
           if (k + 1 < ks) put(to + (k + 1) * WIDTH + n, high);
         }
       }
     }
-    return;
+    return close_panel(ks, to);
   }
   for (i64 p = 0; p < count;) {
     const i64 g = (k0 + p * per) / a.group, end = min(count, ((g + 1) * a.group - k0) / per);
@@ -395,7 +395,7 @@ INLINE void unpack_panel(const Layer<T>& a, const float* table, i64 n0, i64 colu
         for (i64 i = 0; i < per; i += 2) {
           const vf low = (number<KIND, BITS>(w, i, table) - s.zero) * s.scale;
           const vf high = (number<KIND, BITS>(w, i + 1, table) - s.zero) * s.scale;
-          if constexpr (sizeof(T) == 2) put((u32*)to + (q * per + i) / 2 * WIDTH + n, halves(low, high));
+          if constexpr (sizeof(T) == 2) put((u32*)(to + Unit<T>::place(ks, q * per + i, n)), halves(low, high));
           else {
             put(to + (q * per + i) * WIDTH + n, low);
             put(to + (q * per + i + 1) * WIDTH + n, high);
@@ -405,6 +405,7 @@ INLINE void unpack_panel(const Layer<T>& a, const float* table, i64 n0, i64 colu
     }
     p = end;
   }
+  close_panel(ks, to);
 }
 
 // Products by panels that pack(n0, columns, k0, ks, to, spare) makes; `spare` has four bytes more than an element has,
