@@ -23,7 +23,16 @@ from ..config import cache_dir
 from ..safe_dir import open_private
 from .target import Target
 
-__all__ = ["TILES", "HostRates", "features_that_matter", "key_of", "read_record", "vector_bits", "with_rates", "write_record"]
+__all__ = [
+    "TILES",
+    "HostRates",
+    "features_that_matter",
+    "key_of",
+    "read_record",
+    "vector_bits",
+    "with_rates",
+    "write_record",
+]
 
 TILES = "bf16 in tiles"  # the rate of the matrix unit
 _FORMAT = 2  # of the file; a record of another one is measured again
