@@ -51,6 +51,8 @@ def by_library(node: Node, features: Collection[str], wanted: bool = False) -> s
     Measured on an AMD EPYC (Zen 5) of two cores against MKL and oneDNN, weights of 768 to 8192 rows, 1 to 1024 rows
     of the left operand: the kernel is ahead of both, from 1.02 times (1024 rows) to 1.9 times (1 row, bfloat16).
     Of float16, torch is ahead for one row (1.7 times), the kernel 5 to 9 times for 16 to 256 rows.
+    On a Granite Rapids of two cores, bfloat16 by its matrix unit against oneDNN's use of it: 1024 rows, 768 to 768 and
+    3072 to 768, the kernel is 1.3 and 1.6 times as fast, 768 to 3072 oneDNN 1.3 times (before what the kernel fuses).
 
     Args:
         node: a product of any kind: all its operands are of one dtype, but for offsets.
