@@ -105,6 +105,7 @@ class _Writer:
         self.dtype = self._dtype("a")
         self.half = self.dtype == torch.bfloat16 and multiplies_bf16(features)
         self.kind = torch.bfloat16 if self.half else torch.float32  # of what the tiles multiply
+        self.past = _past(kernel) if self.half and has_matrix_unit(features) else frozenset()
 
     def _dtype(self, part: str) -> torch.dtype:
         provided = self.kernel.provides[part]
@@ -230,6 +231,7 @@ class _Writer:
         if wide:
             text = f"get_float(sums + ({lane.name} - begin), n)"
         e.define(0, "acc", text, own, torch.float32)
+        e.past = self.past
         e.values = {ACC: e.values[0]}
         for s in self.kernel.body:
             e.emit(s)
@@ -243,7 +245,7 @@ class _Writer:
         row, lane = self.loops["m"].name, self.loops["n"].name
         asked: dict[str, int] = {}
         for s in self.kernel.body:
-            if not isinstance(s, Load | Store) or s.access.mask:
+            if not isinstance(s, Load | Store) or s.access.mask or (isinstance(s, Store) and s.access.param in self.past):
                 continue
             param = self.kernel.params[s.access.param]
             index = self.space.at(s.access.address(param))
@@ -253,6 +255,17 @@ class _Writer:
                 asked[f"{param.name} + {text}, {int(isinstance(s, Store))}, 2"] = 64 // param.type.dtype.itemsize
         head = f"for (i64 {lane} = begin; {lane} < end; {lane} += "
         return [f"{head}{line}) __builtin_prefetch({at});" for at, line in asked.items()]
+
+
+def _past(kernel: Kernel) -> frozenset[int]:
+    """The results that the second caches do not hold, for products that take hardly longer than to write them.
+
+    Stored past the caches, their lines are not read before they are written.
+    """
+    cpu = get_target("cpu")
+    l2 = next((x.capacity_bytes for x in cpu.levels if x.name == "l2"), None) or 2**20
+    sizes = {i: product((*p.type.shape, p.type.dtype.itemsize)) for i, p in enumerate(kernel.params) if p.out}
+    return frozenset(i for i, n in sizes.items() if isinstance(n, int) and n > cpu.units * l2)
 
 
 def _loop(e: Emitter, lane: Axis, wide: bool) -> list[str]:
