@@ -245,7 +245,7 @@ class _Writer:
         row, lane = self.loops["m"].name, self.loops["n"].name
         asked: dict[str, int] = {}
         for s in self.kernel.body:
-            if not isinstance(s, Load | Store) or s.access.mask or (isinstance(s, Store) and s.access.param in self.past):
+            if not isinstance(s, Load | Store) or s.access.mask or s.access.param in self.past:
                 continue
             param = self.kernel.params[s.access.param]
             index = self.space.at(s.access.address(param))
