@@ -53,12 +53,18 @@ def refusal(dtype: torch.dtype) -> str | None:
 def headers(features: Collection[str] | None = None) -> dict[str, str]:
     """The header of product kernels, by file name; for this machine's CPU, or one with other ``features``."""
     cpu = get_target("cpu")
-    l2 = next((x.capacity_bytes for x in cpu.levels if x.name == "l2"), None) or 2**20
     have = cpu.features if features is None else features
-    made = {"gemm.hpp": gemm_header(have, l2_bytes=l2)}
+    starved = any("Intel" in name for name in cpu.device_names)  # the second cache falls behind the vectors
+    l1 = next((x.capacity_bytes for x in cpu.levels if x.name == "l1"), None) if starved else None
+    made = {"gemm.hpp": gemm_header(have, l2_bytes=_second_cache(), l1_bytes=l1)}
     if has_matrix_unit(have):
         made["amx.hpp"] = (TEMPLATES / "amx.hpp").read_text(encoding="utf-8")
     return made
+
+
+def _second_cache() -> int:
+    """Bytes of a core's."""
+    return next((x.capacity_bytes for x in get_target("cpu").levels if x.name == "l2"), None) or 2**20
 
 
 def grouped_unit(features: Collection[str] | None = None) -> str:
@@ -262,10 +268,9 @@ def _past(kernel: Kernel) -> frozenset[int]:
 
     Stored past the caches, their lines are not read before they are written.
     """
-    cpu = get_target("cpu")
-    l2 = next((x.capacity_bytes for x in cpu.levels if x.name == "l2"), None) or 2**20
+    held = get_target("cpu").units * _second_cache()
     sizes = {i: product((*p.type.shape, p.type.dtype.itemsize)) for i, p in enumerate(kernel.params) if p.out}
-    return frozenset(i for i, n in sizes.items() if isinstance(n, int) and n > cpu.units * l2)
+    return frozenset(i for i, n in sizes.items() if isinstance(n, int) and n > held)
 
 
 def _loop(e: Emitter, lane: Axis, wide: bool) -> list[str]:
