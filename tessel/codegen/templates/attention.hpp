@@ -55,7 +55,7 @@ template <class T> struct Unit {
     tile<T>(width, a, lda, b, ldb, depth, c, ldc, add);
   }
 };
-#ifdef TILE_LOAD
+#ifdef TILE_LOAD  // amx.hpp is there
 template <> struct Unit<u16> {
   static constexpr i64 ROWS = 16, GRAIN = 32;
   Unit() { tiles.configure(ROWS); }
