@@ -80,7 +80,7 @@ INLINE void pack(const Matrices<T, along>& b, i64 e, i64 n0, i64 columns, i64 k0
   const T* const from = b.place(e, n0, k0);
   if (along || b.spread == 1) return gemm::pack_panel<along>(from, b.of(e).step, ks, columns, to);
   using Unit = gemm::Unit<T>;
-  for (i64 p = 0; p < Unit::deep(ks); ++p)
+  for (i64 p = 0; p < ceil_div(ks, 2) * 2; ++p)
     for (i64 n = 0; n < WIDTH; ++n)
       to[Unit::place(ks, p, n)] = p < ks && n < columns ? from[p * b.step + n * b.spread] : (T)0;
 }

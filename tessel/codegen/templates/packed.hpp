@@ -383,7 +383,7 @@ INLINE void unpack_panel(const Layer<T>& a, const float* table, i64 n0, i64 colu
         }
       }
     }
-    return close_panel(ks, to);
+    return;
   }
   for (i64 p = 0; p < count;) {
     const i64 g = (k0 + p * per) / a.group, end = min(count, ((g + 1) * a.group - k0) / per);
@@ -405,7 +405,6 @@ INLINE void unpack_panel(const Layer<T>& a, const float* table, i64 n0, i64 colu
     }
     p = end;
   }
-  close_panel(ks, to);
 }
 
 // Products by panels that pack(n0, columns, k0, ks, to, spare) makes; `spare` has four bytes more than an element has,
