@@ -27,7 +27,7 @@ from .expr import Emitter
 from .gemm import few, gemm_header, has_matrix_unit, multiplies_bf16
 from .space import Space
 from .text import points, simd, steps
-from .vector import KINDS, Along, wide_cast
+from .vector import KINDS, Along, first_cache, wide_cast
 from .words import memory_type, size_text
 
 __all__ = ["grouped_unit", "headers", "matmul", "refusal"]
@@ -55,8 +55,7 @@ def headers(features: Collection[str] | None = None) -> dict[str, str]:
     cpu = get_target("cpu")
     have = cpu.features if features is None else features
     starved = any("Intel" in name for name in cpu.device_names)  # the second cache falls behind the vectors
-    l1 = next((x.capacity_bytes for x in cpu.levels if x.name == "l1"), None) if starved else None
-    made = {"gemm.hpp": gemm_header(have, l2_bytes=_second_cache(), l1_bytes=l1)}
+    made = {"gemm.hpp": gemm_header(have, l2_bytes=_second_cache(), l1_bytes=first_cache() if starved else None)}
     if has_matrix_unit(have):
         made["amx.hpp"] = (TEMPLATES / "amx.hpp").read_text(encoding="utf-8")
     return made
