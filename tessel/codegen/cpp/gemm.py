@@ -114,5 +114,6 @@ def _rendered(
         l2_bytes=l2_bytes,
         k_words=max(64, l1_bytes * 2 // 3 // width) if l1_bytes else None,
         longest=max(256, l2_bytes // 4 // width),
+        split_words=max(256, l2_bytes * 9 // 32 // (2 * 6 * width // 4) // 32 * 32),
     )  # fmt: skip
     return "\n".join(line.rstrip() for line in text.strip("\n").split("\n")) + "\n"

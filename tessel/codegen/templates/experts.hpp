@@ -144,13 +144,13 @@ INLINE void combine(const Routes r, const i64* index, i64 offset, const float* r
 template <class T>
 struct Desk {
   i64 part, tall, kept;
-  Desk(i64 k, i64 longest, i64 keep) : part(gemm::part_of<T>(k)), tall(k > part ? longest : gemm::Unit<T>::ROWS), kept(keep) {
+  Desk(i64 k, i64 longest, i64 keep) : part(gemm::part_of<T>(k)), tall(gemm::tall_of<T>(longest, k, part)), kept(keep) {
     if (tall < gemm::FEW) tall = gemm::FEW;
   }
-  INLINE i64 bytes() const { return (tall * 4 + part * (i64)sizeof(T) + kept * 4) * WIDTH; }
+  INLINE i64 bytes() const { return (tall + kept) * 4 * WIDTH + gemm::Unit<T>::bytes(part, 1); }
   INLINE float* sums(char* base) const { return (float*)base; }
   INLINE T* panel(char* base) const { return (T*)(base + tall * 4 * WIDTH); }
-  INLINE float* keep(char* base) const { return (float*)(base + (tall * 4 + part * (i64)sizeof(T)) * WIDTH); }
+  INLINE float* keep(char* base) const { return (float*)(base + tall * 4 * WIDTH + gemm::Unit<T>::bytes(part, 1)); }
 };
 
 // A panel of one expert's product: finish(row, first column, end, sums) for each of its rows.

@@ -76,8 +76,8 @@ INLINE int forward(const T* x, i64 x_step, const T* weight, i64 w_step, const T*
   if (const int bad = check_targets(target, n, c, wrong)) return bad;
   const i64 spans = ceil_div(v, SPAN), blocks = ceil_div(n, gemm::HIGH), part = gemm::part_of<T>(k);
   const bool dots = n <= gemm::FEW;
-  const i64 tall = k > part ? min(n, gemm::HIGH) : gemm::Unit<T>::ROWS;
-  const i64 room = dots ? 0 : (tall * 4 + part * (i64)sizeof(T)) * WIDTH;
+  const i64 tall = gemm::tall_of<T>(min(n, gemm::HIGH), k, part);
+  const i64 room = dots ? 0 : tall * 4 * WIDTH + gemm::Unit<T>::bytes(part, 1);
   threads = max(1, min(threads, spans * blocks));
   const gemm::Room memory(threads * room + (spans * n * 3 + n) * 4 + 64);
   char* const base = memory.at;
