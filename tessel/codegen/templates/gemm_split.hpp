@@ -13,7 +13,6 @@ constexpr i64 PARTS = 3, STEP = TALL * DEEP * 2 * PARTS;  // bytes of 32 rows or
 constexpr u32 LEAST = (127 - 48) << 23, MOST = (127 + 64) << 23;  // bits of 2^-48 and 2^64
 INLINE i64 split_bytes(i64 k) { return ceil_div(k, DEEP) * STEP; }  // of 32 rows or columns
 
-INLINE vu rounded(vu x) { return (x + 0x8000u) & 0xffff0000u; }  // to bf16, still as float
 INLINE vu greater(vu x, vu y) {
   const vu z = y & 0x7fffffffu;
   return z > x ? z : x;
@@ -26,41 +25,61 @@ INLINE bool is_odd(vu greatest) {  // any lane
   return any;
 }
 
-// Rows of a block whose parts are made: [k / 32][part][32 rows][32].
+// Constants of splitting, which compilers would make anew each time.
+struct SplitBy {
+  vu half = all(0x8000u), upper = all(0xffff0000u), odd;  // `odd` has the numbers of the upper halves of two vectors
+  INLINE SplitBy() {
+    alignas(64) static const u16 UPPER[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                              33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    odd = at((const u32*)UPPER);
+    asm("" : "+v"(half), "+v"(upper), "+v"(odd));
+  }
+  INLINE vu rounded(vu x) const { return (x + half) & upper; }  // to bf16, still as float
+  INLINE vu halves(vu x, vu y) const {
+    asm("vpermt2w %2, %1, %0" : "+v"(x) : "v"(odd), "v"(y));
+    return x;
+  }
+};
+
+// 32 rows to split: [k / 32][part][32 rows][32].
 struct SplitRows {
   const float* a = nullptr;
-  i64 lda = 0, rows = 0, k = 0;  // of TALL rows; the last of them stands for those that are not there
+  i64 lda = 0, rows = 0, k = 0;
   char* to = nullptr;
   u32* most = nullptr;  // [TALL][LANES], the greatest elements of a row
 
-  // Elements p .. p + 32 of some rows.
-  INLINE void make(i64 begin, i64 end, i64 p) const {
-    alignas(64) static const u16 UPPER[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                              33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    const vu upper = at((const u32*)UPPER);
-    for (i64 i = begin; i < end; ++i) {
-      const u32* const from = (const u32*)(a + min(i, rows - 1) * lda + p);
-      u32 last[DEEP];
-      vu x, y;
-      if (p + DEEP <= k) {
-        x = at(from);
-        y = at(from + LANES);
-      } else {
-        for (i64 j = 0; j < DEEP; ++j) last[j] = p + j < k ? from[j] : 0;
-        x = at(last);
-        y = at(last + LANES);
-      }
-      u32* const so_far = most + i * LANES;
-      put(so_far, greater(greater(p ? at(so_far) : vu{}, x), y));
-      char* line = to + p / DEEP * STEP + i * 64;
-      for (i64 part = 0; part < PARTS; ++part, line += TALL * DEEP * 2) {
-        const bool exact = part == PARTS - 1;
-        const vu u = exact ? x : rounded(x), v = exact ? y : rounded(y);
-        vu both = u;
-        asm("vpermt2w %2, %1, %0" : "+v"(both) : "v"(upper), "v"(v));
-        put((u32*)line, both);
-        x = (vu)((vf)x - (vf)u);
-        y = (vu)((vf)y - (vf)v);
+  // A line of 32 elements, from p on.
+  INLINE void line(const SplitBy& by, vu x, vu y, i64 i, i64 p) const {
+    u32* const so_far = most + i * LANES;
+    put(so_far, greater(greater(p ? at(so_far) : vu{}, x), y));
+    char* const place = to + p / DEEP * STEP + i * 64;
+    vu u = by.rounded(x), v = by.rounded(y);
+    put((u32*)place, by.halves(u, v));
+    x = (vu)((vf)x - (vf)u), y = (vu)((vf)y - (vf)v);
+    u = by.rounded(x), v = by.rounded(y);
+    put((u32*)(place + TALL * DEEP * 2), by.halves(u, v));
+    x = (vu)((vf)x - (vf)u), y = (vu)((vf)y - (vf)v);
+    put((u32*)(place + 2 * TALL * DEEP * 2), by.halves(x, y));
+  }
+  INLINE void line(const SplitBy& by, i64 i, i64 p) const {
+    const u32* const from = (const u32*)(a + i * lda + p);
+    line(by, at(from), at(from + LANES), i, p);
+  }
+  // All that is not made beside products: what is less than 32 rows or elements, and if `whole`, the rest, too.
+  INLINE void finish(bool whole) const {
+    const SplitBy by;
+    const i64 even = k / DEEP * DEEP;
+    for (i64 i = 0; i < TALL; ++i) {
+      const i64 from = min(i, rows - 1);  // stands for rows that are not there
+      if (whole)
+        for (i64 p = 0; p < even; p += DEEP) {
+          const u32* const x = (const u32*)(a + from * lda + p);
+          line(by, at(x), at(x + LANES), i, p);
+        }
+      if (even < k) {
+        u32 last[DEEP] = {};
+        __builtin_memcpy(last, a + from * lda + even, (k - even) * 4);
+        line(by, at(last), at(last + LANES), i, even);
       }
     }
   }
@@ -78,6 +97,7 @@ struct SplitRows {
 // A panel [k][width] of floats: 32 columns after the other, `strip` bytes apart, [k / 32][part][2][16 pairs along k]
 // [16 columns][2].
 [[maybe_unused]] static __attribute__((noinline)) bool split_panel(const float* panel, i64 width, i64 k, i64 columns, i64 strip, char* to) {
+  const SplitBy by;
   bool odd = false;
   for (i64 n = 0; n < ceil_div(columns, 32) * 32; n += LANES) {
     char* const place = to + n / 32 * strip + n % 32 * 64;
@@ -88,7 +108,7 @@ struct SplitRows {
       char* line = place + p / DEEP * STEP + p % DEEP * 32;
       for (i64 part = 0; part < PARTS; ++part, line += 32 * DEEP * 2) {
         const bool exact = part == PARTS - 1;
-        const vu u = exact ? x : rounded(x), v = exact ? y : rounded(y);
+        const vu u = exact ? x : by.rounded(x), v = exact ? y : by.rounded(y);
         put((u32*)line, u >> 16 | v);
         x = (vu)((vf)x - (vf)u);
         y = (vu)((vf)y - (vf)v);
@@ -99,19 +119,19 @@ struct SplitRows {
   return odd;
 }
 
-// All six products of a step along k of 32 elements; each takes one operand from the one before. between(phase) is done
+// All six products of a step along k of 32 elements; each takes one operand from the one before. between() is done
 // while the products of one wait for those before them.
 template <bool low, class Between>
 INLINE void split_step(const char* a, const char* b, Between between) {
 #define LEFT(part) TILE_LOAD(4, a + part * 2048, 64); if (low) TILE_LOAD(5, a + part * 2048 + 1024, 64)
 #define RIGHT(part) TILE_LOAD(6, b + part * 2048, 64); TILE_LOAD(7, b + part * 2048 + 1024, 64)
-#define DOTS(phase) TILE_DOT(0, 4, 6); TILE_DOT(1, 4, 7); if (low) { TILE_DOT(2, 5, 6); TILE_DOT(3, 5, 7); } between(phase)
-  LEFT(0); RIGHT(2); DOTS(0);
-  RIGHT(1); DOTS(1);
-  LEFT(1); DOTS(2);
-  RIGHT(0); DOTS(3);
-  LEFT(0); DOTS(4);
-  LEFT(2); DOTS(5);
+#define DOTS TILE_DOT(0, 4, 6); TILE_DOT(1, 4, 7); if (low) { TILE_DOT(2, 5, 6); TILE_DOT(3, 5, 7); } between()
+  LEFT(0); RIGHT(2); DOTS;
+  RIGHT(1); DOTS;
+  LEFT(1); DOTS;
+  RIGHT(0); DOTS;
+  LEFT(0); DOTS;
+  LEFT(2); DOTS;
 #undef LEFT
 #undef RIGHT
 #undef DOTS
@@ -119,7 +139,7 @@ INLINE void split_step(const char* a, const char* b, Between between) {
 
 // c[rows][32] (+)= a * b; beside it, rows `from` .. `to` of another block are split, whose time is that of the products.
 template <bool low>
-TILE split_block(const char* a, const char* b, i64 k, float* c, i64 ldc, bool add, Ahead& next, const SplitRows& beside, i64 from, i64 to) {
+TILE split_block(const char* a, const char* b, i64 k, float* c, i64 ldc, bool add, Ahead& next, const SplitRows beside, i64 from, i64 to) {
   const i64 row = 4 * ldc;
   float* const under = c + 16 * ldc;
   if (add) {
@@ -133,9 +153,13 @@ TILE split_block(const char* a, const char* b, i64 k, float* c, i64 ldc, bool ad
     TILE_ZERO(2);
     TILE_ZERO(3);
   }
+  const SplitBy by;
   const i64 share = ceil_div(to - from, 6);
   for (i64 p = 0; p < k; p += DEEP, a += STEP, b += STEP) {
-    split_step<low>(a, b, [&](i64 phase) __attribute__((always_inline)) { beside.make(from + share * phase, min(to, from + share * (phase + 1)), p); });
+    i64 r = p + DEEP <= k ? from : to;
+    split_step<low>(a, b, [&]() __attribute__((always_inline)) {
+      for (const i64 end = min(to, r + share); r < end; ++r) beside.line(by, r, p);
+    });
     for (i64 i = 0; i < 16; ++i, next.at += next.step) __builtin_prefetch(next.at, 0, 2);
     next.at += next.wrap;
   }
