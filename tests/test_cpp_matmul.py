@@ -213,6 +213,42 @@ def test_not_a_number_and_infinity() -> None:
         assert torch.equal(out[out.isinf()].double(), want[want.isinf()])
 
 
+@pytest.mark.parametrize("right", ["nk", "kn"])
+def test_floats_of_all_magnitudes(right: str) -> None:
+    """A matrix unit takes some of these for zero or infinity: their rows and columns are multiplied by vectors there."""
+    m, n, k = 150, 200, 900
+    (fn,) = compiled([program("magnitudes", m, n, k, right=right)])
+    a, b = rand(m, k), rand(k, n)
+    a[3] *= 2.0**-100
+    a[40] *= 2.0**-60
+    a[75, :800] *= 2.0**80
+    a[75, 800:] = 0  # their products would be infinite
+    a[76:110] = 0
+    a[120, 5] = 2.0**110
+    b[:, 9] *= 2.0**-70
+    b[:, 70] *= 2.0**-100
+    b[800:, 130] = 2.0**66
+    b[:, 199] = 0
+    out = poisoned((m, n), torch.float32)
+    fn((), a, laid_out(b, right == "nk"), out)
+    want, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    check(out, a, b, want.where(want.abs() < 2.0**128, want.sign() * math.inf), size)
+
+
+def test_a_float_is_no_worse_by_parts() -> None:
+    """Three bf16 hold a float: the errors are those of products that are rounded, at most."""
+    m, n, k = 40, 70, 32
+    (fn,) = compiled([program("parts", m, n, k)])
+    a, b = torch.zeros(m, k), torch.zeros(k, n)
+    at = torch.arange(m)
+    a[at, at % k] = rand(m)  # one product a sum
+    b[:] = rand(k, n)
+    out = poisoned((m, n), torch.float32)
+    fn((), a, laid_out(b, True), out)
+    want = a.double() @ b.double()
+    assert ((out.double() - want).abs() <= 2.0**-22 * want.abs()).all()
+
+
 def test_threads_and_runs_give_the_same_bits() -> None:
     cases = [(m, {"dtype": d, "right": r}) for m in (2, 129, 600) for d in DTYPES[:2] for r in ("nk", "kn")]
     fns = compiled([program(f"t{i}", m, 1000, 700, **c) for i, (m, c) in enumerate(cases)])
@@ -257,7 +293,7 @@ def test_code_for_narrower_cpus(kind: str) -> None:
 
 
 def test_code_for_a_matrix_unit_compiles_everywhere() -> None:
-    """On a CPU that has one every test of bf16 runs it."""
+    """On a CPU that has one every test of bf16 and of f32 runs it."""
     wider = "-march=sapphirerapids"
     compiler = native.find_compiler(None)
     if subprocess.run([*compiler.command, wider, "-E", "-xc++", os.devnull], capture_output=True).returncode:
@@ -265,7 +301,8 @@ def test_code_for_a_matrix_unit_compiles_everywhere() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tessel.codegen.cpp.matmul.matmul.__defaults__", (MATRIX_UNIT,))
         patch.setattr(native.Compiler, "flags", lambda self: [*native._FLAGS, wider])
-        made = [render(program(f"a{r}", 40, 100, 70, dtype=torch.bfloat16, right=r)) for r in ("nk", "kn")]
+        both = itertools.product(DTYPES[:2], ("nk", "kn"))
+        made = [render(program(f"a{i}", 40, 100, 70, dtype=d, right=r)) for i, (d, r) in enumerate(both)]
         _, path = build(translation_unit(made), {"tessel.hpp": header(), **product_headers(MATRIX_UNIT)})
     assert path.exists()
 

@@ -6,6 +6,8 @@ An operand that lies in memory as the tiles want it is read or packed from there
 turned; any other is computed, the right one while it is packed, the left one into rows of its own first. The epilogue
 runs on a row of a finished tile, which is still in the first cache. Few rows (or few columns) of operands that both
 lie along k are dot products: every element of the larger operand is then read once and nothing is packed.
+
+On a CPU with a matrix unit for bf16, float32 is multiplied by it, too, in three parts (``gemm_split.hpp``).
 """
 
 from __future__ import annotations
