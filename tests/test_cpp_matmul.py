@@ -215,7 +215,7 @@ def test_not_a_number_and_infinity() -> None:
 
 @pytest.mark.parametrize("right", ["nk", "kn"])
 def test_floats_of_all_magnitudes(right: str) -> None:
-    """A matrix unit takes some of these for zero or infinity: their rows and columns are multiplied by vectors there."""
+    """A matrix unit takes some of these for zero or infinity: vectors multiply their rows and columns."""
     m, n, k = 150, 200, 900
     (fn,) = compiled([program("magnitudes", m, n, k, right=right)])
     a, b = rand(m, k), rand(k, n)
