@@ -236,7 +236,7 @@ def test_floats_of_all_magnitudes(right: str) -> None:
 
 
 def test_a_float_is_no_worse_by_parts() -> None:
-    """Three bf16 hold a float: the errors are those of products that are rounded, at most."""
+    """Three bf16 hold a float: what their products leave out, less than 2^-23, and the roundings of a sum."""
     m, n, k = 40, 70, 32
     (fn,) = compiled([program("parts", m, n, k)])
     a, b = torch.zeros(m, k), torch.zeros(k, n)
