@@ -155,6 +155,8 @@ def test_rows_and_layouts(dtype: torch.dtype) -> None:
     cases += [((1, 1, 1), {"dtype": dtype}), ((9, 1, 5), {"dtype": dtype, "right": "kn"})]
     cases += [((m, n, 96), {"dtype": dtype}) for m in (33, 48) for n in (80, 150)]  # parts of a tile of 32 x 32
     cases += [((40, 520, 70), {"dtype": dtype, "right": right}) for right in ("nk", "kn")]  # two panels at a time
+    cases += [((m, 4 * m + 7, 70), {"dtype": dtype, "epilogue": m != 70}) for m in (25, 64, 70, 128)]  # operands swapped
+    cases += [((30, 130, 900), {"dtype": dtype, "batch": 3}), ((97, 1100, 800), {"dtype": dtype, "pad": 3})]
     fns = compiled([program(f"p{i}", *mnk, **case) for i, (mnk, case) in enumerate(cases)])
     for fn, (mnk, case) in zip(fns, cases, strict=True):
         run(fn, *mnk, case)
@@ -213,12 +215,28 @@ def test_not_a_number_and_infinity() -> None:
         assert torch.equal(out[out.isinf()].double(), want[want.isinf()])
 
 
+def magnitudes(m: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Operands whose elements are down to subnormal, in rows and columns whose greatest is not."""
+    a, b = rand(m, k), rand(k, n)
+    for x in (a, b):
+        some = x.view(-1)[::3]
+        some *= 2.0 ** -torch.randint(0, 149, some.shape).double()
+    return a, b
+
+
+def check_magnitudes(fn: NativeKernel, a: torch.Tensor, b: torch.Tensor, right: str) -> None:
+    out = poisoned((a.shape[0], b.shape[1]), torch.float32)
+    fn((), a, laid_out(b, right == "nk"), out)
+    want, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    check(out, a, b, want.where(want.abs() < 2.0**128, want.sign() * math.inf), size)
+
+
 @pytest.mark.parametrize("right", ["nk", "kn"])
 def test_floats_of_all_magnitudes(right: str) -> None:
     """A matrix unit takes some of these for zero or infinity: vectors multiply their rows and columns."""
     m, n, k = 150, 200, 900
     (fn,) = compiled([program("magnitudes", m, n, k, right=right)])
-    a, b = rand(m, k), rand(k, n)
+    a, b = magnitudes(m, n, k)
     a[3] *= 2.0**-100
     a[40] *= 2.0**-60
     a[75, :800] *= 2.0**80
@@ -229,10 +247,16 @@ def test_floats_of_all_magnitudes(right: str) -> None:
     b[:, 70] *= 2.0**-100
     b[800:, 130] = 2.0**66
     b[:, 199] = 0
-    out = poisoned((m, n), torch.float32)
-    fn((), a, laid_out(b, right == "nk"), out)
-    want, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
-    check(out, a, b, want.where(want.abs() < 2.0**128, want.sign() * math.inf), size)
+    check_magnitudes(fn, a, b, right)
+
+
+def test_few_rows_of_all_magnitudes() -> None:
+    (fn,) = compiled([program("few", 121, 500, 900)])
+    a, b = magnitudes(121, 500, 900)
+    check_magnitudes(fn, a, b, "nk")
+    a[70] *= 2.0**80
+    b[:, 401] *= 2.0**-100
+    check_magnitudes(fn, a, b, "nk")
 
 
 def test_a_float_is_no_worse_by_parts() -> None:

@@ -26,7 +26,7 @@ from ...tiles.index import Index, var
 from ...tiles.kernel import ACC, Axis, Kernel, Load, Ref, Stmt, Store
 from ..dialect import compute_dtype
 from .expr import Emitter
-from .gemm import few, gemm_header, has_matrix_unit, multiplies_bf16
+from .gemm import forms, gemm_header, has_matrix_unit, multiplies_bf16
 from .space import Space
 from .text import points, simd, steps
 from .vector import KINDS, Along, first_cache, wide_cast
@@ -135,8 +135,7 @@ class _Writer:
         right = self._direct("b", "k", "n", self.dtype)
         along_k = right is not None
         right = right or self._direct("b", "n", "k", self.dtype)
-        only = any(isinstance(x, int) and x <= most for x, most in zip((m, n), few(self.features), strict=True))
-        dots = along_k and self.dtype == self.kind and (only or not _known(m, n))
+        in_place = along_k and self.dtype == self.kind
         order = "nk" if along_k else "kn"
         if right is None:
             order = "nk" if self._lies_along_k() else "kn"
@@ -152,8 +151,7 @@ class _Writer:
             "b_direct": right is not None,
             "pack": f"pack_{pack}_{order}",
             "order": order,
-            "dots": dots,
-            "tiles": not (dots and only),
+            "forms": forms(self.features, m, n, self.half) if in_place else ["tiles"],
             "store": self._store(),
             "soon": self._soon(),
             "batch": size_text(product(a.extent for a in self.batches)),
@@ -285,7 +283,3 @@ def _loop(e: Emitter, lane: Axis, wide: bool) -> list[str]:
 
 def _out(s: Stmt) -> int | None:
     return getattr(s, "out", None)
-
-
-def _known(*dims: Dim) -> bool:
-    return all(isinstance(d, int) for d in dims)

@@ -140,33 +140,50 @@ INLINE void combine(const Routes r, const i64* index, i64 offset, const float* r
   });
 }
 
-// Room of a thread: sums of tiles, a packed panel, and for `kept` rows a panel's width of floats.
-template <class T>
+// How an expert's product of n columns and up to `longest` rows is cut, and the room of a thread: sums, packed panels,
+// and for `kept` rows as many floats as a piece has columns. A piece is a panel, or of swapped products more, each of
+// which packs the rows.
+template <class T, bool along>
 struct Desk {
-  i64 part, tall, kept;
-  Desk(i64 k, i64 longest, i64 keep) : part(gemm::part_of<T>(k)), tall(gemm::tall_of<T>(longest, k, part)), kept(keep) {
+  i64 part, wide = WIDTH, panels = 1, tall, kept;
+  bool swapped = false;
+  Desk(i64 k, i64 n, i64 longest, i64 keep) : part(gemm::part_of<T>(k)), tall(gemm::tall_of<T>(longest, k, part)), kept(keep) {
+    if (along && gemm::swaps(longest, n)) {
+      swapped = true;
+      wide = ceil_div(ceil_div(n, ceil_div(n, 512)), WIDTH) * WIDTH;
+      panels = ceil_div(longest, WIDTH);
+      tall = gemm::tall_of<T>(wide, k, part) * panels;
+    }
     if (tall < gemm::FEW) tall = gemm::FEW;
   }
-  INLINE i64 bytes() const { return (tall + kept) * 4 * WIDTH + gemm::Unit<T>::bytes(part, 1); }
+  INLINE i64 bytes() const { return tall * 4 * WIDTH + gemm::Unit<T>::bytes(part, panels) + kept * 4 * wide; }
   INLINE float* sums(char* base) const { return (float*)base; }
   INLINE T* panel(char* base) const { return (T*)(base + tall * 4 * WIDTH); }
-  INLINE float* keep(char* base) const { return (float*)(base + tall * 4 * WIDTH + gemm::Unit<T>::bytes(part, 1)); }
+  INLINE float* keep(char* base) const { return (float*)(base + tall * 4 * WIDTH + gemm::Unit<T>::bytes(part, panels)); }
 };
 
-// A panel of one expert's product: finish(row, first column, end, sums) for each of its rows.
+// A piece of one expert's product: finish(row, first column, end, sums) for each of its rows, up to WIDTH columns at a
+// time.
 template <class T, bool along, class Finish>
 INLINE int part_of_product(const T* a, i64 a_step, const Matrices<T, along>& b, i64 e, i64 r0, i64 rows, i64 n0,
-                           i64 columns, i64 k, const Desk<T>& desk, char* base, const Next<T, along>& next, Finish finish) {
+                           i64 columns, i64 k, const Desk<T, along>& desk, char* base, const Next<T, along>& next, Finish finish) {
   const auto each = [=](i64, i64 row, i64 begin, i64 end, const float* got) __attribute__((always_inline)) -> int {
     return finish(row, begin, end, got);
   };
   int bad = 0;
-  if (along && rows <= gemm::FEW) {
+  if (along && rows <= gemm::FEW_OF<T>) {
     float* const sums = desk.sums(base);
-    gemm::dots(a + r0 * a_step, a_step, rows, b.place(e, n0, 0), b.of(e).step, columns, k, sums, WIDTH);
-    for (i64 i = 0; i < rows; ++i) bad |= finish(r0 + i, n0, n0 + columns, sums + i * WIDTH);
+    for (i64 n = n0; n < n0 + columns; n += WIDTH) {
+      const i64 count = min(WIDTH, n0 + columns - n);
+      gemm::dots(a + r0 * a_step, a_step, rows, b.place(e, n, 0), b.of(e).step, count, k, sums, WIDTH);
+      for (i64 i = 0; i < rows; ++i) bad |= finish(r0 + i, n, n + count, sums + i * WIDTH);
+    }
     return bad;
   }
+  if constexpr (along && gemm::SWAPPED > 0)
+    if (desk.swapped)
+      return gemm::swapped_panel<T>({b.place(e, 0, 0), b.of(e).step}, e, n0, columns, {a, a_step}, r0, rows, k, desk.part,
+                                    desk.sums(base), desk.panel(base), each);
   const auto packed = [=](i64 e, i64 n0, i64 columns, i64 k0, i64 ks, T* to, char*) __attribute__((always_inline)) -> int {
     pack(b, e, n0, columns, k0, ks, to);
     return 0;
@@ -175,32 +192,28 @@ INLINE int part_of_product(const T* a, i64 a_step, const Matrices<T, along>& b, 
                      nullptr, b.of(e), next.of, next.n0, packed, each);
 }
 
-// One panel of every expert after another: experts differ in rows, panels do not. The body gets the expert and the column
-// of the panel that its thread takes next, too.
-template <class T, class Body>
-INLINE int panels(const Routes& r, i64 n, i64 work, const Desk<T>& desk, i64 threads, Body body) {
-  const i64 all_panels = ceil_div(n, WIDTH), bytes = desk.bytes();
-  threads = max(1, min(threads, r.experts * all_panels));
+// One piece of every expert after another: experts differ in rows, pieces do not. The body gets the expert and the column
+// of the piece that its thread likely takes next, too.
+template <class T, bool along, class Body>
+INLINE int pieces(const Routes& r, i64 n, i64 work, const Desk<T, along>& desk, i64 threads, Body body) {
+  const i64 all = r.experts * ceil_div(n, desk.wide), bytes = desk.bytes();
+  threads = max(1, min(threads, all));
   const gemm::Room memory(threads * bytes);
   char* const base = memory.at;
   if (!base) return NO_MEMORY;
-  return parallel(r.experts * all_panels, work, threads, [=](i64 first, i64 last, i64 mine) __attribute__((always_inline)) -> int {
-    int bad = 0;
-    for (i64 item = first; item < last; ++item) {
-      const i64 e = item % r.experts, n0 = item / r.experts * WIDTH, r0 = r.begin(e), rows = r.ends[e] - r0;
-      i64 later = item;
-      while (later + 1 < last && r.ends[++later % r.experts] == r.begin(later % r.experts)) {}
-      if (rows > 0)
-        bad |= body(e, r0, rows, n0, min(WIDTH, n - n0), base + mine * bytes, later % r.experts, later / r.experts * WIDTH);
-    }
-    return bad;
+  return gemm::dealt(all, work, threads, [=](i64 item, i64 mine) __attribute__((always_inline)) -> int {
+    const i64 e = item % r.experts, n0 = item / r.experts * desk.wide, r0 = r.begin(e), rows = r.ends[e] - r0;
+    if (rows <= 0) return 0;
+    i64 later = min(item + threads, all - 1);
+    while (later + 1 < all && r.ends[later % r.experts] == r.begin(later % r.experts)) ++later;
+    return body(e, r0, rows, n0, min(desk.wide, n - n0), base + mine * bytes, later % r.experts, later / r.experts * desk.wide);
   });
 }
 
 template <class T, bool along, class Finish>
 INLINE int product(const Routes r, const T* a, i64 a_step, const Matrices<T, along> b, i64 n, i64 k, i64 threads, Finish finish) {
-  const Desk<T> desk(k, r.longest(), 0);
-  return panels(r, n, r.rows() * n * (k / 8 + 1), desk, threads,
+  const Desk<T, along> desk(k, n, r.longest(), 0);
+  return pieces(r, n, r.rows() * n * (k / 8 + 1), desk, threads,
       [=](i64 e, i64 r0, i64 rows, i64 n0, i64 columns, char* base, i64 later, i64 column) __attribute__((always_inline)) -> int {
     return part_of_product(a, a_step, b, e, r0, rows, n0, columns, k, desk, base, Next<T, along>{b.of(later), column},
         [=](i64 row, i64 begin, i64 end, const float* sums) __attribute__((always_inline)) -> int {
@@ -251,22 +264,22 @@ INLINE int forward(const Layer<T> y, T* out, T* pre, i64 threads) {
   const i64 spread = y.interleaved ? 2 : 1, step = turned ? 2 * in : h;
   const Matrices<T, !turned> gates = {y.gate_up, 2 * in * h, step, spread};
   const Matrices<T, !turned> ups = {y.gate_up + (turned ? y.up_at(0) : y.up_at(0) * h), 2 * in * h, step, spread};
-  const Desk<T> desk(h, r.longest(), r.longest());
-  int bad = panels(r, in, r.rows() * 2 * in * (h / 8 + 1), desk, threads,
+  const Desk<T, !turned> desk(h, in, r.longest(), r.longest());
+  int bad = pieces(r, in, r.rows() * 2 * in * (h / 8 + 1), desk, threads,
       [=](i64 e, i64 r0, i64 rows, i64 n0, i64 columns, char* base, i64 later, i64 column) __attribute__((always_inline)) -> int {
     float* const kept = desk.keep(base);
     const Next<T, !turned> up = {ups.of(e), n0}, gate = {gates.of(later), column};
     int bad = part_of_product(rows_x, h, gates, e, r0, rows, n0, columns, h, desk, base, up,
         [=](i64 row, i64 begin, i64 end, const float* sums) __attribute__((always_inline)) -> int {
-      float* const to = kept + (row - r0) * WIDTH;
-      for (i64 j = 0; j < WIDTH; j += W) put(to + j, get<vf>(sums + j, Full{}), Full{});
+      float* const to = kept + (row - r0) * desk.wide + (begin - n0);
+      for (i64 j = 0; j < end - begin; j += W) put(to + j, get<vf>(sums + j, Full{}), Full{});
       return 0;
     });
     return bad | part_of_product(rows_x, h, ups, e, r0, rows, n0, columns, h, desk, base, gate,
         [=](i64 row, i64 begin, i64 end, const float* sums) __attribute__((always_inline)) -> int {
-      float* const g = kept + (row - r0) * WIDTH;
+      float* const g = kept + (row - r0) * desk.wide + (begin - n0);
       alignas(64) float u[WIDTH];
-      for (i64 j = 0; j < WIDTH; j += W) put(u + j, get<vf>(sums + j, Full{}), Full{});
+      for (i64 j = 0; j < end - begin; j += W) put(u + j, get<vf>(sums + j, Full{}), Full{});
       if (y.gate_up_bias)
         for (i64 j = 0; j < end - begin; ++j) {
           g[j] += y.bias_of(e, y.gate_at(begin + j));
@@ -363,6 +376,7 @@ INLINE int backward(const Layer<T> y, const T* grad, const T* pre, T* dx, T* dga
   float* const parts = (float*)(memory.at + scale_at);
   T* const turn = (T*)(memory.at + turned_at);
   float* const room = (float*)(memory.at + room_at);
+  for (i64 i = 0; i < slots * all_panels; ++i) parts[i] = 0;
   route(r, y.index, y.offset);
   gather(r, grad, o, o, rows_grad, threads);
   // By h, whose product with the gradient of h before scaling is also that of the scale.
@@ -389,7 +403,7 @@ INLINE int backward(const Layer<T> y, const T* grad, const T* pre, T* dx, T* dga
       dot += sums[j] * kept[j];
       kept[j] *= y.scale[slot];
     }
-    parts[row * all_panels + begin / WIDTH] = dot;
+    parts[row * all_panels + begin / WIDTH] += dot;  // a panel may come in two halves
     gemm::put_row(inner + row * in + begin, kept, count);
     T* const to = dpre + row * 2 * in;
     if (!y.interleaved) {

@@ -3,6 +3,14 @@
 constexpr i64 TALL = 32, DEEP = 32;  // rows of a block, elements of k of a tile
 INLINE i64 strip_of(i64 k) { return ceil_div(k, DEEP) * DEEP * 16; }  // elements of 16 columns of a panel
 
+// Asks for `lines`, or times as many, after the `asked` ones.
+INLINE void ask(Ahead& next, i64& asked, i64 lines) {
+  for (i64 i = lines * next.times; i > 0; --i, next.at += next.step) {
+    __builtin_prefetch(next.at, 0, 2);
+    if (++asked == next.count) asked = 0, next.at += next.wrap;
+  }
+}
+
 // A step along k of 32 elements for `upper` rows and, if `low`, 16 after them; 16 columns or, if `two`, 32. A tile of the
 // panel is 1 KiB, tiles of the next 16 columns lie `strip` bytes after.
 template <bool low, bool two>
@@ -38,10 +46,10 @@ INLINE void amx_block(const u16* a, i64 lda, const char* b, i64 strip, i64 k, co
     TILE_ZERO(2);
     TILE_ZERO(3);
   }
+  i64 asked = 0;
   for (i64 p = 0; p < k; p += DEEP, x += 2 * DEEP, b += 1024) {
     amx_step<low, two>(x, x + 16 * row, row, b, strip);
-    for (i64 i = 0; i < 8; ++i, next.at += next.step) __builtin_prefetch(next.at, 0, 2);
-    if (p & DEEP) next.at += next.wrap;
+    ask(next, asked, 8);
   }
   if (last) amx_step<low, two>((const char*)last, (const char*)(last + 16 * DEEP), 2 * DEEP, b, strip);
   TILE_STORE(0, c, c_row);

@@ -10,35 +10,28 @@
 // higher-precision computations", 2019.)
 
 constexpr i64 PARTS = 3, STEP = TALL * DEEP * 2 * PARTS;  // bytes of 32 rows or columns and 32 steps along k
-constexpr u32 LEAST = (127 - 48) << 23, MOST = (127 + 64) << 23;  // bits of 2^-48 and 2^64
+constexpr u16 LEAST = (127 - 48) << 7, MOST = (127 + 64) << 7;  // 2^-48 and 2^64 as bf16
 INLINE i64 split_bytes(i64 k) { return ceil_div(k, DEEP) * STEP; }  // of 32 rows or columns
 
-INLINE vu greater(vu x, vu y) {
-  const vu z = y & 0x7fffffffu;
+typedef u16 vw __attribute__((vector_size(64), may_alias));
+INLINE vw greater(vw x, vu y) {  // of two magnitudes
+  const vw z = (vw)(y & 0x7fff7fffu);
   return z > x ? z : x;
 }
-INLINE bool is_odd(vu greatest) {  // any lane
-  const vu is = (vu)(greatest >= MOST) | ((vu)(greatest < LEAST) & (vu)(greatest != 0u));
-  u32 any = 0, each[LANES];
-  put(each, is);
-  for (i64 i = 0; i < LANES; ++i) any |= each[i];
-  return any;
-}
+INLINE bool is_odd(u16 greatest) { return greatest >= MOST || (greatest && greatest < LEAST); }
 
-// Constants of splitting, which compilers would make anew each time.
-struct SplitBy {
-  vu half = all(0x8000u), upper = all(0xffff0000u), odd;  // `odd` has the numbers of the upper halves of two vectors
-  INLINE SplitBy() {
-    alignas(64) static const u16 UPPER[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                              33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    odd = at((const u32*)UPPER);
-    asm("" : "+v"(half), "+v"(upper), "+v"(odd));
+// The parts of 16 + 16 elements, two in a word. Pairs along k are (0, 16), (1, 17), ..: shifting costs less than to
+// shuffle, and the order of a sum's products within a step of 32 is free.
+struct Split {
+  vu x, y;
+  INLINE vu rounded() {  // the next part; what is left
+    const vu half = all(0x8000u), upper = all(0xffff0000u);
+    const vu u = (x + half) & upper, v = (y + half) & upper;
+    x = (vu)((vf)x - (vf)u);
+    y = (vu)((vf)y - (vf)v);
+    return u >> 16 | v;
   }
-  INLINE vu rounded(vu x) const { return (x + half) & upper; }  // to bf16, still as float
-  INLINE vu halves(vu x, vu y) const {
-    asm("vpermt2w %2, %1, %0" : "+v"(x) : "v"(odd), "v"(y));
-    return x;
-  }
+  INLINE vu last() const { return x >> 16 | (y & 0xffff0000u); }  // subnormals have more bits
 };
 
 // 32 rows to split: [k / 32][part][32 rows][32].
@@ -46,75 +39,62 @@ struct SplitRows {
   const float* a = nullptr;
   i64 lda = 0, rows = 0, k = 0;
   char* to = nullptr;
-  u32* most = nullptr;  // [TALL][LANES], the greatest elements of a row
+  vw* most = nullptr;  // [TALL], the greatest elements of a row
 
-  // A line of 32 elements, from p on.
-  INLINE void line(const SplitBy& by, vu x, vu y, i64 i, i64 p) const {
-    u32* const so_far = most + i * LANES;
-    put(so_far, greater(greater(p ? at(so_far) : vu{}, x), y));
+  // 32 elements, from p on.
+  INLINE void line(const float* from, i64 i, i64 p) const {
+    Split parts = {at((const u32*)from), at((const u32*)from + LANES)};
     char* const place = to + p / DEEP * STEP + i * 64;
-    vu u = by.rounded(x), v = by.rounded(y);
-    put((u32*)place, by.halves(u, v));
-    x = (vu)((vf)x - (vf)u), y = (vu)((vf)y - (vf)v);
-    u = by.rounded(x), v = by.rounded(y);
-    put((u32*)(place + TALL * DEEP * 2), by.halves(u, v));
-    x = (vu)((vf)x - (vf)u), y = (vu)((vf)y - (vf)v);
-    put((u32*)(place + 2 * TALL * DEEP * 2), by.halves(x, y));
-  }
-  INLINE void line(const SplitBy& by, i64 i, i64 p) const {
-    const u32* const from = (const u32*)(a + i * lda + p);
-    line(by, at(from), at(from + LANES), i, p);
+    const vu first = parts.rounded();
+    put((u32*)place, first);
+    put((u32*)(place + TALL * DEEP * 2), parts.rounded());
+    put((u32*)(place + 2 * TALL * DEEP * 2), parts.last());
+    vw& so_far = most[i];
+    so_far = greater(p ? so_far : vw{}, first);
   }
   // All that is not made beside products: what is less than 32 rows or elements, and if `whole`, the rest, too.
   INLINE void finish(bool whole) const {
-    const SplitBy by;
     const i64 even = k / DEEP * DEEP;
     for (i64 i = 0; i < TALL; ++i) {
       const i64 from = min(i, rows - 1);  // stands for rows that are not there
       if (whole)
-        for (i64 p = 0; p < even; p += DEEP) {
-          const u32* const x = (const u32*)(a + from * lda + p);
-          line(by, at(x), at(x + LANES), i, p);
-        }
+        for (i64 p = 0; p < even; p += DEEP) line(a + from * lda + p, i, p);
       if (even < k) {
-        u32 last[DEEP] = {};
+        float last[DEEP] = {};
         __builtin_memcpy(last, a + from * lda + even, (k - even) * 4);
-        line(by, at(last), at(last + LANES), i, even);
+        line(last, i, even);
       }
     }
   }
   INLINE bool odd() const {
     bool is = false;
     for (i64 i = 0; i < TALL; ++i) {
-      u32 greatest = 0;
-      for (i64 j = 0; j < LANES; ++j) greatest = max(greatest, most[i * LANES + j]);
-      is |= greatest >= MOST || (greatest && greatest < LEAST);
+      u16 greatest = 0;
+      for (i64 j = 0; j < 2 * LANES; ++j) greatest = max(greatest, most[i][j]);
+      is |= is_odd(greatest);
     }
     return is;
   }
 };
 
-// A panel [k][width] of floats: 32 columns after the other, `strip` bytes apart, [k / 32][part][2][16 pairs along k]
-// [16 columns][2].
+// A panel [k][width] of floats: 32 columns after the other, `strip` bytes apart, [k / 32][part][2][16 pairs][16
+// columns][2].
 [[maybe_unused]] static __attribute__((noinline)) bool split_panel(const float* panel, i64 width, i64 k, i64 columns, i64 strip, char* to) {
-  const SplitBy by;
   bool odd = false;
+  const auto row = [=](i64 p, i64 n) __attribute__((always_inline)) -> vu { return p < k ? at((const u32*)panel + p * width + n) : (vu){}; };
   for (i64 n = 0; n < ceil_div(columns, 32) * 32; n += LANES) {
-    char* const place = to + n / 32 * strip + n % 32 * 64;
-    vu most = {};
-    for (i64 p = 0; p < ceil_div(k, DEEP) * DEEP; p += 2) {
-      vu x = p < k ? at((const u32*)panel + p * width + n) : (vu){}, y = p + 1 < k ? at((const u32*)panel + (p + 1) * width + n) : (vu){};
-      most = greater(greater(most, x), y);
-      char* line = place + p / DEEP * STEP + p % DEEP * 32;
-      for (i64 part = 0; part < PARTS; ++part, line += 32 * DEEP * 2) {
-        const bool exact = part == PARTS - 1;
-        const vu u = exact ? x : by.rounded(x), v = exact ? y : by.rounded(y);
-        put((u32*)line, u >> 16 | v);
-        x = (vu)((vf)x - (vf)u);
-        y = (vu)((vf)y - (vf)v);
+    char* line = to + n / 32 * strip + n % 32 * 64;
+    vw most = {};
+    for (i64 k0 = 0; k0 < k; k0 += DEEP, line += STEP)
+      for (i64 p = 0; p < 16; ++p) {
+        Split parts = {row(k0 + p, n), row(k0 + p + 16, n)};
+        const vu first = parts.rounded();
+        most = greater(most, first);
+        put((u32*)(line + p * 64), first);
+        put((u32*)(line + p * 64 + 2048), parts.rounded());
+        put((u32*)(line + p * 64 + 4096), parts.last());
       }
-    }
-    odd |= is_odd(most);
+    for (i64 j = 0; j < LANES; ++j) odd |= is_odd(max(most[2 * j], most[2 * j + 1]));
   }
   return odd;
 }
@@ -153,15 +133,14 @@ TILE split_block(const char* a, const char* b, i64 k, float* c, i64 ldc, bool ad
     TILE_ZERO(2);
     TILE_ZERO(3);
   }
-  const SplitBy by;
   const i64 share = ceil_div(to - from, 6);
+  i64 asked = 0;
   for (i64 p = 0; p < k; p += DEEP, a += STEP, b += STEP) {
     i64 r = p + DEEP <= k ? from : to;
     split_step<low>(a, b, [&]() __attribute__((always_inline)) {
-      for (const i64 end = min(to, r + share); r < end; ++r) beside.line(by, r, p);
+      for (const i64 end = min(to, r + share); r < end; ++r) beside.line(beside.a + r * beside.lda + p, r, p);
+      ask(next, asked, 3);
     });
-    for (i64 i = 0; i < 16; ++i, next.at += next.step) __builtin_prefetch(next.at, 0, 2);
-    next.at += next.wrap;
   }
   TILE_STORE(0, c, row);
   TILE_STORE(1, c + 16, row);

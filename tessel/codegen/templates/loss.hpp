@@ -305,7 +305,7 @@ INLINE int together(const T* x, i64 x_step, const T* weight, i64 w_step, const T
   for (i64 chunk = 0; chunk < chunks; ++chunk) {
     const i64 t0 = n * chunk / chunks, rows = n * (chunk + 1) / chunks - t0;
     const T* const here = x + t0 * x_step;
-    const i64 panel = gemm::few(rows, v) ? gemm::DOTS : WIDTH;
+    const i64 panel = gemm::few<T>(rows, v) ? gemm::DOTS : WIDTH;
     const Panels mine = {panel, ceil_div(v, panel), tops, panel_sums};
     int bad = exponentials(here, x_step, weight, w_step, bias, target + t0, rows, v, k, p, ld, mine, picked, slope, plain, c, threads);
     bad |= parallel(rows, rows * mine.count * 16, threads, [=](i64 first, i64 last, i64) __attribute__((always_inline)) -> int {

@@ -6,18 +6,6 @@ namespace tessel::gemm {
 INLINE float value(const float* p) { return *p; }
 INLINE float value(const u16* p) { return from_bf16(*p); }
 
-// A panel of `columns` columns and ks steps of k from a right operand that begins at `from`.
-template <bool along, class T>
-INLINE void pack_panel(const T* from, i64 step, i64 ks, i64 columns, T* to) {
-  if constexpr (sizeof(T) == 4) {
-    if constexpr (along) pack_f32_nk(from, step, ks, columns, WIDTH, to);
-    else pack_f32_kn(from, step, ks, columns, WIDTH, to);
-  } else {
-    if constexpr (along) pack_bf16_nk(from, step, ks, columns, WIDTH, to);
-    else pack_bf16_kn(from, step, ks, columns, WIDTH, to);
-  }
-}
-
 // The rows of a [m][k] times b [k][n]; finish(row, begin, end, sums) gets what becomes of a part of a row.
 template <bool along, class T, class Finish>
 INLINE int multiply(i64 m, i64 n, i64 k, const T* a, i64 a_step, const T* b, i64 b_step, i64 threads, Finish finish) {
@@ -27,7 +15,7 @@ INLINE int multiply(i64 m, i64 n, i64 k, const T* a, i64 a_step, const T* b, i64
   };
   const auto left = [=](i64) __attribute__((always_inline)) -> Rows<T> { return {a, a_step}; };
   if constexpr (along) {
-    if (few(m, n)) {
+    if (few<T>(m, n)) {
       const auto right = [=](i64) __attribute__((always_inline)) -> Rows<T> { return {b, b_step}; };
       return dotted<T>(1, m, n, k, threads, left, right, each);
     }
