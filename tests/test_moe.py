@@ -148,6 +148,15 @@ def test_shapes(t: int, h: int, e: int, i: int, c: int, bias: bool, turned: bool
     compare(layer(t, h, e, i, h + 1, c, bias, turned, torch.float32), attrs, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+@pytest.mark.parametrize("turned, interleaved", [(False, False), (False, True), (True, False), (True, True)])
+def test_many_columns(turned: bool, interleaved: bool, dtype: torch.dtype) -> None:
+    """A matrix unit takes weights that lie along k for its left operand."""
+    torch.manual_seed(0)
+    attrs = {"act": "silu", "interleaved": interleaved, "turned": turned}
+    compare(layer(66, 290, 3, 601, 300, 2, not turned, turned, dtype), attrs, dtype)
+
+
 def test_pieces_of_the_experts_add_up() -> None:
     """What a mesh that splits the experts runs; a number of no expert adds nothing."""
     torch.manual_seed(0)
