@@ -13,13 +13,12 @@ from ...tiles.kernel import Axis, Kernel, Load, Reduce
 from ..dialect import compute_dtype
 from .expr import Dims, Emitter
 from .space import Space
-from .vector import asked_into, first_cache, too_large
+from .vector import PAGE, asked_into, first_cache, foresees_little, too_large
 from .words import cast, identity, size_text, value_type
 
 __all__ = ["Fold", "Writer", "indented"]
 
 _LINE = 64  # bytes of a line of the caches
-_PAGE = 4096
 _EARLY = 16384  # bytes from what is read to what is asked for: some hundred lines on their way hide the latency
 _NEAR = 2048  # the same for a row that is read again, where the first cache is too small for as much
 
@@ -111,7 +110,7 @@ class Writer:
             type_, start = "int", "1" if op in ("all", "argmin") else "0"
         return Fold(stmt, op, name, type_, start), text, dims
 
-    def early(self, load: Load, rows: Axis, lane: Axis, again: bool = False) -> str | None:
+    def early(self, load: Load, rows: Axis, lane: Axis, again: bool = False, ahead: int = _EARLY) -> str | None:
         """The line that asks for the element of a load some rows later; None where rows do not lie in a line.
 
         Args:
@@ -120,6 +119,7 @@ class Writer:
             lane: the loop along a row.
             again: the row is read more than once. A first cache too small for what is asked for far ahead is asked to
                 hold the next row then, beside this one: on a Zen 4, rms_norm of bf16 took 0.7 to 0.85 of the time.
+            ahead: bytes.
         """
         param = self.kernel.params[load.access.param]
         index = self.space.at(load.access.address(param))
@@ -130,7 +130,7 @@ class Writer:
         nbytes = row * param.type.dtype.itemsize
         if nbytes < _LINE:
             return None
-        ahead, into = _EARLY, asked_into(_EARLY)
+        into = asked_into(ahead)
         if again and into and 4 * nbytes <= first_cache():
             ahead, into = _NEAR, ""
         later = size_text(row * -(-ahead // nbytes))
@@ -140,15 +140,16 @@ class Writer:
         """The line that asks for what a load reads a page further along ``lane``; None where that is no line, or where
         it would come into the second cache: the CPU's own prefetching brings it there, and asking beside it made sums
         along rows that the last cache of a Zen 4 holds take 1.2 times as long."""
-        if asked_into(_EARLY):
+        into = asked_into(_EARLY)
+        if into and not foresees_little():
             return None
         param = self.kernel.params[load.access.param]
         index = self.space.at(load.access.address(param))
         steps = {atom.name: c for atom, c in index.terms if atom.kind == "var"}
         if load.access.mask or len(steps) < len(index.terms) or steps.get(lane.name) != 1:
             return None
-        page = _PAGE // param.type.dtype.itemsize
-        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {page});"
+        page = PAGE // param.type.dtype.itemsize
+        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {page}{into});"
 
     def once_a_line(self, load: Load, text: str, pairs: bool = False) -> str:
         """A request made by the first only of the vectors, or pairs of them, ``u`` that lie in one line."""

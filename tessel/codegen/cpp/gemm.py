@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from functools import lru_cache
 
-import sympy
-
 from ...ir.types import Dim
 from ...tiles.header import environment
 

@@ -23,7 +23,7 @@ from .fold import Fold, Writer, indented
 from .onehot import only_place
 from .space import Space
 from .text import BLOCK, coordinates, items, points, simd, steps
-from .vector import FOLDS, KINDS, Along, fold_step, from_memory, unroll
+from .vector import FOLDS, KINDS, PAGE, Along, fold_step, foresees_little, from_memory, unroll
 from .words import size_text, value_type
 
 __all__ = ["reduction"]
@@ -239,19 +239,21 @@ class _Rows(Writer):
         In the last of several passes over a row, what the first pass reads of a later row: the CPU's own prefetching
         ends at a page, which is as long as many a row, and each row would begin with a wait for memory. In a single
         pass, what lies a page further, where the last cache holds it or where conversions leave few loads on their
-        way, if the first cache has room for it; floats from memory come as fast without.
+        way, if the first cache has room for it; floats from memory come as fast without. On CPUs that foresee little,
+        in the first pass and always, a page ahead.
         """
         first, last = min(self.loops), max(self.loops)
-        if number != last or lane is None:
+        if number != (first if foresees_little() else last) or lane is None:
             return []
         loads = [s for s in self.loops[first] if isinstance(s, Load)]
         if first == last:
-            near = not from_memory(self.kernel)
+            near = foresees_little() or not from_memory(self.kernel)
             loads = [s for s in loads if near or self.kernel.params[s.access.param].type.dtype.itemsize < 4]
             asked = [(s, self.along(s, lane)) for s in loads]
             lines = [self.once_a_line(s, t, pairs) if copies > 1 else t for s, t in asked if t is not None]
         elif self.outer and from_memory(self.kernel):
-            lines = [t for t in (self.early(s, self.outer[-1], lane, again=True) for s in loads) if t is not None]
+            how = {"ahead": PAGE} if foresees_little() else {"again": True}
+            lines = [t for t in (self.early(s, self.outer[-1], lane, **how) for s in loads) if t is not None]
         else:
             lines = []
         return list(dict.fromkeys(lines))

@@ -25,7 +25,7 @@ from .attention import attention
 from .attention import headers as attention_headers
 from .attention_backward import attention_backward
 from .expr import Emitter
-from .gather import asked_early, places_of_rows
+from .gather import asked_early, asked_in_line, places_of_rows
 from .matmul import headers as matmul_headers
 from .matmul import matmul
 from .reduce import reduction
@@ -34,7 +34,7 @@ from .running import headers as running_headers
 from .scan import scan
 from .space import Space, space_of
 from .text import SQUARE, coordinates, items, simd, squares, steps
-from .vector import Along, too_large
+from .vector import Along, foresees_little, too_large
 from .words import memory_type, size_text
 
 __all__ = ["CppSource", "header", "headers", "render", "translation_unit"]
@@ -157,6 +157,9 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
         where = places_of_rows(kernel, e, outer, lane)
         places, requests = asked_early(kernel, e, lane, where, e.blocks[0])
         e.blocks = [[*e.blocks[0], *places], e.blocks[1]]
+        if foresees_little():  # rows from one end then, which are asked for as a whole
+            e.blocks[1][:0] = [*requests, *asked_in_line(kernel, e, lane)]
+            requests = []
     elif wide and lane is not None:
         e.blocks[1][:0] = _next_square(e, lane.name)
     pragma = simd({"|": ["bad"]} if e.flags else {})
