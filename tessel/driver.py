@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -151,7 +152,11 @@ def _compile(
     kernels = maker(place.target, options.source_dir(), pick or _pick(place, options, imported.hints))
     if place.how != "torch":
         kernels.render_all(graph)
-        kernels.load()
+        with ThreadPoolExecutor(1) as pool:  # kernels outside the graph's file are compiled beside it
+            if place.how == "native":
+                for node in (n for n in graph.nodes if n.op.name in WHOLE):
+                    pool.submit(_whole, node, place, options)  # what it raises, it raises again where it is needed
+            kernels.load()
     if options.tile is not None and place.how not in ("launch", "interpret"):
         record.notes.append(f"options.tile is not used: tiles are for GPUs, this is {place.target.name}")
     for name in unused_entries(options.tile, (s.kernel for s in kernels.sources.values())):

@@ -268,40 +268,40 @@ INLINE int forward(const Layer<T> y, T* out, T* pre, i64 threads) {
   int bad = pieces(r, in, r.rows() * 2 * in * (h / 8 + 1), desk, threads,
       [=](i64 e, i64 r0, i64 rows, i64 n0, i64 columns, char* base, i64 later, i64 column) __attribute__((always_inline)) -> int {
     float* const kept = desk.keep(base);
-    const Next<T, !turned> up = {ups.of(e), n0}, gate = {gates.of(later), column};
-    int bad = part_of_product(rows_x, h, gates, e, r0, rows, n0, columns, h, desk, base, up,
-        [=](i64 row, i64 begin, i64 end, const float* sums) __attribute__((always_inline)) -> int {
-      float* const to = kept + (row - r0) * desk.wide + (begin - n0);
-      for (i64 j = 0; j < end - begin; j += W) put(to + j, get<vf>(sums + j, Full{}), Full{});
-      return 0;
-    });
-    return bad | part_of_product(rows_x, h, ups, e, r0, rows, n0, columns, h, desk, base, gate,
-        [=](i64 row, i64 begin, i64 end, const float* sums) __attribute__((always_inline)) -> int {
-      float* const g = kept + (row - r0) * desk.wide + (begin - n0);
-      alignas(64) float u[WIDTH];
-      for (i64 j = 0; j < end - begin; j += W) put(u + j, get<vf>(sums + j, Full{}), Full{});
-      if (y.gate_up_bias)
-        for (i64 j = 0; j < end - begin; ++j) {
-          g[j] += y.bias_of(e, y.gate_at(begin + j));
-          u[j] += y.bias_of(e, y.up_at(begin + j));
-        }
-      if (pre) {
-        T* const to = pre + r.order[row] * 2 * in;
-        if (!y.interleaved) {
-          gemm::put_row(to + begin, g, end - begin);
-          gemm::put_row(to + in + begin, u, end - begin);
-        } else {
+    int bad = 0;
+    for (i64 half = 0; half < 2; ++half) {  // gate, then up
+      const Next<T, !turned> next = {half ? gates.of(later) : ups.of(e), half ? column : n0};
+      bad |= part_of_product(rows_x, h, half ? ups : gates, e, r0, rows, n0, columns, h, desk, base, next,
+          [=](i64 row, i64 begin, i64 end, const float* sums) __attribute__((always_inline)) -> int {
+        float* const g = kept + (row - r0) * desk.wide + (begin - n0);
+        alignas(64) float u[WIDTH];
+        float* const to = half ? u : g;
+        for (i64 j = 0; j < end - begin; j += W) put(to + j, get<vf>(sums + j, Full{}), Full{});
+        if (!half) return 0;
+        if (y.gate_up_bias)
           for (i64 j = 0; j < end - begin; ++j) {
-            gemm::put_row(to + 2 * (begin + j), g + j, 1);
-            gemm::put_row(to + 2 * (begin + j) + 1, u + j, 1);
+            g[j] += y.bias_of(e, y.gate_at(begin + j));
+            u[j] += y.bias_of(e, y.up_at(begin + j));
+          }
+        if (pre) {
+          T* const at = pre + r.order[row] * 2 * in;
+          if (!y.interleaved) {
+            gemm::put_row(at + begin, g, end - begin);
+            gemm::put_row(at + in + begin, u, end - begin);
+          } else {
+            for (i64 j = 0; j < end - begin; ++j) {
+              gemm::put_row(at + 2 * (begin + j), g + j, 1);
+              gemm::put_row(at + 2 * (begin + j) + 1, u + j, 1);
+            }
           }
         }
-      }
-      for (i64 j = 0; j < end - begin; j += W)
-        put(u + j, gated(get<vf>(g + j, Full{}), get<vf>(u + j, Full{}), y.gate).h, Full{});
-      gemm::put_row(inner + row * in + begin, u, end - begin);
-      return 0;
-    });
+        for (i64 j = 0; j < end - begin; j += W)
+          put(u + j, gated(get<vf>(g + j, Full{}), get<vf>(u + j, Full{}), y.gate).h, Full{});
+        gemm::put_row(inner + row * in + begin, u, end - begin);
+        return 0;
+      });
+    }
+    return bad;
   });
   const Matrices<T, !turned> downs = {y.down, in * o, turned ? o : in, 1};
   bad |= product(r, inner, in, downs, o, in, threads,
