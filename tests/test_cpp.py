@@ -27,7 +27,7 @@ from kernels import (
 )
 
 import tessel
-from tessel.codegen.cpp import CppSource, fold, header, render, vector
+from tessel.codegen.cpp import CppSource, fold, gather, header, reduce, render, unit, vector
 from tessel.codegen.cpp.space import space_of
 from tessel.errors import TesselError
 from tessel.ir.types import Dim, TensorType, symbol
@@ -42,6 +42,12 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64, torch.uint8, torch.int8)
+
+
+def foresees(monkeypatch: pytest.MonkeyPatch, little: bool) -> None:
+    """As on a CPU that is asked for all it reads from memory, or one that is not."""
+    for module in (vector, fold, gather, reduce, unit):
+        monkeypatch.setattr(module, "foresees_little", lambda: little)
 
 
 def run(kernel: Kernel, tensors: Sequence[torch.Tensor], *sizes: int) -> CppSource:
@@ -332,8 +338,9 @@ def test_gather_and_bound_check() -> None:
 def test_rows_taken_by_number_are_asked_for_early_where_no_cache_holds_them(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = itertools.product((130, 600, 5000), (1000, 2**25), (32, 48))  # rows in one piece, and in several
+    sizes = itertools.product((130, 600, 5000), (1000, 2**25), (32, 48, 0))  # rows in one piece, and in several
     for width, last, first in sizes:
+        foresees(monkeypatch, first == 0)
         monkeypatch.setattr(vector, "last_cache", lambda last=last: last)
         monkeypatch.setattr(vector, "first_cache", lambda first=first: first * 1024)
         table, index, more = rand(40, width, dtype=dtype), torch.randint(0, 40, (70,)), rand(width, dtype=dtype)
@@ -347,7 +354,8 @@ def test_rows_taken_by_number_are_asked_for_early_where_no_cache_holds_them(
         least = 512 // dtype.itemsize
         assert ("soon0" in fn.source.body) == (last == 1000 and width >= least)
         assert ("__builtin_prefetch(in1 + x0)" in fn.source.body) == ("soon0" in fn.source.body)
-        assert ("far0" in fn.source.body) == (last == 1000 and width >= least and first == 48)
+        assert ("far0" in fn.source.body) == (last == 1000 and width >= least and first != 32)
+        assert ("i64 back" in fn.source.body) == ("soon0" in fn.source.body and first != 0)
         out = poisoned((70, width), dtype)
         fn((), table, index, more, out)
         assert torch.equal(out, table[index] + more)
@@ -374,6 +382,26 @@ def test_rows_that_serve_all_sequences_stay_in_the_first_cache(
     fn((), table, index, positions, out)
     assert torch.equal(out, table[index] + positions)
     assert ("const i64 place" in fn.source.body) == (sequences > 1 and length > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("little", [False, True])
+def test_streams_are_asked_for_where_a_cpu_foresees_little(
+    little: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foresees(monkeypatch, little)
+    monkeypatch.setattr(vector, "last_cache", lambda: 1000)
+    monkeypatch.setattr(vector, "first_cache", lambda: 32 * 1024)
+    a, b, bias = rand(70, 600, dtype=dtype), rand(70, 600, dtype=dtype), rand(600, dtype=dtype)
+    p = Program("pointwise", x0=70, x1=600)
+    x, y, z, o = p.like(a), p.like(b), p.like(bias), p.param((70, 600), dtype, out=True)
+    both = p.op("add", p.load(x, "x0", "x1"), p.load(y, "x0", "x1"))
+    p.store(o, ("x0", "x1"), p.op("add", both, p.load(z, "x1")))
+    out = poisoned((70, 600), dtype)
+    source = run(p.kernel(), [a, b, bias, out])
+    check(out, a.double() + b.double() + bias.double(), a.abs() + b.abs() + bias.abs(), 4)
+    asked = [line for line in source.body.split("\n") if "__builtin_prefetch" in line]
+    assert [("in0" in t, "in1" in t, "in2" in t) for t in asked] == [(1, 0, 0), (0, 1, 0)] * little
 
 
 def test_whole_numbers_divide_as_eager_does() -> None:
@@ -511,11 +539,13 @@ def test_softmax_in_every_form(shape: tuple[int, int], strides: Any) -> None:
         (32, 600, " + 600);"),  # the next row, beside this one
         (32, 300, " + 600);"),  # the next two, 2 KiB
         (32, 3000, " + 6000, 0, 2);"),  # no room for two rows
+        (0, 600, " + 1200, 0, 2);"),  # foresees little: a page, two rows
     ],
 )
 def test_rows_read_again_ask_for_what_the_first_cache_holds(
     kib: int, width: int, asks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    foresees(monkeypatch, kib == 0)
     for module in (vector, fold):
         monkeypatch.setattr(module, "first_cache", lambda: kib * 1024)
     monkeypatch.setattr(vector, "last_cache", lambda: 1000)
