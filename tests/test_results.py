@@ -254,11 +254,13 @@ def loss(x, w, head):
 x, w, head = torch.randn(1024, 64), torch.randn(64, 2048), torch.randn(2048, 10240)
 w.requires_grad_(), head.requires_grad_()
 fast = tessel.compile(loss, target="cpu", options={"keep_results": sys.argv[1] == "keep"})
+faults = []
 for _ in range(8):
     w.grad = head.grad = None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     fast(x, w, head).backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[-4:]))  # what else a busy process maps now and then is not the step's
 """
 
 

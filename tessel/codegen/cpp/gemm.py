@@ -87,7 +87,8 @@ def forms(features: Collection[str], m: Dim, n: Dim, bf16: bool = False) -> list
     >>> xeon = ["avx512f", "avx512_bf16", "amx_tile", "amx_bf16"]
     >>> forms(xeon, 8, 768), forms(xeon, 64, 768), forms(xeon, 512, 768), forms(["avx512f"], 64, 768)
     (['dots'], ['swapped'], ['tiles'], ['tiles'])
-    >>> forms(xeon, sympy.Symbol("rows"), 768)
+    >>> from tessel.ir.types import symbol
+    >>> forms(xeon, symbol("rows"), 768)
     ['dots', 'swapped', 'tiles']
     """
     sizes = (m, n)
