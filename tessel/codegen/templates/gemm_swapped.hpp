@@ -9,10 +9,10 @@ INLINE bool swaps(i64 m, i64 n) { return m <= SWAPPED && n >= 4 * m; }
 template <class T>
 struct Streamed {
   i64 step, k, columns;
-  INLINE Ahead ahead(i64, i64, i64, i64 t, const Ahead& next) const {
+  INLINE Ahead ahead(i64, i64, i64 wide, i64 t, const Ahead& next) const {
     constexpr i64 ROWS = Unit<T>::ROWS;
-    const i64 panels = ceil_div(columns, WIDTH), x = t % panels, row = step * (i64)sizeof(T), lines = k * (i64)sizeof(T) / 64;
-    const i64 times = (columns - x * WIDTH <= WIDTH / 2 ? 4 : 2) / panels;
+    const i64 panels = wide / WIDTH, x = t % panels, row = step * (i64)sizeof(T), lines = k * (i64)sizeof(T) / 64;
+    const i64 times = (columns <= WIDTH / 2 ? 4 : 2) / panels;
     return {next.at + (ROWS + x * ROWS / panels) * row, 64, row - lines * 64, lines, times};
   }
 };
