@@ -12,8 +12,9 @@ from ...tiles.index import Index, linearize, var
 from ...tiles.kernel import Axis, Kernel, Load, Reduce
 from ..dialect import compute_dtype
 from .expr import Dims, Emitter
+from .gather import asked_a_page_on
 from .space import Space
-from .vector import PAGE, asked_into, first_cache, foresees_little, too_large
+from .vector import asked_into, first_cache, foresees_little, too_large
 from .words import cast, identity, size_text, value_type
 
 __all__ = ["Fold", "Writer", "indented"]
@@ -143,13 +144,7 @@ class Writer:
         into = asked_into(_EARLY)
         if into and not foresees_little():
             return None
-        param = self.kernel.params[load.access.param]
-        index = self.space.at(load.access.address(param))
-        steps = {atom.name: c for atom, c in index.terms if atom.kind == "var"}
-        if load.access.mask or len(steps) < len(index.terms) or steps.get(lane.name) != 1:
-            return None
-        page = PAGE // param.type.dtype.itemsize
-        return f"__builtin_prefetch({param.name} + {self.e.affine(index)[0]} + {page}{into});"
+        return asked_a_page_on(self.kernel, self.e, lane, load, into)
 
     def once_a_line(self, load: Load, text: str, pairs: bool = False) -> str:
         """A request made by the first only of the vectors, or pairs of them, ``u`` that lie in one line."""

@@ -22,7 +22,7 @@ from .expr import Emitter
 from .text import coordinates, parts_of
 from .vector import PAGE, asked_into, first_cache, foresees_little, from_memory
 
-__all__ = ["asked_early", "asked_in_line", "places_of_rows"]
+__all__ = ["asked_a_page_on", "asked_early", "asked_in_line", "places_of_rows"]
 
 _EARLY = 8192  # bytes of rows between what is read and what is asked for
 _LEAST = 512  # bytes of a row that are worth it
@@ -105,14 +105,19 @@ def asked_in_line(kernel: Kernel, e: Emitter, lane: Axis) -> list[str]:
     if not from_memory(kernel):
         return []
     points = math.prod(a.extent for a in kernel.axes)
-    lines = []
-    for stmt in kernel.body:
-        if isinstance(stmt, Load) and not stmt.access.mask:
-            param = kernel.params[stmt.access.param]
-            index, steps = _terms(kernel, e, stmt)
-            if steps.get(lane.name) == 1 and len(steps) == len(index.terms) and math.prod(param.type.shape) == points:
-                lines.append(f"__builtin_prefetch({e.pointer(stmt.access)[0]} + {PAGE // param.type.dtype.itemsize});")
-    return list(dict.fromkeys(lines))
+    loads = [s for s in kernel.body if isinstance(s, Load)]
+    once = [s for s in loads if math.prod(kernel.params[s.access.param].type.shape) == points]
+    lines = [asked_a_page_on(kernel, e, lane, s) for s in once]
+    return list(dict.fromkeys(line for line in lines if line is not None))
+
+
+def asked_a_page_on(kernel: Kernel, e: Emitter, lane: Axis, load: Load, into: str = "") -> str | None:
+    """The line that asks for what a load reads a page further along ``lane``; None where that is no line."""
+    index, steps = _terms(kernel, e, load)
+    if load.access.mask or len(steps) < len(index.terms) or steps.get(lane.name) != 1:
+        return None
+    elements = PAGE // kernel.params[load.access.param].type.dtype.itemsize
+    return f"__builtin_prefetch({e.pointer(load.access)[0]} + {elements}{into});"
 
 
 def _terms(kernel: Kernel, e: Emitter, load: Load) -> tuple[Index, dict[str, int]]:

@@ -3,6 +3,7 @@
 // Of few rows and columns that lie along k the turned product is made: the blocks of the unit are columns as they lie in
 // memory, each read once, and the rows are what is packed. To pack columns would take longer than to multiply them.
 
+static_assert(SWAPPED <= 2 * WIDTH, "a unit holds the parts of two panels");
 INLINE bool swaps(i64 m, i64 n) { return m <= SWAPPED && n >= 4 * m; }
 
 // What a swapped product asks for early: of its left operand the block after the next, each panel of `columns` a part.
