@@ -29,7 +29,7 @@ from .expr import Emitter
 from .gemm import forms, gemm_header, has_matrix_unit, multiplies_bf16
 from .space import Space
 from .text import points, simd, steps
-from .vector import KINDS, Along, first_cache, wide_cast
+from .vector import KINDS, Along, first_cache, foresees_little, wide_cast
 from .words import memory_type, size_text
 
 __all__ = ["grouped_unit", "headers", "matmul", "refusal"]
@@ -54,10 +54,10 @@ def refusal(dtype: torch.dtype) -> str | None:
 
 def headers(features: Collection[str] | None = None) -> dict[str, str]:
     """The header of product kernels, by file name; for this machine's CPU, or one with other ``features``."""
-    cpu = get_target("cpu")
-    have = cpu.features if features is None else features
-    starved = any("Intel" in name for name in cpu.device_names)  # the second cache falls behind the vectors
-    made = {"gemm.hpp": gemm_header(have, l2_bytes=_second_cache(), l1_bytes=first_cache() if starved else None)}
+    have = get_target("cpu").features if features is None else features
+    intel = foresees_little()  # whose second cache falls behind the vectors, too
+    sizes = {"l2_bytes": _second_cache(), "l1_bytes": first_cache() if intel else None}
+    made = {"gemm.hpp": gemm_header(have, **sizes, streams=intel)}
     if has_matrix_unit(have):
         made["amx.hpp"] = (TEMPLATES / "amx.hpp").read_text(encoding="utf-8")
     return made
