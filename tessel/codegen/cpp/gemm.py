@@ -61,14 +61,16 @@ def few(features: Collection[str], bf16: bool = False) -> tuple[int, int]:
 
     Measured on a Zen 4: with AVX-512 packing pays from 25 to 33 rows on (24: 1.08 to 1.15 times as fast without), and
     a panel of 64 columns from 49 to 64 columns on; with AVX2, whose panels have 24, from 10 rows and 13 columns on.
-    Of bf16 a matrix unit makes the turned product of 6 rows in 0.83 of the time, of 24 rows in 0.27, of 4 rows in 1.6
-    (Granite Rapids, 768 x 3072 from memory); of float32 it is at 1.09 for 20 rows.
+    A matrix unit makes the turned product of 6 rows of bf16 in 0.83 of the time, of 24 in 0.27, of 4 in 1.6; of 16 rows
+    of float32 in 0.9, of 24 in 0.75, of 12 in 1.3 (Granite Rapids, 768 x 3072 from memory).
 
     >>> few(["avx512f"]), few(["avx2", "fma"])
     ((24, 48), (8, 8))
     """
     rows, columns = (24, 48) if _simd(features) == "avx512" else (8, 8)
-    return 5 if bf16 and has_matrix_unit(features) else rows, columns
+    if has_matrix_unit(features):
+        rows = 5 if bf16 else 15
+    return rows, columns
 
 
 def swapped(features: Collection[str]) -> int:

@@ -19,6 +19,18 @@ INLINE vw greater(vw x, vu y) {  // of two magnitudes
   return z > x ? z : x;
 }
 INLINE bool is_odd(u16 greatest) { return greatest >= MOST || (greatest && greatest < LEAST); }
+INLINE bool is_odd(const vw* most, i64 rows) {  // any row, of its greatest elements
+  bool is = false;
+  for (i64 i = 0; i < rows; ++i) {
+    alignas(64) u16 line[2 * LANES];
+    u16 greatest = 0;
+    __builtin_memcpy(line, most + i, 64);
+#pragma omp simd reduction(max : greatest)
+    for (i64 j = 0; j < 2 * LANES; ++j) greatest = line[j] > greatest ? line[j] : greatest;
+    is |= is_odd(greatest);
+  }
+  return is;
+}
 
 // The parts of 16 + 16 elements, two in a word. Pairs along k are (0, 16), (1, 17), ..: shifting costs less than to
 // shuffle, and the order of a sum's products within a step of 32 is free.
@@ -34,6 +46,15 @@ struct Split {
   INLINE vu last() const { return x >> 16 | (y & 0xffff0000u); }  // subnormals have more bits
 };
 
+INLINE void split_line(const float* from, char* to, i64 apart, vw& most, bool anew) {  // 32 elements of a row
+  Split parts = {at((const u32*)from), at((const u32*)from + LANES)};
+  const vu first = parts.rounded();
+  put((u32*)to, first);
+  put((u32*)(to + apart), parts.rounded());
+  put((u32*)(to + 2 * apart), parts.last());
+  most = greater(anew ? vw{} : most, first);
+}
+
 // 32 rows to split: [k / 32][part][32 rows][32].
 struct SplitRows {
   const float* a = nullptr;
@@ -43,14 +64,7 @@ struct SplitRows {
 
   // 32 elements, from p on.
   INLINE void line(const float* from, i64 i, i64 p) const {
-    Split parts = {at((const u32*)from), at((const u32*)from + LANES)};
-    char* const place = to + p / DEEP * STEP + i * 64;
-    const vu first = parts.rounded();
-    put((u32*)place, first);
-    put((u32*)(place + TALL * DEEP * 2), parts.rounded());
-    put((u32*)(place + 2 * TALL * DEEP * 2), parts.last());
-    vw& so_far = most[i];
-    so_far = greater(p ? so_far : vw{}, first);
+    split_line(from, to + p / DEEP * STEP + i * 64, TALL * DEEP * 2, most[i], p == 0);
   }
   // All that is not made beside products: what is less than 32 rows or elements, and if `whole`, the rest, too.
   INLINE void finish(bool whole) const {
@@ -65,15 +79,6 @@ struct SplitRows {
         line(last, i, even);
       }
     }
-  }
-  INLINE bool odd() const {
-    bool is = false;
-    for (i64 i = 0; i < TALL; ++i) {
-      u16 greatest = 0;
-      for (i64 j = 0; j < 2 * LANES; ++j) greatest = max(greatest, most[i][j]);
-      is |= is_odd(greatest);
-    }
-    return is;
   }
 };
 

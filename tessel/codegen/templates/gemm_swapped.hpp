@@ -44,7 +44,7 @@ INLINE int swapped_panel(const Rows<T>& w, i64 b, i64 n0, i64 columns, const Row
     return 0;
   };
   const Streamed<T> from = {w.step, part, rows};
-  return panel(w, b, n0, columns, r0, rows, k, part, sums, to, nullptr, from, from, r0, pack,
+  return panel<T, UnitOnce<T>>(w, b, n0, columns, r0, rows, k, part, sums, to, nullptr, from, from, r0, pack,
                Turned<T, Finish>{n0 + columns - 1, finish});
 }
 
@@ -61,5 +61,5 @@ INLINE int swapped(i64 batch, i64 m, i64 n, i64 k, i64 threads, Left left, Right
     if (column % Unit<T>::ROWS == 0)
       for (i64 r = begin; r < end; ++r) soon(b, r, column, min(n, column + Unit<T>::ROWS));
   };
-  return tiled<T, 0>(batch, n, m, k, threads, right, from, pack, Turned<T, Finish>{n - 1, finish}, early);
+  return tiled<T, 0, UnitOnce<T>>(batch, n, m, k, threads, right, from, pack, Turned<T, Finish>{n - 1, finish}, early);
 }
