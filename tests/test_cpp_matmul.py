@@ -155,7 +155,7 @@ def test_rows_and_layouts(dtype: torch.dtype) -> None:
     cases += [((1, 1, 1), {"dtype": dtype}), ((9, 1, 5), {"dtype": dtype, "right": "kn"})]
     cases += [((m, n, 96), {"dtype": dtype}) for m in (33, 48) for n in (80, 150)]  # parts of a tile of 32 x 32
     cases += [((40, 520, 70), {"dtype": dtype, "right": right}) for right in ("nk", "kn")]  # two panels at a time
-    cases += [((m, 4 * m + 7, 70), {"dtype": dtype, "epilogue": m != 70}) for m in (25, 64, 70, 128)]  # swapped
+    cases += [((m, 4 * m + 7, 70), {"dtype": dtype, "epilogue": m != 70}) for m in (16, 33, 45, 64, 70, 128)]  # swapped
     cases += [((30, 130, 900), {"dtype": dtype, "batch": 3}), ((97, 1100, 800), {"dtype": dtype, "pad": 3})]
     fns = compiled([program(f"p{i}", *mnk, **case) for i, (mnk, case) in enumerate(cases)])
     for fn, (mnk, case) in zip(fns, cases, strict=True):
@@ -251,12 +251,24 @@ def test_floats_of_all_magnitudes(right: str) -> None:
     check_magnitudes(fn, a, b, right)
 
 
-def test_few_rows_of_all_magnitudes() -> None:
-    (fn,) = compiled([program("few", 121, 500, 900)])
-    a, b = magnitudes(121, 500, 900)
+@pytest.mark.parametrize("m", [16, 30, 41, 60, 121])
+def test_few_rows_of_all_magnitudes(m: int) -> None:
+    """A column that vectors multiply is known when its products are made: in either half of a block, or in a part."""
+    (fn,) = compiled([program(f"few{m}", m, 500, 900)])
+    a, b = magnitudes(m, 500, 900)
     check_magnitudes(fn, a, b, "nk")
-    a[70] *= 2.0**80
-    b[:, 401] *= 2.0**-100
+    a, b = a * 2.0**40, b * 2.0**40
+    b[:, [2, 401]] *= 2.0**-80
+    b[:, [2, 401]] *= 2.0**-80
+    b[710, 386] = math.inf
+    b[:, 499] = 0
+    b[899, 499] = 2.0**-140  # as bf16 the whole column is zero
+    check_magnitudes(fn, a, b, "nk")
+    b, a[m - 2] = b * 2.0**20, 0
+    a[m - 2, 64] = 2.0**-140
+    check_magnitudes(fn, a, b, "nk")
+    a[m - 1] *= 2.0**-80
+    a[m - 1] *= 2.0**-80
     check_magnitudes(fn, a, b, "nk")
 
 

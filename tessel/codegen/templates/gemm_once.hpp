@@ -82,7 +82,7 @@ template <bool low, i64 tiles>
   s.of = next.a;
   s.tall = TILED;
   s.block ^= 1;
-  if (is_odd(most, TILED)) return false;
+  if (is_odd(most, TILED, now.a, s.lda, now.rows, s.k)) return false;
   EACH(STORE)
 #undef EACH
 #undef LOAD

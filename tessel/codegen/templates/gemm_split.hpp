@@ -19,15 +19,25 @@ INLINE vw greater(vw x, vu y) {  // of two magnitudes
   return z > x ? z : x;
 }
 INLINE bool is_odd(u16 greatest) { return greatest >= MOST || (greatest && greatest < LEAST); }
-INLINE bool is_odd(const vw* most, i64 rows) {  // any row, of its greatest elements
+INLINE bool is_zero(const float* x, i64 k) {
+  vu any = {};
+  i64 p = 0;
+  for (; p + LANES <= k; p += LANES) any |= at((const u32*)x + p);
+  u32 bits = 0;
+  for (i64 i = 0; i < LANES; ++i) bits |= any[i];
+  for (; p < k; ++p) bits |= ((const u32*)x)[p];
+  return !(bits << 1);
+}
+// Any of `count` rows, by their greatest elements; after the last of a, that one stands for others.
+INLINE bool is_odd(const vw* most, i64 count, const float* a, i64 lda, i64 rows, i64 k) {
   bool is = false;
-  for (i64 i = 0; i < rows; ++i) {
+  for (i64 i = 0; i < count; ++i) {
     alignas(64) u16 line[2 * LANES];
     u16 greatest = 0;
     __builtin_memcpy(line, most + i, 64);
 #pragma omp simd reduction(max : greatest)
     for (i64 j = 0; j < 2 * LANES; ++j) greatest = line[j] > greatest ? line[j] : greatest;
-    is |= is_odd(greatest);
+    is |= greatest ? is_odd(greatest) : !is_zero(a + min(i, rows - 1) * lda, k);  // as bf16 it may be zero alone
   }
   return is;
 }
@@ -90,16 +100,21 @@ struct SplitRows {
   for (i64 n = 0; n < ceil_div(columns, 32) * 32; n += LANES) {
     char* line = to + n / 32 * strip + n % 32 * 64;
     vw most = {};
+    vu any = {};
     for (i64 k0 = 0; k0 < k; k0 += DEEP, line += STEP)
       for (i64 p = 0; p < 16; ++p) {
         Split parts = {row(k0 + p, n), row(k0 + p + 16, n)};
+        any |= parts.x | parts.y;
         const vu first = parts.rounded();
         most = greater(most, first);
         put((u32*)(line + p * 64), first);
         put((u32*)(line + p * 64 + 2048), parts.rounded());
         put((u32*)(line + p * 64 + 4096), parts.last());
       }
-    for (i64 j = 0; j < LANES; ++j) odd |= is_odd(max(most[2 * j], most[2 * j + 1]));
+    for (i64 j = 0; j < LANES; ++j) {
+      const u16 greatest = max(most[2 * j], most[2 * j + 1]);
+      odd |= greatest ? is_odd(greatest) : any[j] << 1 != 0;
+    }
   }
   return odd;
 }
