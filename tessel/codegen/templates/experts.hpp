@@ -89,13 +89,16 @@ INLINE void pack(const Matrices<T, along>& b, i64 e, i64 n0, i64 columns, i64 k0
 struct Routes {
   i64 slots, choices, experts;
   i32* order;  // slot of a row
-  i64* ends;   // end of an expert's rows
+  i64* ends;   // end of an expert's rows; after them the experts, those of most rows first
+  INLINE i64* ranked() const { return ends + experts; }
   INLINE i64 begin(i64 e) const { return e ? ends[e - 1] : 0; }
   INLINE i64 rows() const { return ends[experts - 1]; }
-  INLINE i64 longest() const {
-    i64 most = 0;
-    for (i64 e = 0; e < experts; ++e) most = max(most, ends[e] - begin(e));
-    return most;
+  INLINE i64 rows(i64 e) const { return ends[e] - begin(e); }
+  INLINE i64 longest() const { return rows(ranked()[0]); }
+  INLINE i64 busy() const {  // experts that have rows
+    i64 n = experts;
+    while (n && !rows(ranked()[n - 1])) --n;
+    return n;
   }
 };
 
@@ -111,6 +114,11 @@ INLINE void route(const Routes& r, const i64* index, i64 offset) {
   }
   for (i64 s = 0; s < r.slots; ++s)
     if ((u64)(index[s] - offset) < (u64)r.experts) r.order[r.ends[index[s] - offset]++] = (i32)s;
+  for (i64 e = 0; e < r.experts; ++e) {
+    i64 at = e;
+    for (; at && r.rows(r.ranked()[at - 1]) < r.rows(e); --at) r.ranked()[at] = r.ranked()[at - 1];
+    r.ranked()[at] = e;
+  }
 }
 
 // Rows of tokens as rows of slots; in the kernel's own memory, so that products read them one after another.
@@ -192,21 +200,19 @@ INLINE int part_of_product(const T* a, i64 a_step, const Matrices<T, along>& b, 
                      nullptr, b.of(e), next.of, next.n0, packed, each);
 }
 
-// One piece of every expert after another: experts differ in rows, pieces do not. The body gets the expert and the column
-// of the piece that its thread likely takes next, too.
+// All pieces of one expert after another, those of most rows first: what is taken last is over soon. The body gets the
+// expert and the column of the piece that its thread likely takes next, too.
 template <class T, bool along, class Body>
 INLINE int pieces(const Routes& r, i64 n, i64 work, const Desk<T, along>& desk, i64 threads, Body body) {
-  const i64 all = r.experts * ceil_div(n, desk.wide), bytes = desk.bytes();
+  const i64 each = ceil_div(n, desk.wide), all = r.busy() * each, bytes = desk.bytes();
   threads = max(1, min(threads, all));
   const gemm::Room memory(threads * bytes);
   char* const base = memory.at;
   if (!base) return NO_MEMORY;
   return gemm::dealt(all, work, threads, [=](i64 item, i64 mine) __attribute__((always_inline)) -> int {
-    const i64 e = item % r.experts, n0 = item / r.experts * desk.wide, r0 = r.begin(e), rows = r.ends[e] - r0;
-    if (rows <= 0) return 0;
-    i64 later = min(item + threads, all - 1);
-    while (later + 1 < all && r.ends[later % r.experts] == r.begin(later % r.experts)) ++later;
-    return body(e, r0, rows, n0, min(desk.wide, n - n0), base + mine * bytes, later % r.experts, later / r.experts * desk.wide);
+    const i64 e = r.ranked()[item / each], n0 = item % each * desk.wide, later = min(item + threads, all - 1);
+    return body(e, r.begin(e), r.rows(e), n0, min(desk.wide, n - n0), base + mine * bytes, r.ranked()[later / each],
+                later % each * desk.wide);
   });
 }
 
@@ -251,7 +257,7 @@ template <class T, bool turned>
 INLINE int forward(const Layer<T> y, T* out, T* pre, i64 threads) {
   const i64 slots = y.tokens * y.choices, h = y.hidden, in = y.inner, o = y.out;
   Cut cut;
-  const i64 order = cut.take(slots * 4), ends = cut.take(y.experts * 8), rows_at = cut.take(slots * h * (i64)sizeof(T));
+  const i64 order = cut.take(slots * 4), ends = cut.take(y.experts * 16), rows_at = cut.take(slots * h * (i64)sizeof(T));
   const i64 h_at = cut.take(slots * in * (i64)sizeof(T)), y_at = cut.take(slots * o * 4);
   const gemm::Room memory(cut.size);
   if (!memory.at) return NO_MEMORY;
@@ -361,7 +367,7 @@ INLINE int backward(const Layer<T> y, const T* grad, const T* pre, T* dx, T* dga
   const i64 slots = y.tokens * y.choices, h = y.hidden, in = y.inner, o = y.out, all_panels = ceil_div(in, WIDTH);
   const i64 size = (i64)sizeof(T), longest_row = max(max(h, o), 2 * in);
   Cut cut;
-  const i64 order = cut.take(slots * 4), ends = cut.take(y.experts * 8), x_at = cut.take(dgate_up ? slots * h * size : 0);
+  const i64 order = cut.take(slots * 4), ends = cut.take(y.experts * 16), x_at = cut.take(dgate_up ? slots * h * size : 0);
   const i64 grad_at = cut.take(slots * o * size), pre_at = cut.take(slots * 2 * in * size), h_at = cut.take(slots * in * size);
   const i64 sums_at = cut.take(dx ? slots * h * 4 : 0), scale_at = cut.take(slots * all_panels * 4);
   const i64 turned_at = cut.take(dgate_up ? longest_row * (slots + 16) * size : 0), room_at = cut.take(longest_row * 4);
