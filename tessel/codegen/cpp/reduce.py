@@ -240,10 +240,11 @@ class _Rows(Writer):
         ends at a page, which is as long as many a row, and each row would begin with a wait for memory. In a single
         pass, what lies a page further, where the last cache holds it or where conversions leave few loads on their
         way, if the first cache has room for it; floats from memory come as fast without. On CPUs that foresee little,
-        in the first pass and always, a page ahead.
+        always, a page ahead: one half of a row in its first pass and one in its last, so that reading goes on while
+        the row is written (rms_norm of bf16 on a Granite Rapids: 29.7 and 32.5 GB/s).
         """
         first, last = min(self.loops), max(self.loops)
-        if number != (first if foresees_little() else last) or lane is None:
+        if lane is None or number not in ((first, last) if foresees_little() else (last,)):
             return []
         loads = [s for s in self.loops[first] if isinstance(s, Load)]
         if first == last:
@@ -253,7 +254,11 @@ class _Rows(Writer):
             lines = [self.once_a_line(s, t, pairs) if copies > 1 else t for s, t in asked if t is not None]
         elif self.outer and from_memory(self.kernel):
             how = {"ahead": PAGE} if foresees_little() else {"again": True}
-            lines = [t for t in (self.early(s, self.outer[-1], lane, **how) for s in loads) if t is not None]
+            half = ""
+            if foresees_little():
+                half = f"if ({lane.name} {'<' if number == first else '>='} {size_text(lane.extent)} / 2) "
+            asks = [self.early(s, self.outer[-1], lane, **how) for s in loads]
+            lines = [half + t for t in asks if t is not None]
         else:
             lines = []
         return list(dict.fromkeys(lines))

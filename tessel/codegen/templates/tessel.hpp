@@ -910,7 +910,7 @@ template <class V, class T, class K> INLINE void put_past(T* p, V v, K k) { put(
 #ifdef __AVX__
 template <class V, class T> INLINE void put_past(T* p, V v, Full k) {
   if constexpr (sizeof(V) >= 16) {
-    if ((u64)p % sizeof(V) == 0) {
+    if (__builtin_expect((u64)p % sizeof(V) == 0, 1)) {
       asm volatile("vmovntps %1, %0" : "=m"(*(V*)p) : "v"(v));
       return;
     }
