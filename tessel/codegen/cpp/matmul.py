@@ -56,8 +56,8 @@ def headers(features: Collection[str] | None = None) -> dict[str, str]:
     """The header of product kernels, by file name; for this machine's CPU, or one with other ``features``."""
     have = get_target("cpu").features if features is None else features
     intel = foresees_little()  # whose second cache falls behind the vectors, too
-    sizes = {"l2_bytes": _second_cache(), "l1_bytes": first_cache() if intel else None}
-    made = {"gemm.hpp": gemm_header(have, **sizes, streams=intel)}
+    l1_bytes = first_cache() if intel else None
+    made = {"gemm.hpp": gemm_header(have, l2_bytes=_second_cache(), l1_bytes=l1_bytes, streams=intel)}
     if has_matrix_unit(have):
         made["amx.hpp"] = (TEMPLATES / "amx.hpp").read_text(encoding="utf-8")
     return made

@@ -152,12 +152,13 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
     for stmt in kernel.body:
         e.emit(stmt)
     count, where = items(outer, lane), coordinates(outer, lane)
+    before: list[str] = []
     requests: list[str] = []
     if wide and lane is not None and not space.turned:
         where = places_of_rows(kernel, e, outer, lane)
-        places, requests = asked_early(kernel, e, lane, where, e.blocks[0])
+        before, places, requests = asked_early(kernel, e, lane, where, e.blocks[0], pairs)
         e.blocks = [[*e.blocks[0], *places], e.blocks[1]]
-        if foresees_little():  # rows from one end then, which are asked for as a whole
+        if foresees_little():  # a row from one end
             e.blocks[1][:0] = [*requests, *asked_in_line(kernel, e, lane)]
             requests = []
     elif wide and lane is not None:
@@ -169,6 +170,7 @@ def _pointwise(kernel: Kernel, space: Space) -> dict[str, Any]:
     return {
         "items": count,
         "threads": "1" if kernel.attrs.get("in_order") else "threads",
+        "before": before,
         "coordinates": where,
         "turned": outer[-1].name if space.turned else "",
         "copies": copies,

@@ -888,6 +888,23 @@ template <class T> INLINE void turn_square(const T* from, i64 step, i64 high, i6
     for (i64 i = j < w ? h : 0; i < high; ++i) to[i * pitch + j] = from[i + j * step];
 }
 
+// The next N rows of a table, whose places are read from memory: asked for together, a step along each in turn, while as
+// many rows are worked on. find(item) is where the row of a piece of work begins.
+template <int N>
+struct Coming {
+  const char* rows[N];
+  u64 asked = 0;
+  template <class Find> INLINE void rows_after(i64 item, i64 first, i64 last, Find find) {
+    if ((item - first) % N) return;
+    for (i64 i = 0; i < N; ++i) rows[i] = (const char*)find(min(item + N + i, last - 1));
+    asked = 0;
+  }
+  INLINE void ask(i64 step) {
+    __builtin_prefetch(rows[asked % N] + asked / N * step, 0, 2);
+    ++asked;
+  }
+};
+
 // An element's address, and how many of the lanes count.
 template <class K> INLINE vf get_float(const float* p, K k) { return get<vf>(p, k); }
 template <class K> INLINE vf get_bf16(const u16* p, K k) { return from_bf16(get<vh>(p, k)); }
