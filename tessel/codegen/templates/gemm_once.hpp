@@ -5,16 +5,16 @@
 // lines of the block after are asked for. (768 x 3072 and 32 rows of the panel, from memory, one thread of a Granite Rapids:
 // 9.1 us for 32 rows, of which multiplying takes 4.0, splitting 3.0 and reading 7; split as whole blocks 12.9.)
 
-struct Steps {  // rows from `a` on, as many as are left
+struct Steps {  // rows from `a` on, as many as are left, of k elements
   const float* a = nullptr;
-  i64 rows = 0;
+  i64 rows = 0, k = 0;
 };
 
 // What is split already: the first step of `of`, as `tall` rows.
 struct Pipeline {
   char* at;  // two steps
   vw* most;  // of two blocks, the greatest elements of rows
-  i64 lda = 0, k = 0, tall = 0;
+  i64 lda = 0, tall = 0;
   const float* of = nullptr;
   i64 step = 0, block = 0;
 
@@ -23,8 +23,8 @@ struct Pipeline {
   INLINE void line(const Steps& from, i64 i, i64 p, i64 step, i64 block) const {
     const float* x = from.a + min(i, from.rows - 1) * lda + p;
     alignas(64) float rest[DEEP];
-    if (k - p < DEEP) {
-      for (i64 j = 0; j < DEEP; ++j) rest[j] = j < k - p ? x[j] : 0;
+    if (from.k - p < DEEP) {
+      for (i64 j = 0; j < DEEP; ++j) rest[j] = j < from.k - p ? x[j] : 0;
       x = rest;
     }
     split_line(x, at + step * STEP + i * 64, rows * 64, most[block * TALL + i], p == 0);
@@ -45,9 +45,9 @@ template <bool low, i64 tiles>
 #define ZERO(t, at) TILE_ZERO(t);
 #define STORE(t, at) TILE_STORE(t, at, ROW);
   if (add) { EACH(LOAD) } else { EACH(ZERO) }
-  for (i64 p = 0; p < s.k; p += DEEP, b += STEP) {
+  for (i64 p = 0; p < now.k; p += DEEP, b += STEP) {
     const char* const a = s.at + s.step * STEP;
-    const bool over = p + DEEP >= s.k;
+    const bool over = p + DEEP >= now.k;
     const Steps& from = over ? next : now;
     const i64 to = s.step ^= 1, block = s.block ^ over, q = over ? 0 : p + DEEP;
     i64 r = 0;
@@ -82,7 +82,7 @@ template <bool low, i64 tiles>
   s.of = next.a;
   s.tall = TILED;
   s.block ^= 1;
-  if (is_odd(most, TILED, now.a, s.lda, now.rows, s.k)) return false;
+  if (is_odd(most, TILED, now.a, s.lda, now.rows, now.k)) return false;
   EACH(STORE)
 #undef EACH
 #undef LOAD
