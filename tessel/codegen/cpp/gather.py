@@ -98,8 +98,8 @@ def asked_early(
             places.append(f"{at_item} {{ {' '.join([*where, *asked])} }}(min(item + {4 * rows}, last - 1));")
         found = f"{at_item} {{ {find} }}"
         if foresees_little():
-            before.append(f"Coming<{together}> soon{at};")
-            places.append(f"soon{at}.rows_after(item, first, last, {found});")
+            before.append(f"RowsAhead<{together}> soon{at};")
+            places.append(f"soon{at}.renew(item, first, last, {found});")
             step = f"W * {param.type.dtype.itemsize * (2 if pairs else 1)}"
             requests.append(f"soon{at}.ask({step});")
             continue

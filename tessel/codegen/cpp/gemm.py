@@ -64,8 +64,8 @@ def few(features: Collection[str], bf16: bool = False) -> tuple[int, int]:
     A matrix unit makes the turned product of 6 rows of bf16 in 0.83 of the time, of 24 in 0.27, of 4 in 1.6; of 16 rows
     of float32 in 0.9, of 24 in 0.75, of 12 in 1.3 (Granite Rapids, 768 x 3072 from memory).
 
-    >>> few(["avx512f"]), few(["avx2", "fma"])
-    ((24, 48), (8, 8))
+    >>> few(["avx512f"]), few(["avx2", "fma"]), few(["avx512f", "avx512_bf16", "amx_tile", "amx_bf16"])
+    ((24, 48), (8, 8), (15, 48))
     """
     rows, columns = (24, 48) if _simd(features) == "avx512" else (8, 8)
     if has_matrix_unit(features):

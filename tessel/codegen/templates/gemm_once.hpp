@@ -31,13 +31,13 @@ struct Pipeline {
   }
 };
 
-// c[tall][16 tiles] (+)= rows of `now` * b, where tall is 32 if `low` and 16 else; false, and nothing is stored, if a row is
-// odd. The first step of `next` is split.
+// c[HEIGHT][16 tiles] (+)= rows of `now` * b; false, and nothing is stored, if a row is odd. The first step of `next` is
+// split.
 template <bool low, i64 tiles>
 [[maybe_unused]] static __attribute__((noinline)) bool once_block(Pipeline& s, const Steps now, const Steps next, const char* b, i64 strip, float* c, bool add) {
-  constexpr i64 TILED = low ? 32 : 16, ROW = 4 * WIDTH;
-  if (s.of != now.a || s.tall != TILED)
-    for (i64 i = 0; i < TILED; ++i) s.line<TILED>(now, i, 0, s.step, s.block);
+  constexpr i64 HEIGHT = low ? 32 : 16, ROW = 4 * WIDTH;
+  if (s.of != now.a || s.tall != HEIGHT)
+    for (i64 i = 0; i < HEIGHT; ++i) s.line<HEIGHT>(now, i, 0, s.step, s.block);
 #define EACH(OP) OP(0, c) if (tiles > 1) OP(1, c + 16) \
   if (low) { OP(2, c + 16 * WIDTH) if (tiles > 1) OP(3, c + 16 * WIDTH + 16) } \
   else { if (tiles > 2) OP(2, c + 32) if (tiles > 3) OP(3, c + 48) }
@@ -52,17 +52,17 @@ template <bool low, i64 tiles>
     const i64 to = s.step ^= 1, block = s.block ^ over, q = over ? 0 : p + DEEP;
     i64 r = 0;
     const auto between = [&]() __attribute__((always_inline)) {
-      for (const i64 end = min(TILED, r + ceil_div(TILED, 6)); r < end; ++r) {
+      for (const i64 end = min(HEIGHT, r + ceil_div(HEIGHT, 6)); r < end; ++r) {
         const float* const later = next.a + r * s.lda + p;
         __builtin_prefetch(later, 0, 2);
         __builtin_prefetch(later + LANES, 0, 2);
-        s.line<TILED>(from, r, q, to, block);
+        s.line<HEIGHT>(from, r, q, to, block);
       }
     };
     TILES_READ_MEMORY;
     if constexpr (low && tiles == 2) split_step<true>(a, b, between);
     else {
-#define LEFT(part) TILE_LOAD(4, a + part * TILED * 64, 64); if (low) TILE_LOAD(5, a + part * TILED * 64 + 1024, 64)
+#define LEFT(part) TILE_LOAD(4, a + part * HEIGHT * 64, 64); if (low) TILE_LOAD(5, a + part * HEIGHT * 64 + 1024, 64)
 #define RIGHT(t, at) TILE_LOAD(t, at, 64)
 #define DOTS(part) { const char* const x = b + part * 2048; \
   if (low) { RIGHT(6, x); TILE_DOT(0, 4, 6); TILE_DOT(2, 5, 6); } \
@@ -80,9 +80,9 @@ template <bool low, i64 tiles>
   }
   const vw* const most = s.most + s.block * TALL;
   s.of = next.a;
-  s.tall = TILED;
+  s.tall = HEIGHT;
   s.block ^= 1;
-  if (is_odd(most, TILED, now.a, s.lda, now.rows, now.k)) return false;
+  if (is_odd(most, HEIGHT, now.a, s.lda, now.rows, now.k)) return false;
   EACH(STORE)
 #undef EACH
 #undef LOAD

@@ -891,10 +891,10 @@ template <class T> INLINE void turn_square(const T* from, i64 step, i64 high, i6
 // The next N rows of a table, whose places are read from memory: asked for together, a step along each in turn, while as
 // many rows are worked on. find(item) is where the row of a piece of work begins.
 template <int N>
-struct Coming {
+struct RowsAhead {
   const char* rows[N];
   u64 asked = 0;
-  template <class Find> INLINE void rows_after(i64 item, i64 first, i64 last, Find find) {
+  template <class Find> INLINE void renew(i64 item, i64 first, i64 last, Find find) {
     if ((item - first) % N) return;
     for (i64 i = 0; i < N; ++i) rows[i] = (const char*)find(min(item + N + i, last - 1));
     asked = 0;
