@@ -78,7 +78,7 @@ def swapped(features: Collection[str]) -> int:
 
     Only where there is one: blocks of vectors are multiplied for longer, and packed in less time.
     """
-    return 128 if has_matrix_unit(features) else 0
+    return 256 if has_matrix_unit(features) else 0
 
 
 def forms(features: Collection[str], m: Dim, n: Dim, bf16: bool = False) -> list[str]:
@@ -98,7 +98,7 @@ def forms(features: Collection[str], m: Dim, n: Dim, bf16: bool = False) -> list
         return ["dots"]
     if not (isinstance(m, int) and isinstance(n, int)):
         return ["dots", *(["swapped"] if has_matrix_unit(features) else []), "tiles"]
-    return ["swapped" if m <= swapped(features) and n >= 4 * m else "tiles"]
+    return ["swapped" if m <= swapped(features) and n >= 3 * m else "tiles"]
 
 
 def gemm_header(

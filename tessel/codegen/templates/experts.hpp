@@ -159,7 +159,7 @@ struct Desk {
     if (along && gemm::swaps(longest, n)) {
       swapped = true;
       wide = ceil_div(ceil_div(n, ceil_div(n, 512)), WIDTH) * WIDTH;
-      panels = ceil_div(longest, WIDTH);
+      panels = min(gemm::TOGETHER, ceil_div(longest, WIDTH));
       tall = gemm::tall_of<T>(wide, k, part) * panels;
     }
     if (tall < gemm::FEW) tall = gemm::FEW;
