@@ -155,7 +155,8 @@ def test_rows_and_layouts(dtype: torch.dtype) -> None:
     cases += [((1, 1, 1), {"dtype": dtype}), ((9, 1, 5), {"dtype": dtype, "right": "kn"})]
     cases += [((m, n, 96), {"dtype": dtype}) for m in (33, 48) for n in (80, 150)]  # parts of a tile of 32 x 32
     cases += [((40, 520, 70), {"dtype": dtype, "right": right}) for right in ("nk", "kn")]  # two panels at a time
-    cases += [((m, 4 * m + 7, 70), {"dtype": dtype, "epilogue": m != 70}) for m in (16, 33, 45, 64, 70, 128, 200, 256)]  # swapped
+    swapped = (16, 33, 45, 64, 70, 128, 200, 256)
+    cases += [((m, 4 * m + 7, 70), {"dtype": dtype, "epilogue": m != 70}) for m in swapped]
     cases += [((30, 130, 900), {"dtype": dtype, "batch": 3}), ((97, 1100, 800), {"dtype": dtype, "pad": 3})]
     fns = compiled([program(f"p{i}", *mnk, **case) for i, (mnk, case) in enumerate(cases)])
     for fn, (mnk, case) in zip(fns, cases, strict=True):

@@ -157,6 +157,15 @@ def test_many_columns(turned: bool, interleaved: bool, dtype: torch.dtype) -> No
     compare(layer(66, 290, 3, 601, 300, 2, not turned, turned, dtype), attrs, dtype)
 
 
+@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+def test_rows_that_a_matrix_unit_takes_in_turns(dtype: torch.dtype) -> None:
+    """More of them than it packs at a time, and more of k than it holds."""
+    torch.manual_seed(0)
+    operands: list[Any] = layer(200, 900, 2, 310, 610, 1, True, False, dtype)
+    operands[5][:] = 1
+    compare(operands, {"act": "silu", "interleaved": False, "turned": False}, dtype)
+
+
 def test_pieces_of_the_experts_add_up() -> None:
     """What a mesh that splits the experts runs; a number of no expert adds nothing."""
     torch.manual_seed(0)

@@ -76,7 +76,8 @@ def few(features: Collection[str], bf16: bool = False) -> tuple[int, int]:
 def swapped(features: Collection[str]) -> int:
     """Rows up to which a matrix unit makes the turned product: weights are then its left operand, which is not packed.
 
-    Only where there is one: blocks of vectors are multiplied for longer, and packed in less time.
+    Only where there is one: blocks of vectors are multiplied for longer, and packed in less time. Of 256 rows of
+    float32 the turned product took 0.91 of the time, of 384 as long (3072 x 768 and 8192 x 768, Granite Rapids).
     """
     return 256 if has_matrix_unit(features) else 0
 
