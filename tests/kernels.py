@@ -160,7 +160,7 @@ def run(source: Source, tensors: Sequence[torch.Tensor], sizes: dict[str, int] |
 def compiled(kernels: Sequence[Kernel]) -> list[NativeKernel]:
     """Several kernels in C++, from one file; their names must differ."""
     sources = [cpp.render(k) for k in kernels]
-    library, path = build(cpp.translation_unit(sources), cpp.headers(sources))
+    library, path = build(cpp.translation_unit(sources))
     return [NativeKernel(s, library, path) for s in sources]
 
 

@@ -27,7 +27,7 @@ from kernels import (
 )
 
 import tessel
-from tessel.codegen.cpp import CppSource, fold, gather, header, reduce, render, unit, vector
+from tessel.codegen.cpp import CppSource, fold, gather, reduce, render, unit, vector
 from tessel.codegen.cpp.space import space_of
 from tessel.errors import TesselError
 from tessel.ir.types import Dim, TensorType, symbol
@@ -659,28 +659,28 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_build_is_kept_and_verified(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library, path = build(TEXT, {"tessel.hpp": header()})
+    library, path = build(TEXT)
     assert library.one() == 1 and path.parent == fresh and stat.S_IMODE(fresh.stat().st_mode) == 0o700
     assert [p.name for p in fresh.glob("*.so")] == [path.name]
     monkeypatch.setattr(native, "_loaded", {})
     made = path.stat().st_mtime_ns
-    assert build(TEXT, {"tessel.hpp": header()})[1] == path and path.stat().st_mtime_ns == made
+    assert build(TEXT)[1] == path and path.stat().st_mtime_ns == made
     data = bytearray(path.read_bytes())
     path.unlink()  # the loaded object must not change under the process
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     monkeypatch.setattr(native, "_loaded", {})
-    library, again = build(TEXT, {"tessel.hpp": header()})
+    library, again = build(TEXT)
     assert library.one() == 1 and again.read_bytes() != bytes(data)
-    assert build(TEXT + "//", {"tessel.hpp": header()})[1] != again
+    assert build(TEXT + "//")[1] != again
 
 
 def test_other_flags_or_another_cpu_build_anew(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, first = build(TEXT, {"tessel.hpp": header()})
+    _, first = build(TEXT)
     here = native.get_target("cpu")
     other = dataclasses.replace(here, features=(*here.features, "more"))
     monkeypatch.setattr(native, "get_target", lambda name: other)
-    assert build(TEXT, {"tessel.hpp": header()})[1] != first
+    assert build(TEXT)[1] != first
 
 
 @pytest.mark.parametrize("how", ["open", "file", "read-only", "link"])
@@ -697,7 +697,7 @@ def test_a_doubtful_directory_is_not_used(fresh: Path, how: str, tmp_path: Path)
     if how == "read-only" and os.access(fresh, os.W_OK):
         pytest.skip("this user writes everywhere")
     with pytest.warns(UserWarning, match="compiled kernels are not kept"):
-        library, path = build(TEXT, {"tessel.hpp": header()})
+        library, path = build(TEXT)
     assert library.one() == 1 and fresh not in path.parents and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     if fresh.is_dir():
         fresh.chmod(0o700)
@@ -706,7 +706,7 @@ def test_a_doubtful_directory_is_not_used(fresh: Path, how: str, tmp_path: Path)
 def test_another_users_directory_is_not_used(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.warns(UserWarning, match="another user"):
-        assert build(TEXT, {"tessel.hpp": header()})[1].parent != fresh
+        assert build(TEXT)[1].parent != fresh
 
 
 @pytest.mark.parametrize("cxx", ["no-such-compiler", "false", "sh -c 'echo broken >&2; test \"$0\" = --version'"])

@@ -12,7 +12,7 @@ import torch
 from kernels import Program, poisoned, rand
 
 import tessel
-from tessel.codegen.cpp import CppSource, headers, render, translation_unit
+from tessel.codegen.cpp import CppSource, render, translation_unit
 from tessel.codegen.cpp.attention import refusal
 from tessel.ir.types import Dim, symbol
 from tessel.models import load_model
@@ -111,7 +111,7 @@ def program(
 
 def compiled(kernels: Sequence[Kernel]) -> list[NativeKernel]:
     sources = [render(k) for k in kernels]
-    library, path = build(translation_unit(sources), headers(sources))
+    library, path = build(translation_unit(sources))
     return [NativeKernel(s, library, path) for s in sources]
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kernels import Program, poisoned, rand
 
 import tessel
-from tessel.codegen.cpp import headers, render, translation_unit
+from tessel.codegen.cpp import render, translation_unit
 from tessel.codegen.cpp.attention import refusal
 from tessel.errors import TesselError
 from tessel.frontend.attention_op import attention
@@ -126,7 +126,7 @@ class Case:
 
 def compiled(cases: Sequence[Case]) -> list[NativeKernel]:
     sources = [render(c.program(f"case_{i}")) for i, c in enumerate(cases)]
-    library, path = build(translation_unit(sources), headers(sources))
+    library, path = build(translation_unit(sources))
     return [NativeKernel(s, library, path) for s in sources]
 
 

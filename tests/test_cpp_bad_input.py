@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 import tessel
-from tessel.codegen.cpp import header
+from tessel.codegen.cpp.includes import headers
 from tessel.config import child_environment
 from tessel.runtime import modules, native
 
@@ -130,7 +130,8 @@ def disk(nothing_built: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-SOURCES = f"size={len(header()) // 1024 + 12}k"
+PAGES = sum(len(text) // 4096 + 1 for text in headers('#include "tessel.hpp"').values())
+SOURCES = f"size={4 * PAGES + 12}k"
 
 
 @pytest.mark.parametrize("full", ["size=16k", SOURCES, "size=1m,nr_inodes=1"], ids=["at once", "later", "no files"])

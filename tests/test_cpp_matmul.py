@@ -14,10 +14,9 @@ import torch
 from kernels import Program, poisoned, rand
 
 import tessel
-from tessel.codegen.cpp import CppSource, header, headers, render, translation_unit
+from tessel.codegen.cpp import CppSource, render, translation_unit
 from tessel.codegen.cpp.gemm import gemm_header, multiplies_bf16
-from tessel.codegen.cpp.matmul import grouped_unit, matmul, refusal
-from tessel.codegen.cpp.matmul import headers as product_headers
+from tessel.codegen.cpp.matmul import grouped_unit, matmul, product_header, refusal
 from tessel.errors import TesselError
 from tessel.ir.node import Node
 from tessel.ir.text import parse_graph
@@ -90,7 +89,7 @@ def program(
 
 def compiled(kernels: Sequence[Kernel]) -> list[NativeKernel]:
     sources = [render(k) for k in kernels]
-    library, path = build(translation_unit(sources), headers(sources))
+    library, path = build(translation_unit(sources))
     return [NativeKernel(s, library, path) for s in sources]
 
 
@@ -325,7 +324,7 @@ def test_code_for_narrower_cpus(kind: str) -> None:
         both = list(itertools.product(cases, sizes))
         for i, (c, mnk) in enumerate(both):
             made.append(render(program(f"c{i}", *mnk, **c)))
-        library, path = build(translation_unit(made), {"tessel.hpp": header(), "gemm.hpp": gemm_header(features)})
+        library, path = build(translation_unit(made), {"gemm.hpp": gemm_header(features)})
     for source, (case, mnk) in zip(made, both, strict=True):
         run(NativeKernel(source, library, path), *mnk, case)
 
@@ -341,7 +340,7 @@ def test_code_for_a_matrix_unit_compiles_everywhere() -> None:
         patch.setattr(native.Compiler, "flags", lambda self: [*native._FLAGS, wider])
         both = itertools.product(DTYPES[:2], ("nk", "kn"))
         made = [render(program(f"a{i}", 40, 100, 70, dtype=d, right=r)) for i, (d, r) in enumerate(both)]
-        _, path = build(translation_unit(made), {"tessel.hpp": header(), **product_headers(MATRIX_UNIT)})
+        _, path = build(translation_unit(made), {"gemm.hpp": product_header(MATRIX_UNIT)})
     assert path.exists()
 
 

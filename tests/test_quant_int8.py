@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import tessel
 from tessel.codegen.cpp.gemm import gemm_header
-from tessel.codegen.cpp.packed import packed_headers, packed_unit
+from tessel.codegen.cpp.includes import headers
+from tessel.codegen.cpp.packed import packed_unit
 from tessel.config import cxx
 from tessel.frontend.packed_op import packed_linear
 from tessel.ops.packed import rounded_rows
@@ -163,7 +164,8 @@ def test_other_instructions(name: str, bits: int, tmp_path: Path) -> None:
     if name == "avx_vnni" and "avx_vnni" not in get_target("cpu").features:
         pytest.skip("this CPU has no AVX-VNNI")
     flags, features = OTHERS[name]
-    files = {"kernels.cpp": packed_unit(f"int8_f32_{bits}"), **packed_headers(), "gemm.hpp": gemm_header(features)}
+    unit = packed_unit(f"int8_f32_{bits}")
+    files = {"kernels.cpp": unit, **headers(unit, {"gemm.hpp": gemm_header(features)})}
     for file, text in files.items():
         (tmp_path / file).write_text(text)
     command = [*find_compiler(cxx()).command, "-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-march=native", *flags]

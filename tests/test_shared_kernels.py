@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -68,7 +67,7 @@ def test_all_ranks_have_one_text() -> None:
         assert program is not None and imported is not None
         texts: list[str] = []
 
-        def build(text: str, headers: Mapping[str, str], texts: list[str] = texts) -> Any:
+        def build(text: str, texts: list[str] = texts) -> Any:
             texts.append(text)
             raise TesselError("nothing is compiled here")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..codegen.cpp.whole import experts_unit, headers
+from ..codegen.cpp.whole import experts_unit
 from ..ops.experts import ACTS
 from .native import build, stop
 from .results import in_huge_pages
@@ -30,7 +30,7 @@ def _address(x: torch.Tensor | None) -> int:
 @cache
 def _function(name: str) -> Any:
     """The compiled function ``name`` of ``experts_unit``; TesselError when it cannot be compiled here."""
-    return build(experts_unit(name), headers("experts"))[0][name]
+    return build(experts_unit(name))[0][name]
 
 
 def _name(kind: str, dtype: torch.dtype, turned: bool) -> str:

@@ -64,10 +64,8 @@ def _now() -> str:
 
 
 def _by_kernel(cpu: Target) -> HostRates:
-    text, more = (TEMPLATES / "host_rates.cpp").read_text(encoding="utf-8"), {}
-    if has_matrix_unit(cpu.features):
-        text, more = f"#define MATRIX_UNIT\n{text}", {"amx.hpp": (TEMPLATES / "amx.hpp").read_text(encoding="utf-8")}
-    library, _ = build(text, more)
+    text = (TEMPLATES / "host_rates.cpp").read_text(encoding="utf-8")
+    library, _ = build(f"#define MATRIX_UNIT\n{text}" if has_matrix_unit(cpu.features) else text)
     whole, count, real = ctypes.c_int64, ctypes.c_int, ctypes.c_double
 
     def function(name: str, *types: type) -> Callable[..., float]:

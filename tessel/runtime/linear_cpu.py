@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..codegen.cpp.linear import NAMES, headers, linear_unit
+from ..codegen.cpp.linear import NAMES, linear_unit
 from ..errors import check
 from .linear_calls import LinearCalls
 from .native import build, stop
@@ -114,7 +114,7 @@ def _run(
 @cache
 def _compiled(name: str, dtype: torch.dtype, channels: bool, delta: bool) -> tuple[Any, Any]:
     check(dtype in NAMES, lambda: f"{name}: no kernel for {dtype} on a CPU; cast to float32")
-    library, _ = build(linear_unit(name, dtype, channels, delta), headers())
+    library, _ = build(linear_unit(name, dtype, channels, delta))
     run, floats = library["run"], library["floats"]
     run.argtypes, run.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int
     floats.argtypes, floats.restype = [ctypes.c_char_p], ctypes.c_int64

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..codegen.cpp.whole import headers, loss_unit
+from ..codegen.cpp.whole import loss_unit
 from ..frontend.compat import keeps_graph
 from ..ops.loss import LossAttrs, scaled_gradients_ref
 from .native import build, stop
@@ -35,7 +35,7 @@ def _along_k(x: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _function(name: str) -> Any:
-    return build(loss_unit(name), headers("loss"))[0][name]
+    return build(loss_unit(name))[0][name]
 
 
 def prepare(kind: str, dtype: torch.dtype, turned: bool = False) -> None:

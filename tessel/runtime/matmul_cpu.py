@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from ..codegen.cpp import header
-from ..codegen.cpp.matmul import grouped_unit, headers, refusal
+from ..codegen.cpp.matmul import grouped_unit, refusal
 from ..errors import TesselError
 from ..ir.node import Node
 from ..ops.backward import grouped_mm_ref
@@ -156,7 +155,7 @@ class Grouped:
     """
 
     def __init__(self) -> None:
-        self.library, _ = build(grouped_unit(), {"tessel.hpp": header(), **headers()})
+        self.library, _ = build(grouped_unit())
 
     def __call__(
         self, a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None

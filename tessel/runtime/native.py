@@ -1,6 +1,6 @@
 """C++ kernels compiled and loaded: the compiler that is there, a cache of what it built, calls through ctypes.
 
-    library = build(text, {"tessel.hpp": ...})    # a shared object, from the cache if it is there
+    library, path = build(text)    # a shared object, from the cache if it is there
     kernel = NativeKernel(source, library, path)
     kernel((), x, out)
 
@@ -35,6 +35,7 @@ except ImportError:  # no such locks on Windows
     fcntl = None  # type: ignore[assignment]
 
 from ..codegen.cpp import CppSource
+from ..codegen.cpp.includes import headers
 from ..config import cache_dir, cxx
 from ..errors import TesselError
 from ..safe_dir import open_private
@@ -97,8 +98,12 @@ def find_compiler(wanted: str | None) -> Compiler:
     raise TesselError(f"no C++ compiler ({'; '.join(tried)}). Install g++ or clang++, or name one in $CXX")
 
 
-def build(text: str, headers: Mapping[str, str]) -> tuple[ctypes.CDLL, Path]:
+def build(text: str, given: Mapping[str, str] | None = None) -> tuple[ctypes.CDLL, Path]:
     """Compile a file and load it; the library and where it lies.
+
+    Args:
+        text: of the file; the headers it includes are Tessel's own (``codegen.cpp.includes``).
+        given: texts of headers by name, in place of those.
 
     Raises:
         TesselError: there is no compiler, or it fails; the message holds what it says.
@@ -106,7 +111,8 @@ def build(text: str, headers: Mapping[str, str]) -> tuple[ctypes.CDLL, Path]:
     compiler = find_compiler(cxx())
     flags = compiler.flags()
     cpu = get_target("cpu")
-    parts = [text, *(f"{k}\n{v}" for k, v in sorted(headers.items())), *compiler.command, compiler.version, *flags]
+    files = {"kernels.cpp": text, **headers(text, given)}
+    parts = [*(f"{k}\n{v}" for k, v in sorted(files.items())), *compiler.command, compiler.version, *flags]
     parts += [cpu.arch, *cpu.device_names, *sorted(cpu.features)]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     known = _loaded.get(key)
@@ -116,7 +122,7 @@ def build(text: str, headers: Mapping[str, str]) -> tuple[ctypes.CDLL, Path]:
     path = _cached(folder, key)
     if path is None:
         with _alone(folder, key):
-            path = _cached(folder, key) or _compile_into(folder, compiler, flags, text, headers, key)
+            path = _cached(folder, key) or _compile_into(folder, compiler, flags, files, key)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as e:
@@ -158,11 +164,11 @@ def _alone(folder: Path, key: str) -> Iterator[None]:
 
 
 def _compile_into(
-    folder: Path, compiler: Compiler, flags: Sequence[str], text: str, headers: Mapping[str, str], key: str
+    folder: Path, compiler: Compiler, flags: Sequence[str], files: Mapping[str, str], key: str
 ) -> Path:
     """Compile in a folder, or in the process's own where that one has no room."""
     try:
-        return _compile(compiler, flags, text, headers, folder, key)
+        return _compile(compiler, flags, files, folder, key)
     except OSError as e:
         reason = str(e)
     except TesselError:  # the compiler may have found the disk full
@@ -171,17 +177,17 @@ def _compile_into(
         reason = f"{folder} has less than {_ROOM >> 20} MiB free"
     _not_kept(folder, reason)
     try:
-        return _compile(compiler, flags, text, headers, _private_folder(), key)
+        return _compile(compiler, flags, files, _private_folder(), key)
     except OSError as e:
         raise TesselError(f"no room for the compiled kernels, neither in the cache nor elsewhere: {e}") from e
 
 
 def _compile(
-    compiler: Compiler, flags: Sequence[str], text: str, headers: Mapping[str, str], folder: Path, key: str
+    compiler: Compiler, flags: Sequence[str], files: Mapping[str, str], folder: Path, key: str
 ) -> Path:
     said = ""
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
-        for name, content in {"kernels.cpp": text, **headers}.items():
+        for name, content in files.items():
             (Path(work) / name).write_text(content, encoding="utf-8")
         out = Path(work) / "kernels.so"
         for openmp in _OPENMP:

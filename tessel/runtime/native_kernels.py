@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from ..codegen.cpp import CppSource, headers, render, translation_unit
+from ..codegen.cpp import CppSource, render, translation_unit
 from ..errors import TesselError
 from ..tiles.kernel import Kernel
 from .kernels import Kernels
@@ -40,7 +40,7 @@ class NativeKernels(Kernels):
         sources: list[CppSource] = list(self.sources.values())  # type: ignore[arg-type]
         text = translation_unit(sources) + RUNNER
         try:
-            library, _ = build(text, headers(sources))
+            library, _ = build(text)
         except TesselError as e:
             self._give_up(str(e))
             return

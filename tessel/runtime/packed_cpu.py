@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codegen.cpp.packed import INTEGERS, TABLE, packed_headers, packed_unit
+from ..codegen.cpp.packed import INTEGERS, TABLE, packed_unit
 from ..ops.packed import rounded_rows
 from ..ops.packed_stacks import packed_experts_ref
 from .native import build, stop
@@ -41,7 +41,7 @@ def multiplies_int8(features: Collection[str]) -> bool:
 
 @cache
 def _function(name: str) -> Any:
-    fn = build(packed_unit(name), packed_headers())[0][name]
+    fn = build(packed_unit(name))[0][name]
     fn.argtypes, fn.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int
     return fn
 

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from ..codegen.cpp.selective import STEPS, headers, selective_unit
+from ..codegen.cpp.selective import STEPS, selective_unit
 from .native import build, stop
 
 __all__ = ["backward", "prepare"]
@@ -22,7 +22,7 @@ class SelectiveScan:
     """
 
     def __init__(self) -> None:
-        self.library, _ = build(selective_unit(), headers())
+        self.library, _ = build(selective_unit())
         lanes, self.scratch = (self.library[f"selective_{name}"] for name in ("lanes", "scratch"))
         lanes.argtypes, lanes.restype = [], ctypes.c_int64
         self.scratch.argtypes, self.scratch.restype = [ctypes.c_int64], ctypes.c_int64

@@ -37,8 +37,7 @@ _PARAMS = 64  # of one kernel
 RUNNER = f"""
 // Runs kernels one after the other until one has a reason to stop. A step is a kernel, the number of its arguments,
 // and for each the position of an address in values and an offset in bytes.
-extern "C" __attribute__((visibility("default"))) int run_kernels(
-    const i64* steps, i64 count, const i64* values, i64 threads) {{
+EXPORT int run_kernels(const i64* steps, i64 count, const i64* values, i64 threads) {{
   i64 args[{_PARAMS}];
   for (; count > 0; --count) {{
     auto kernel = (int (*)(const i64*, i64))steps[0];

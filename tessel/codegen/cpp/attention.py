@@ -28,7 +28,7 @@ from ...errors import TesselError, check
 from ...ir.types import Dim, product
 from ...targets import get_target
 from ...tiles.default import batch_axes
-from ...tiles.header import TEMPLATES, environment
+from ...tiles.header import environment
 from ...tiles.hidden import closure, hidden
 from ...tiles.index import Index, exact_div, linearize, var
 from ...tiles.kernel import ACC, LSE, Axis, Check, Kernel, Load, Ref, Stmt, Store, indices_of
@@ -39,7 +39,7 @@ from .space import Space
 from .text import points, simd
 from .words import cast, literal, size_text, value_type
 
-__all__ = ["Writer", "attention", "headers", "refusal"]
+__all__ = ["Writer", "attention", "refusal", "tiles_header"]
 
 _ELEMENTS = {torch.float32: "float", torch.float16: "float", torch.bfloat16: "bf16_word"}
 
@@ -67,14 +67,10 @@ def refusal(dtype: torch.dtype, features: Iterable[str]) -> str | None:
 
 
 @cache
-def headers(backward: bool = False) -> dict[str, str]:
-    """The headers of attention kernels, by file name; with ``backward`` those of their gradients too."""
-    names = ["attention.hpp", "attention_packed.hpp", *(["attention_backward.hpp"] if backward else [])]
+def tiles_header() -> str:
+    """The text of ``attention_tiles.hpp`` for this machine's CPU."""
     amx = has_matrix_unit(get_target("cpu").features)
-    if amx:
-        names.append("amx.hpp")
-    tiles = str(environment().get_template("attention_tiles.hpp.j2").render(amx=amx))
-    return {**{n: (TEMPLATES / n).read_text(encoding="utf-8") for n in names}, "attention_tiles.hpp": tiles}
+    return str(environment().get_template("attention_tiles.hpp.j2").render(amx=amx))
 
 
 def attention(kernel: Kernel) -> dict[str, Any]:

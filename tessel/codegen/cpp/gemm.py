@@ -109,7 +109,7 @@ def gemm_header(
     l1_bytes: int | None = None,
     streams: bool = False,
 ) -> str:
-    """The text of ``gemm.hpp``, to be included after ``tessel.hpp``.
+    """The text of ``gemm.hpp``.
 
     Args:
         features: the CPU's flags as its record names them.

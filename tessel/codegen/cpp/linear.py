@@ -1,26 +1,18 @@
-"""C++ units of linear attention and its gradients, around ``templates/linear_attention.hpp``.
+"""C++ units of linear attention and its gradients, around the templates of the same names.
 
-text = linear_unit("linear_attention_backward", torch.float32, channels=False, delta=True)
+    text = linear_unit("linear_attention_backward", torch.float32, channels=False, delta=True)
 """
 
 from __future__ import annotations
 
 import torch
 
-from ...tiles.header import TEMPLATES
-from .matmul import headers as matmul_headers
+from .text import unit
 
-__all__ = ["NAMES", "headers", "linear_unit"]
+__all__ = ["NAMES", "linear_unit"]
 
 NAMES = {torch.float32: "float", torch.bfloat16: "u16"}  # what q, k and v may be, and its C++ type
-_EXTERN = 'extern "C" __attribute__((visibility("default")))'
 _ROWS = ("q", "k", "v", "decay", "beta")  # address, and elements from batch to batch, head to head, step to step
-
-
-def headers() -> dict[str, str]:
-    """The headers that a unit includes, by file name."""
-    own = {f: (TEMPLATES / f).read_text(encoding="utf-8") for f in ("tessel.hpp", "linear_attention.hpp")}
-    return {**own, **matmul_headers()}
 
 
 def linear_unit(name: str, dtype: torch.dtype, channels: bool, delta: bool) -> str:
@@ -39,11 +31,7 @@ def linear_unit(name: str, dtype: torch.dtype, channels: bool, delta: bool) -> s
     grad_last, six results and the chunks of a stretch; scratch memory at the end.
     """
     t, kind = NAMES[dtype], f"{NAMES[dtype]}, {str(channels).lower()}, {str(delta).lower()}"
-    lines = [f'#include "{f}"' for f in ("tessel.hpp", "gemm.hpp", "linear_attention.hpp")]
-    lines += [
-        "using namespace tessel;",
-        "static linear::Sizes sizes(const i64* a) { return {a[0], a[1], a[2], a[3], a[4]}; }",
-    ]
+    lines = ["static linear::Sizes sizes(const i64* a) { return {a[0], a[1], a[2], a[3], a[4]}; }"]
     types = [t, t, t, "float", "float"]
     rows = ", ".join(_rows(x, 5 + 4 * i) for i, x in enumerate(types))
     at = 5 + 4 * len(_ROWS)
@@ -61,9 +49,9 @@ def linear_unit(name: str, dtype: torch.dtype, channels: bool, delta: bool) -> s
         ]
         floats = f"linear::backward_floats<{kind}>(sizes(a), a[{rest + 11}])"
         call = f"linear::backward<{kind}>(x, g, a[{rest + 11}], (float*)a[{rest + 12}], threads)"
-    lines += [f"{_EXTERN} i64 floats(const i64* a) {{ return {floats}; }}"]
-    lines += [f"{_EXTERN} int run(const i64* a, i64 threads) {{", operands, *given, f"  return {call};", "}"]
-    return "\n".join(lines) + "\n"
+    lines += [f"EXPORT i64 floats(const i64* a) {{ return {floats}; }}"]
+    lines += ["EXPORT int run(const i64* a, i64 threads) {", operands, *given, f"  return {call};", "}"]
+    return unit(name, lines)
 
 
 def _rows(t: str, at: int) -> str:

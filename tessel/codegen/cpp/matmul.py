@@ -21,21 +21,19 @@ from ...errors import check
 from ...ir.types import Dim, product
 from ...targets import get_target
 from ...tiles.default import batch_axes
-from ...tiles.header import TEMPLATES
 from ...tiles.index import Index, var
 from ...tiles.kernel import ACC, Axis, Kernel, Load, Ref, Stmt, Store
 from ..dialect import compute_dtype
 from .expr import Emitter
 from .gemm import forms, gemm_header, has_matrix_unit, multiplies_bf16
 from .space import Space
-from .text import points, simd, steps
+from .text import points, simd, steps, unit
 from .vector import KINDS, Along, first_cache, foresees_little, wide_cast
 from .words import memory_type, size_text
 
-__all__ = ["grouped_unit", "headers", "matmul", "refusal"]
+__all__ = ["grouped_unit", "matmul", "product_header", "refusal"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_EXTERN = 'extern "C" __attribute__((visibility("default")))'
 # The axes of a tile program and the loops' names: ``n`` is how many lanes of a vector count.
 _LOOPS = {"m": "row", "n": "col", "k": "dim"}
 
@@ -52,15 +50,12 @@ def refusal(dtype: torch.dtype) -> str | None:
     return None if dtype in _DTYPES else f"a product of {name}: torch has the kernel for it"
 
 
-def headers(features: Collection[str] | None = None) -> dict[str, str]:
-    """The header of product kernels, by file name; for this machine's CPU, or one with other ``features``."""
+def product_header(features: Collection[str] | None = None) -> str:
+    """The text of ``gemm.hpp`` for this machine's CPU, or one with other ``features``."""
     have = get_target("cpu").features if features is None else features
     intel = foresees_little()  # whose second cache falls behind the vectors, too
     l1_bytes = first_cache() if intel else None
-    made = {"gemm.hpp": gemm_header(have, l2_bytes=_second_cache(), l1_bytes=l1_bytes, streams=intel)}
-    if has_matrix_unit(have):
-        made["amx.hpp"] = (TEMPLATES / "amx.hpp").read_text(encoding="utf-8")
-    return made
+    return gemm_header(have, l2_bytes=_second_cache(), l1_bytes=l1_bytes, streams=intel)
 
 
 def _second_cache() -> int:
@@ -76,16 +71,16 @@ def grouped_unit(features: Collection[str] | None = None) -> str:
     """
     have = get_target("cpu").features if features is None else features
     types = [("f32", "float"), *([("bf16", "u16")] if multiplies_bf16(have) else [])]
-    lines = ['#include "tessel.hpp"', '#include "gemm.hpp"', "using namespace tessel;"]
+    lines = []
     for name, type_ in types:
         for order, along in (("nk", "true"), ("kn", "false")):
             lines += [
-                f"{_EXTERN} int grouped_{name}_{order}(const i64* x, i64 threads) {{",
+                f"EXPORT int grouped_{name}_{order}(const i64* x, i64 threads) {{",
                 f"  return gemm::grouped<{type_}, {along}>((const {type_}*)x[0], x[1], (const {type_}*)x[2], x[3],",
                 f"      x[4], (const i32*)x[5], ({type_}*)x[6], x[7], x[8], x[9], x[10], threads);",
                 "}",
             ]
-    return "\n".join(lines) + "\n"
+    return unit("gemm", lines)
 
 
 def matmul(kernel: Kernel, features: Collection[str] | None = None) -> dict[str, Any]:

@@ -3,23 +3,16 @@
 
 from __future__ import annotations
 
-from ...tiles.header import TEMPLATES
-from .whole import headers, unit
+from .text import unit
 
-__all__ = ["INTEGERS", "TABLE", "packed_headers", "packed_unit"]
+__all__ = ["INTEGERS", "TABLE", "packed_unit"]
 
 _TYPES = {"f32": "float", "bf16": "u16"}
 INTEGERS, TABLE = "integers", "table"
 """What codes stand for; else the bits of a small float's exponent, ``"4"`` or ``"5"``."""
 
-_MORE = ("packed_odd.hpp", "int8.hpp", "sparse.hpp")
 _ODD = ("3", "5", "6", "7")  # bits of codes that do not fill bytes
 _KINDS = {INTEGERS: "INTEGERS", TABLE: "TABLE", "4": "E4M3", "5": "E5M2"}
-
-
-def packed_headers() -> dict[str, str]:
-    """The headers that ``packed_unit`` includes, by file name."""
-    return {**headers("packed"), **{f: (TEMPLATES / f).read_text(encoding="utf-8") for f in _MORE}}
 
 
 def packed_unit(function: str) -> str:
@@ -27,24 +20,23 @@ def packed_unit(function: str) -> str:
     threads)``; args: the fields of ``packed::Layer``, or x, mask, values, bias, m, n, k, out."""
     family, name, *more = function.split("_")
     t = _TYPES[name]
-    head = f'extern "C" __attribute__((visibility("default"))) int {function}(const i64* a, i64 threads) {{'
+    head = f"EXPORT int {function}(const i64* a, i64 threads) {{"
     if family == "sparse":
         layer = f"(const {t}*)a[0], (const u32*)a[1], 0, 0, (const {t}*)a[3], a[4], a[5], a[6], a[6], ({t}*)a[7], 0"
         call = f"  return gemm::sparse::linear<{t}>({{{layer}}}, (const {t}*)a[2], threads);"
-        return unit("packed", ['#include "sparse.hpp"', head, call, "}"])
+        return unit("sparse", [head, call, "}"])
     bits, *kind = more
-    odd = kind == [INTEGERS] and bits in _ODD
     if family == "int8":
-        call = f"int8::linear<{bits}>"
+        header, call = "int8", f"int8::linear<{bits}>"
+    elif kind == [INTEGERS] and bits in _ODD:
+        header, call = "packed_odd", f"packed::linear_odd<{bits}>"
     else:
-        call = f"packed::linear_odd<{bits}>" if odd else f"packed::linear<gemm::packed::{_KINDS[kind[0]]}, {bits}>"
+        header, call = "packed", f"packed::linear<gemm::packed::{_KINDS[kind[0]]}, {bits}>"
     lines = [
-        '#include "int8.hpp"',
-        *(['#include "packed_odd.hpp"'] if odd else []),
         head,
         f"  const gemm::packed::Layer<{t}> layer = {{(const {t}*)a[0], (const u32*)a[1], (const float*)a[2],",
         f"      (const float*)a[3], (const {t}*)a[4], a[5], a[6], a[7], a[8], ({t}*)a[9], (const float*)a[10]}};",
         f"  return gemm::{call}(layer, threads);",
         "}",
     ]
-    return unit("packed", lines)
+    return unit(header, lines)

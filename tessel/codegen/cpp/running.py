@@ -16,7 +16,6 @@ from typing import Any
 
 from ...errors import check
 from ...ir.types import product
-from ...tiles.header import TEMPLATES
 from ...tiles.kernel import Axis, Check, Kernel, Load, Scan, Stmt, Store, refs
 from .expr import Emitter
 from .space import Space
@@ -24,17 +23,12 @@ from .text import points, simd, steps
 from .vector import Along
 from .words import identity, size_text, value_type
 
-__all__ = ["along_steps", "has_folds", "headers", "running", "state_names", "states"]
+__all__ = ["along_steps", "has_folds", "running", "state_names", "states"]
 
 
 def has_folds(kernel: Kernel) -> bool:
     """Whether there is a running fold in a kernel."""
     return kernel.family == "scan" and any(isinstance(s, Scan) and s.fold for s in kernel.body)
-
-
-def headers() -> dict[str, str]:
-    """What the file of a kernel with running folds includes besides ``tessel.hpp``, by file name."""
-    return {"running.hpp": (TEMPLATES / "running.hpp").read_text(encoding="utf-8")}
 
 
 def state_names(stmt: Scan) -> tuple[str, ...]:

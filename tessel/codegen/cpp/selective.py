@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from ...tiles.header import TEMPLATES
+from .text import unit
 
-__all__ = ["STEPS", "headers", "selective_unit"]
+__all__ = ["STEPS", "selective_unit"]
 
 STEPS = 16  # of a chunk, as the template has it
 _STATES = (8, 16, 32, 64)  # sizes of a state that have loops of their own
-
-
-def headers() -> dict[str, str]:
-    """The headers that the unit includes, by file name."""
-    return {f: (TEMPLATES / f).read_text(encoding="utf-8") for f in ("tessel.hpp", "selective_scan.hpp")}
 
 
 def selective_unit() -> str:
@@ -23,7 +18,7 @@ def selective_unit() -> str:
     """
     operands = "(const float*)p[0], (const float*)p[1], (const float*)p[2], (const float*)p[3], (const float*)p[4],"
     results = ", ".join(f"(float*)p[{i}]" for i in range(6, 14))
-    lines = ['#include "tessel.hpp"', '#include "selective_scan.hpp"', "using namespace tessel;"]
+    lines = []
     for n in (0, *_STATES):
         lines += [
             f"static int backward_{n}(const i64* p, selective::Sizes s, i64 threads) {{",
@@ -31,11 +26,10 @@ def selective_unit() -> str:
             f"      {results}, s, threads);",
             "}",
         ]
-    extern = 'extern "C" __attribute__((visibility("default")))'
-    lines += [f"{extern} i64 selective_lanes() {{ return W; }}"]
-    lines += [f"{extern} i64 selective_scratch(i64 n) {{ return selective::scratch_size(n); }}"]
-    lines += [f"{extern} int selective_backward(const i64* p, i64 threads) {{"]
+    lines += ["EXPORT i64 selective_lanes() { return W; }"]
+    lines += ["EXPORT i64 selective_scratch(i64 n) { return selective::scratch_size(n); }"]
+    lines += ["EXPORT int selective_backward(const i64* p, i64 threads) {"]
     lines += ["  const selective::Sizes s{p[14], p[15], p[16], p[17]};", "  switch (s.n) {"]
     lines += [f"    case {n}: return backward_{n}(p, s, threads);" for n in _STATES]
     lines += ["    default: return backward_0(p, s, threads);", "  }", "}"]
-    return "\n".join(lines) + "\n"
+    return unit("selective_scan", lines)

@@ -1,18 +1,30 @@
-"""Pieces of text that C++ kernels share: how loops are dealt out to threads, pragmas."""
+"""Pieces of text that C++ kernels share: how loops are dealt out to threads, pragmas, files of functions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ...ir.types import Dim, product
 from ...tiles.kernel import Axis
 from .words import size_text
 
-__all__ = ["BLOCK", "coordinates", "items", "parts_of", "points", "simd", "squares", "steps"]
+__all__ = ["BLOCK", "coordinates", "items", "parts_of", "points", "simd", "squares", "steps", "unit"]
 
 SQUARE = (64, 64)  # points of the last two loops walked together where memory lies along both: 16 KiB of floats
 _FROM_ONE_END = 8  # steps at most, before as many from the other end of a row; an eighth of a row of known length
 BLOCK = 2048  # elements of the innermost loop that one thread takes at a time
+
+
+def unit(header: str, lines: Iterable[str]) -> str:
+    """A file of functions around ``<header>.hpp``.
+
+    >>> print(unit("base", ["EXPORT int one() { return 1; }"]))
+    #include "base.hpp"
+    using namespace tessel;
+    EXPORT int one() { return 1; }
+    <BLANKLINE>
+    """
+    return "\n".join([f'#include "{header}.hpp"', "using namespace tessel;", *lines]) + "\n"
 
 
 def parts_of(lane: Axis | None) -> str:

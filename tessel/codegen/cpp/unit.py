@@ -18,28 +18,26 @@ from typing import Any
 from ...errors import TesselError, check
 from ...ir.types import Dim, product
 from ...ops import OPS
-from ...tiles.header import TEMPLATES, environment
+from ...tiles.header import environment
 from ...tiles.index import Index, substitute
 from ...tiles.kernel import Axis, Compute, Kernel, Load, Store
 from .attention import attention
-from .attention import headers as attention_headers
 from .attention_backward import attention_backward
 from .expr import Emitter
 from .gather import asked_early, asked_in_line, places_of_rows
-from .matmul import headers as matmul_headers
 from .matmul import matmul
 from .reduce import reduction
 from .running import has_folds
-from .running import headers as running_headers
 from .scan import scan
 from .space import Space, space_of
 from .text import SQUARE, coordinates, items, simd, squares, steps
 from .vector import Along, foresees_little, too_large
 from .words import memory_type, size_text
 
-__all__ = ["CppSource", "header", "headers", "render", "translation_unit"]
+__all__ = ["CppSource", "render", "translation_unit"]
 
-HEADER = TEMPLATES / "tessel.hpp"
+# The headers of families that have one of their own.
+_HEADERS = {"matmul": "gemm", "attention": "attention", "attention_backward": "attention_backward"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,22 +66,6 @@ class CppSource:
     def body_key(self) -> str:
         """A digest that two kernels share if they differ only in name and header."""
         return hashlib.sha256(self.body.replace(self.name, "kernel").encode()).hexdigest()
-
-
-def header() -> str:
-    """The text of the header that all kernels include."""
-    return HEADER.read_text(encoding="utf-8")
-
-
-def headers(sources: Iterable[CppSource]) -> dict[str, str]:
-    """The headers that the file of these kernels includes, by file name."""
-    sources = list(sources)
-    families = {s.kernel.family for s in sources}
-    products = matmul_headers() if "matmul" in families else {}
-    backward = "attention_backward" in families
-    scores = attention_headers(backward) if backward or "attention" in families else {}
-    folds = running_headers() if any(has_folds(s.kernel) for s in sources) else {}
-    return {"tessel.hpp": header(), **products, **scores, **folds}
 
 
 def render(kernel: Kernel) -> CppSource:
@@ -120,10 +102,13 @@ def render(kernel: Kernel) -> CppSource:
 
 
 def translation_unit(sources: Iterable[CppSource]) -> str:
-    """One file with all kernels; it includes their ``headers``."""
+    """One file with all kernels; it includes the headers of their families."""
     sources = list(sources)
-    inner = ("amx.hpp", "attention_tiles.hpp", "attention_packed.hpp")  # included by others
-    includes = "".join(f'#include "{name}"\n' for name in headers(sources) if name not in inner)
+    families = {s.kernel.family for s in sources}
+    names = ["tessel", *(name for family, name in _HEADERS.items() if family in families)]
+    if any(has_folds(s.kernel) for s in sources):
+        names.append("running")
+    includes = "".join(f'#include "{name}.hpp"\n' for name in names)
     return f"{includes}using namespace tessel;\n\n" + "\n".join(s.text for s in sources)
 
 

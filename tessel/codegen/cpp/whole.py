@@ -1,31 +1,15 @@
 """C++ units of the kernels that are made of several matrix products, around the templates of the same names.
 
-text = loss_unit()      # linear_cross_entropy and its backward, for f32 and for bf16 where the CPU multiplies it
+    text = loss_unit("loss_backward_bf16")    # of linear_cross_entropy
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from .text import unit
 
-from ...tiles.header import TEMPLATES
-from .matmul import headers as matmul_headers
-
-__all__ = ["experts_unit", "headers", "loss_unit"]
+__all__ = ["experts_unit", "loss_unit"]
 
 _TYPES = {"f32": "float", "bf16": "u16"}
-_EXTERN = 'extern "C" __attribute__((visibility("default")))'
-
-
-def headers(name: str) -> dict[str, str]:
-    """The headers that a unit includes, by file name: all of products, and ``<name>.hpp``."""
-    own = {f: (TEMPLATES / f).read_text(encoding="utf-8") for f in ("tessel.hpp", "products.hpp", f"{name}.hpp")}
-    return {**own, **matmul_headers()}
-
-
-def unit(name: str, lines: Collection[str]) -> str:
-    """A file of functions that include the headers of ``name``."""
-    files = ("tessel.hpp", "gemm.hpp", "products.hpp", f"{name}.hpp")
-    return "\n".join([*(f'#include "{f}"' for f in files), "using namespace tessel;", *lines]) + "\n"
 
 
 def loss_unit(function: str) -> str:
@@ -86,4 +70,4 @@ def experts_unit(function: str) -> str:
 
 
 def _head(function: str) -> str:
-    return f"{_EXTERN} int {function}(const i64* a, const double* f, i64 threads) {{"
+    return f"EXPORT int {function}(const i64* a, const double* f, i64 threads) {{"

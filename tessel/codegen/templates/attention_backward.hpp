@@ -11,7 +11,7 @@
 // A piece of work is a part of the keys of one x; its gradients of queries are added up in order. Which keys are in a
 // part depends on the sizes alone, so that any number of threads gives the same bits.
 #pragma once
-#include "attention.hpp"
+#include "attention_blocks.hpp"
 
 namespace tessel {
 namespace attention {

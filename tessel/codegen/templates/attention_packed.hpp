@@ -157,3 +157,4 @@ static __attribute__((noinline)) void packed_values(const Block& values, i64 fir
 
 }  // namespace attention
 }  // namespace tessel
+#undef MIX

@@ -1,4 +1,4 @@
-// All experts of a layer in one kernel, forward and backward. After products.hpp.
+// All experts of a layer in one kernel, forward and backward.
 //
 //   slot = token * K + choice; its expert is index[slot], its weight scale[slot]
 //   pre[slot] = x[token] * gate_up[expert] + its bias;   h[slot] = gated(pre[slot])
@@ -7,6 +7,7 @@
 // Slots are sorted by expert (counted, so that equal ones keep their order); nothing is padded. Slots of experts that
 // are not here (index - offset outside 0..E) add nothing. Sums over slots go in the order of the slots.
 #pragma once
+#include "products.hpp"
 
 namespace tessel::experts {
 

@@ -1,5 +1,5 @@
 // Linear layers of integers, their inputs too: x is rounded to 8 bits a row, products are summed in whole numbers.
-// After packed.hpp.
+//
 //
 //   s[m] = max |x[m]| / 127,   q[m][k] = x[m][k] / s[m], to the nearest, half to even
 //   out[m][n] = s[m] * sum over g of scale[n][g] * (sum over k of g of (code[n][k] - zero[n][g]) * q[m][k]) + bias[n]
@@ -7,6 +7,7 @@
 // Codes stay as they are, without a sign, as the instruction wants one of its operands. What that adds, the middle code
 // times the sum of q, is taken off in whole numbers: sums wrap around at 32 bits, and what is left fits while k < 2^17.
 #pragma once
+#include "packed.hpp"
 
 namespace tessel::gemm::int8 {
 

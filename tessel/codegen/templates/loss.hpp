@@ -1,9 +1,10 @@
 // A linear layer and the cross-entropy of its results: a tile of logits is in the first cache when its row of the
-// loss reads it, and is never written. After products.hpp.
+// loss reads it, and is never written.
 //
 // x [n][k], weight [v][k], both consecutive along k; target [n]. The classes of `weight` are those from `offset` on,
 // of `total` in all.
 #pragma once
+#include "products.hpp"
 
 namespace tessel::loss {
 

@@ -1,4 +1,4 @@
-// Linear layers whose weight lies in words of 32 / BITS codes, lowest bits first along k. After products.hpp.
+// Linear layers whose weight lies in words of 32 / BITS codes, lowest bits first along k.
 //
 //   out[m][n] = sum over k of x[m][k] * number(code[n][k]) * scale[n][g] + bias[n],   g = k / group
 //
@@ -7,6 +7,7 @@
 // the sum of x is what the sums of a chunk start from, negated, so that it never meets a large number. A table of up to 16
 // numbers is a permutation of one register. Small floats are moved to where bf16 or float have their bits.
 #pragma once
+#include "products.hpp"
 
 namespace tessel::gemm::packed {
 

@@ -1,9 +1,10 @@
-// Few rows times integers of 3, 5, 6 or 7 bits, multiplied where they lie. After packed.hpp.
+// Few rows times integers of 3, 5, 6 or 7 bits, multiplied where they lie.
 //
 // Words hold 32 / BITS codes, and groups begin and end inside of them. So a group is read as whole vectors of words, in
 // which the codes of its neighbours meet zeros of x; groups shorter than a vector take a part of its lanes each. Where
 // they lie is the same in every column, so that x is put in that order once.
 #pragma once
+#include "packed.hpp"
 
 namespace tessel::gemm::packed {
 

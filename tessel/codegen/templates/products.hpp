@@ -1,5 +1,6 @@
-// Matrix products inside kernels that are made of several: both operands lie in memory. After gemm.hpp.
+// Matrix products inside kernels that are made of several: both operands lie in memory.
 #pragma once
+#include "gemm.hpp"
 
 namespace tessel::gemm {
 

@@ -1,4 +1,4 @@
-// The selective scan of state-space models and its gradients (ops/selective.py). After tessel.hpp.
+// The selective scan of state-space models and its gradients (ops/selective.py).
 //
 //   h[t] = exp(dt[t] A) h[t-1] + w[t] B[t],   y[t] = C[t] h[t]
 //
@@ -6,6 +6,7 @@
 // channels. Of the states only those at the beginning of a chunk of STEPS steps are kept; the backward makes the others
 // again, chunk by chunk from the end, in memory that the first cache holds. NS is n where it is known, else 0.
 #pragma once
+#include "tessel.hpp"
 
 namespace tessel::selective {
 

@@ -1,7 +1,8 @@
-// Linear layers of whose weight, of each four values along k, two are stored (2:4). After packed.hpp.
+// Linear layers of whose weight, of each four values along k, two are stored (2:4).
 //
 // values[n][k / 2] are those that are stored, mask[n][k] a bit each, set where there is one, rows in whole words.
 #pragma once
+#include "packed.hpp"
 
 namespace tessel::gemm::sparse {
 
