@@ -122,7 +122,8 @@ def test_shards_are_drawn_as_one_device_draws(slab: int, monkeypatch: pytest.Mon
     [
         (lambda m: None, "init writes nothing to embed.weight"),
         (lambda m: nn.init.orthogonal_(m.up.weight), "on a tensor of its own"),
-        (lambda m: nn.init.trunc_normal_(m.up.weight), "on a tensor of its own|cannot be done by shards"),
+        # Torch 2.11 draws it in place: then it is the others that are missing.
+        (lambda m: nn.init.trunc_normal_(m.up.weight), "tensor of its own|cannot be done by shards|to embed.weight"),
         (lambda m: m.up.weight[:, 0].zero_(), "a part of it that is no row"),
     ],
 )

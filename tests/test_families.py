@@ -30,6 +30,7 @@ from torch._higher_order_ops.scan import scan
 
 import tessel
 from tessel.errors import TesselError
+from tessel.frontend.compat import SCAN_CUTS_CARRY
 from tessel.frontend.scan_op import linear_scan
 from tessel.ir.types import symbol
 from tessel.ops import OPS
@@ -307,7 +308,7 @@ STEPS: dict[str, Any] = {"line": line, "pair": pair, "counted": counted}
 @given(
     name=st.sampled_from(sorted(STEPS)),
     shape=st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(1, 5)),
-    dim=st.integers(0, 1),
+    dim=st.integers(0, 0 if SCAN_CUTS_CARRY else 1),  # before torch 2.13 results lie along dim 0 whatever dim is
     reverse=st.booleans(),
     dtype=st.sampled_from((F32, BF16, F64)),
 )

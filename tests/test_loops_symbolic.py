@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from torch._higher_order_ops.scan import scan
 
 import tessel
+from tessel.frontend.compat import SCAN_CUTS_CARRY
 
+# Torch before 2.13 gives a carry no gradient if its first value needs none; a loop with sizes that are symbols stays
+# unrolled there.
+recent = pytest.mark.skipif(SCAN_CUTS_CARRY, reason="a scan of torch before 2.13")
 Tensor = torch.Tensor
 WIDTH = 4
 
@@ -92,6 +96,7 @@ def captured(made: Callable[..., Any]) -> list[int]:
     return [run.captured for run in runs]
 
 
+@recent
 @pytest.mark.parametrize("cell", CELLS, ids=lambda f: f.__name__)
 def test_a_batch_that_is_a_symbol_is_rolled_with_gradients(cell: Callable[..., Tensor]) -> None:
     fn = unrolled(cell)
@@ -106,6 +111,7 @@ def test_a_batch_that_is_a_symbol_is_rolled_with_gradients(cell: Callable[..., T
     assert len(counts[0]) == 2  # forward and backward, of every batch
 
 
+@recent
 @pytest.mark.parametrize("cell", [reads_the_size, gated], ids=lambda f: f.__name__)
 def test_other_ways_in_are_the_same(cell: Callable[..., Tensor]) -> None:
     """A batch becomes a symbol once it has changed; torch.compile with Tessel as its backend."""
@@ -133,6 +139,7 @@ def test_drawn_batches(cell: Callable[..., Tensor], batch: int, seed: int) -> No
     agree(_compiled[cell.__name__], fn, inputs(batch, 6, seed))
 
 
+@recent
 @pytest.mark.parametrize("cell", CELLS, ids=lambda f: f.__name__)
 def test_a_users_scan_with_a_symbol_is_compiled(cell: Callable[..., Tensor]) -> None:
     """Dynamo hands sizes to a step; nothing of it runs eagerly for that. Here the length is a symbol too."""
