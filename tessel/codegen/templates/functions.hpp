@@ -4,21 +4,48 @@
 // within a few units in the last place and right at infinities, NaN and zeros. Those of a double, and the rare
 // ones, are the C library's.
 #pragma once
-#include "scalars.hpp"
+#include "vectors.hpp"
 
 namespace tessel {
 
-INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+// Series: the same for a float and for vectors of them.
+
+template <class V> INLINE V constant(float x) {
+  if constexpr (is_float<V>::value) return x;
+  else return all(x);
+}
+// By Horner's rule, the coefficient of the highest power first.
+template <class V> INLINE V horner(V, V sum) { return sum; }
+template <class V, class... C> INLINE V horner(V x, V sum, float c, C... rest) {
+  return horner(x, fma(sum, x, constant<V>(c)), rest...);
+}
+template <class V, class... C> INLINE V polynomial(V x, float c, C... rest) {
+  return horner(x, constant<V>(c), rest...);
+}
+template <class V> INLINE V exp_near(V r) {  // below 0.35
+  V p = polynomial(r, 0x1.6db410p-10f, 0x1.123b46p-7f, 0x1.55545ep-5f, 0x1.55548ep-3f, 0.5f);
+  return fma(r * r, p, r) + constant<V>(1.0f);
+}
+template <class V> INLINE V tanh_near(V x) {  // below 0.625
+  V s = x * x, p = polynomial(s, 0x1.163b6cp-9f, -0x1.0b43cep-7f, 0x1.636962p-6f, -0x1.b9eba8p-5f, 0x1.111058p-3f,
+                              -0x1.555554p-2f);
+  return fma(x * s, p, x);
+}
+template <class V> INLINE V erf_near(V x) {  // below 0.925
+  V s = x * x, p = polynomial(s, 0x1.5d47b6p-14f, -0x1.aa6a2cp-11f, 0x1.54cde6p-8f, -0x1.b80f50p-6f, 0x1.ce2e14p-4f,
+                              -0x1.812744p-2f, 0x1.06eba8p-3f);
+  return fma(p, x, x);
+}
+template <class V> INLINE V erfc_log(V x) {  // -log(1 - erf(x)) from 0.9 to 4.1
+  return polynomial(x, 0x1.61ea8ep-16f, -0x1.c7912cp-12f, 0x1.115ad4p-8f, -0x1.9b8e84p-6f, 0x1.bb83e8p-4f,
+                    0x1.44460cp-1f, 0x1.2127e4p+0f, -0x1.6e57p-13f);
+}
+
 INLINE float pow2(i32 n) { return __builtin_bit_cast(float, (n + 127) << 23); }
 
-// 2^n * (1 + r + r^2 p(r)) where the caller has split the exponent; n is -280 .. 280.
+// 2^n exp(r) where the caller has split the exponent; n is -280 .. 280.
 INLINE float exp_of_parts(float n, float r) {
-  float p = 0x1.6db410p-10f;
-  p = fma(p, r, 0x1.123b46p-7f);
-  p = fma(p, r, 0x1.55545ep-5f);
-  p = fma(p, r, 0x1.55548ep-3f);
-  p = fma(p, r, 0.5f);
-  p = fma(r * r, p, r) + 1;
+  float p = exp_near(r);
   i32 k = (i32)n, half = k >> 1;
   return p * pow2(half) * pow2(k - half);
 }
@@ -42,27 +69,16 @@ INLINE float exp2(float x) {
 }
 INLINE float expm1(float x) {
   float c = clamp(x, -0.5f, 0.5f);
-  float p = 0x1.a2ee6ep-16f;
-  p = fma(p, c, 0x1.a2e2b4p-13f);
-  p = fma(p, c, 0x1.6c1470p-10f);
-  p = fma(p, c, 0x1.110f74p-7f);
-  p = fma(p, c, 0x1.555556p-5f);
-  p = fma(p, c, 0x1.555556p-3f);
-  p = fma(p, c, 0.5f);
+  float p = polynomial(c, 0x1.a2ee6ep-16f, 0x1.a2e2b4p-13f, 0x1.6c1470p-10f, 0x1.110f74p-7f, 0x1.555556p-5f,
+                       0x1.555556p-3f, 0.5f);
   float near = fma(c * c, p, c), far = exp(x) - 1;
   near = x == 0 ? x : near;
   return abs(x) < 0.5f ? near : far;
 }
 // log(2^e * (1 + f)) for f from sqrt(1/2) - 1 to sqrt(2) - 1
 INLINE float log1p_poly(float f) {
-  float p = -0x1.41ed50p-4f;
-  p = fma(p, f, 0x1.07d0ccp-3f);
-  p = fma(p, f, -0x1.0ce08ep-3f);
-  p = fma(p, f, 0x1.226e50p-3f);
-  p = fma(p, f, -0x1.54788ap-3f);
-  p = fma(p, f, 0x1.99a596p-3f);
-  p = fma(p, f, -0x1.000220p-2f);
-  return fma(p, f, 0x1.55554ap-2f) * f;
+  return polynomial(f, -0x1.41ed50p-4f, 0x1.07d0ccp-3f, -0x1.0ce08ep-3f, 0x1.226e50p-3f, -0x1.54788ap-3f, 0x1.99a596p-3f,
+                    -0x1.000220p-2f, 0x1.55554ap-2f) * f;
 }
 struct Split { float e, f; };
 INLINE Split split(float x) {  // x = 2^e * (1 + f); x > 0
@@ -104,36 +120,12 @@ INLINE float log1p(float x) {
 }
 INLINE float sigmoid(float x) { return 1 / (1 + exp(-x)); }
 INLINE float tanh(float x) {
-  float a = abs(x), s = a * a;
-  float p = 0x1.163b6cp-9f;
-  p = fma(p, s, -0x1.0b43cep-7f);
-  p = fma(p, s, 0x1.636962p-6f);
-  p = fma(p, s, -0x1.b9eba8p-5f);
-  p = fma(p, s, 0x1.111058p-3f);
-  p = fma(p, s, -0x1.555554p-2f);
-  float near = fma(a * s, p, a), far = 1 - 2 / (exp(2 * a) + 1);
-  return copysign(a < 0.625f ? near : far, x);
+  float a = abs(x), far = 1 - 2 / (exp(2 * a) + 1);
+  return copysign(a < 0.625f ? tanh_near(a) : far, x);
 }
 INLINE float erf(float x) {
-  float a = abs(x), s = a * a;
-  float p = 0x1.5d47b6p-14f;
-  p = fma(p, s, -0x1.aa6a2cp-11f);
-  p = fma(p, s, 0x1.54cde6p-8f);
-  p = fma(p, s, -0x1.b80f50p-6f);
-  p = fma(p, s, 0x1.ce2e14p-4f);
-  p = fma(p, s, -0x1.812744p-2f);
-  float near = fma(fma(p, s, 0x1.06eba8p-3f), a, a);
-  float t = clamp(a, 0.9f, 4.1f);
-  float q = 0x1.61ea8ep-16f;
-  q = fma(q, t, -0x1.c7912cp-12f);
-  q = fma(q, t, 0x1.115ad4p-8f);
-  q = fma(q, t, -0x1.9b8e84p-6f);
-  q = fma(q, t, 0x1.bb83e8p-4f);
-  q = fma(q, t, 0x1.44460cp-1f);
-  q = fma(q, t, 0x1.2127e4p+0f);
-  q = fma(q, t, -0x1.6e57p-13f);
-  float far = 1 - exp(-q);
-  float y = a < 0.925f ? near : far;
+  float a = abs(x), far = 1 - exp(-erfc_log(clamp(a, 0.9f, 4.1f)));
+  float y = a < 0.925f ? erf_near(a) : far;
   return x != x ? x : copysign(y, x);
 }
 // x less n quarter turns. Below 2^30 they are taken off in double; above, the fraction of x * 2/pi is computed

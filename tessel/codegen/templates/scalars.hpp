@@ -53,6 +53,7 @@ template <class T> INLINE bool isinf(T x) {
 INLINE bool bitwise_not(bool x) { return !x; }
 template <class T> INLINE T bitwise_not(T x) { return (T)~x; }
 
+INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
 INLINE double sqrt(double x) { return __builtin_sqrt(x); }
 INLINE float floor(float x) { return __builtin_floorf(x); }

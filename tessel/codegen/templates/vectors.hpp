@@ -4,7 +4,7 @@
 // extensions that GCC and Clang share. A condition is a vector of words, 0 or -1. What the extensions lack is an
 // instruction where the CPU has it, else a loop over the lanes.
 #pragma once
-#include "functions.hpp"
+#include "scalars.hpp"
 
 namespace tessel {
 
