@@ -24,7 +24,7 @@ def headers(text: str, given: Mapping[str, str] | None = None) -> dict[str, str]
     """The headers that a file needs beside it, by name: for this machine's CPU, but for those that are ``given``.
 
     >>> sorted(headers('#include "vectors.hpp"'))
-    ['base.hpp', 'functions.hpp', 'scalars.hpp', 'vectors.hpp']
+    ['base.hpp', 'scalars.hpp', 'vectors.hpp']
     >>> headers('#include "amx.hpp"', {"amx.hpp": "// none"})
     {'amx.hpp': '// none'}
     """
